@@ -1,0 +1,1 @@
+"""The distillation run: experiments, stages, losses, training, evaluation, report."""

@@ -1,0 +1,1 @@
+"""Experiments, one file each; `python -m distill.run experiments` lists them."""

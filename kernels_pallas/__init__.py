@@ -1,0 +1,1 @@
+"""Kernels with one public door each (`api.py`): arrays in, arrays out, no model code."""

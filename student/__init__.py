@@ -1,0 +1,1 @@
+"""How a student comes to be and how it leaves: initialisation and export."""
