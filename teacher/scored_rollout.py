@@ -1,0 +1,100 @@
+"""A rollout together with what the teacher said about it, on the host, and its form as bytes.
+
+This is what scoring hands to the store, what the store gives back, and what packing takes. The bytes are safetensors,
+so nothing that is read can run code.
+"""
+
+import dataclasses
+import json
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from jaxtyping import Float32, Int32
+
+from qwen3.rollout import Rollout
+
+
+class EmptyTargets(NamedTuple):
+    """What stands at one position that has no target: a proper distribution, so that no loss meets log 0 there.
+
+    A loss masks these positions, but a gradient through 0 · ∞ is NaN all the same; J distinct ids and the tail with
+    1 / (J + 1) each keep every divergence finite before the mask.
+    """
+
+    ids: Int32[np.ndarray, "J"]
+    logprobs: Float32[np.ndarray, "J"]
+    log_tail: np.float32
+
+
+def empty_targets(entries: int) -> EmptyTargets:
+    """The filling for positions without a target, for `entries` = J teacher entries per token."""
+    log_share = np.float32(-np.log(entries + 1.0))
+    return EmptyTargets(np.arange(entries, dtype=np.int32), np.full(entries, log_share, np.float32), log_share)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoredRollout:
+    """A rollout of T tokens and the teacher's J top entries at each position, on the host.
+
+    Row t speaks about token t + 1. Rows where the rollout's loss mask is False carry no information: the store does
+    not keep them and gives `empty_targets` back.
+    """
+
+    rollout: Rollout
+    ids: Int32[np.ndarray, "T J"]
+    logprobs: Float32[np.ndarray, "T J"]
+    """Log-probabilities over the whole vocabulary, never renormalised over the J entries."""
+    log_tail: Float32[np.ndarray, "T"]
+    """Logarithm of the mass on all other words."""
+
+    def __post_init__(self) -> None:
+        length = len(self.rollout.tokens)
+        expected = (length, self.ids.shape[-1])
+        if self.ids.ndim != 2 or self.ids.shape != expected or self.logprobs.shape != expected:
+            raise ValueError(
+                f"ids {self.ids.shape} and logprobs {self.logprobs.shape} must both be [T, J] for the rollout's "
+                f"T = {length} tokens"
+            )
+        if self.log_tail.shape != (length,):
+            raise ValueError(f"log_tail {self.log_tail.shape} must be [T] for the rollout's T = {length} tokens")
+
+
+def encode(record: ScoredRollout) -> bytes:
+    """The record's bytes; targets only where the loss mask is True."""
+    rollout = record.rollout
+    kept = rollout.loss_mask
+    arrays = {
+        "tokens": rollout.tokens.astype(np.int32, copy=False),
+        "loss_mask": kept,
+        "sampler_logprobs": rollout.sampler_logprobs.astype(np.float32, copy=False),
+        "ids": record.ids[kept].astype(np.int32, copy=False),
+        "logprobs": record.logprobs[kept].astype(np.float32, copy=False),
+        "log_tail": record.log_tail[kept].astype(np.float32, copy=False),
+    }
+    scalars = {
+        field.name: getattr(rollout, field.name)
+        for field in dataclasses.fields(Rollout)
+        if field.name not in ("tokens", "loss_mask", "sampler_logprobs")
+    }
+    # safetensors writes the memory as it lies, whatever the strides are.
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return safetensors.numpy.save(contiguous, metadata={"rollout": json.dumps(scalars)})
+
+
+def decode(record: bytes) -> ScoredRollout:
+    """The inverse of `encode`; bytes that are not a record raise SafetensorError, KeyError or ValueError."""
+    arrays = safetensors.numpy.load(record)
+    header_bytes = int.from_bytes(record[:8], "little")
+    scalars = json.loads(json.loads(record[8 : 8 + header_bytes])["__metadata__"]["rollout"])
+    kept = arrays["loss_mask"]
+    filling = empty_targets(arrays["ids"].shape[1])
+    expanded = []
+    for name, fill in zip(("ids", "logprobs", "log_tail"), filling, strict=True):
+        stored = arrays[name]
+        full = np.empty((len(kept), *stored.shape[1:]), stored.dtype)
+        full[:] = fill
+        full[kept] = stored
+        expanded.append(full)
+    rollout = Rollout(tokens=arrays["tokens"], loss_mask=kept, sampler_logprobs=arrays["sampler_logprobs"], **scalars)
+    return ScoredRollout(rollout=rollout, ids=expanded[0], logprobs=expanded[1], log_tail=expanded[2])

@@ -1,0 +1,249 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3.errors import UserError
+from qwen3.rollout import MODES, Rollout
+from teacher.scored_rollout import ScoredRollout, decode, empty_targets, encode
+from teacher.store import TargetStore, TargetStoreWriter
+
+IDENTITY = {"teacher": "a1b2", "entries": 4, "tokenizer": "c3", "sampling": {"temperature": 1.0}}
+
+
+def scored(seed: int, length: int | None = None, entries: int = 4) -> ScoredRollout:
+    random = np.random.default_rng(seed)
+    length = int(random.integers(2, 40)) if length is None else length
+    loss_mask = random.random(length) < 0.6
+    loss_mask[-1] = False
+    logprobs = np.sort(random.normal(size=(length, entries)), axis=-1)[:, ::-1] - 5
+    return ScoredRollout(
+        rollout=Rollout(
+            tokens=random.integers(0, 1000, length).astype(np.int32),
+            prompt_length=int(random.integers(0, length)),
+            loss_mask=loss_mask,
+            sampler_logprobs=np.where(loss_mask, random.normal(size=length), 0).astype(np.float32),
+            mode=MODES[seed % 2],
+            prompt_id=f"prompt/{seed} „ü“",
+            sample_index=seed % 3,
+            policy_step=seed,
+            finished=bool(seed % 2),
+        ),
+        ids=random.integers(0, 1000, (length, entries)).astype(np.int32),
+        logprobs=logprobs.astype(np.float32),
+        log_tail=random.normal(size=length).astype(np.float32),
+    )
+
+
+def write_store(directory: Path, shards: int = 3, records: int = 5) -> list[ScoredRollout]:
+    writer = TargetStoreWriter(directory, IDENTITY)
+    everything = []
+    for shard in range(shards):
+        shard_records = [scored(shard * records + i) for i in range(records)]
+        writer.write_shard(shard, shard_records)
+        everything += shard_records
+    writer.finish()
+    return everything
+
+
+def assert_same(read: ScoredRollout, written: ScoredRollout) -> None:
+    for field in ("prompt_length", "mode", "prompt_id", "sample_index", "policy_step", "finished"):
+        assert getattr(read.rollout, field) == getattr(written.rollout, field)
+        assert type(getattr(read.rollout, field)) is type(getattr(written.rollout, field))
+    kept = written.rollout.loss_mask
+    pairs = [
+        (getattr(read.rollout, n), getattr(written.rollout, n)) for n in ("tokens", "loss_mask", "sampler_logprobs")
+    ]
+    pairs += [(getattr(read, n)[kept], getattr(written, n)[kept]) for n in ("ids", "logprobs", "log_tail")]
+    for left, right in pairs:
+        np.testing.assert_array_equal(left, right)
+        assert left.dtype == right.dtype
+
+
+def test_round_trip_is_exact_at_every_position_with_a_target(tmp_path: Path) -> None:
+    written = write_store(tmp_path / "targets")
+    store = TargetStore.open(tmp_path / "targets", IDENTITY, verify_digests=True)
+    assert len(store) == len(written)
+    for index in np.random.default_rng(0).permutation(len(written)):
+        assert_same(store[index], written[index])
+    assert store.entries == 4
+    assert store.tokens == sum(len(record.rollout.tokens) for record in written)
+    assert store.targets == sum(record.rollout.loss_mask.sum() for record in written)
+    assert store.longest_tokens == max(len(record.rollout.tokens) for record in written)
+    with pytest.raises(IndexError):
+        store[len(written)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), length=st.integers(1, 60), entries=st.integers(1, 9))
+def test_record_bytes_round_trip(seed: int, length: int, entries: int) -> None:
+    record = scored(seed, length, entries)
+    assert_same(decode(encode(record)), record)
+
+
+def test_transposed_memory_is_written_as_its_values() -> None:
+    record = scored(1, 10)
+    turned = ScoredRollout(
+        rollout=record.rollout, ids=np.asfortranarray(record.ids), logprobs=record.logprobs, log_tail=record.log_tail
+    )
+    assert_same(decode(encode(turned)), record)
+
+
+def test_positions_without_target_hold_a_distribution_and_cost_no_bytes() -> None:
+    record = scored(0, length=30, entries=6)
+    read = decode(encode(record))
+    unscored = ~record.rollout.loss_mask
+    mass = np.exp(read.logprobs[unscored]).sum(-1) + np.exp(read.log_tail[unscored])
+    np.testing.assert_allclose(mass, 1, rtol=1e-6)  # float32 rounding of 7 terms
+    assert (read.ids[unscored] == empty_targets(6).ids).all()
+    masked = ScoredRollout(
+        rollout=Rollout(**{**vars(record.rollout), "loss_mask": np.zeros(30, bool)}),
+        ids=record.ids,
+        logprobs=record.logprobs,
+        log_tail=record.log_tail,
+    )
+    saved_bytes = len(encode(record)) - len(encode(masked))
+    # safetensors pads its header to 8 bytes, and shorter shapes make it a little shorter.
+    assert abs(saved_bytes - record.rollout.loss_mask.sum() * (6 * 8 + 4)) <= 32
+
+
+def test_a_new_writer_continues_after_the_completed_shards(tmp_path: Path) -> None:
+    TargetStoreWriter(tmp_path, IDENTITY).write_shard(0, [scored(0)])
+    (tmp_path / ".targets-00001.arrayrecord.unfinished").write_bytes(b"half a shard")
+    with pytest.raises(UserError, match="unfinished"):
+        TargetStore.open(tmp_path)
+    writer = TargetStoreWriter(tmp_path, IDENTITY)
+    assert writer.completed_shards() == {0}
+    assert not writer.finished
+    with pytest.raises(ValueError, match="already written"):
+        writer.write_shard(0, [scored(0)])
+    writer.write_shard(2, [scored(2)])
+    with pytest.raises(ValueError, match=r"lacks shards \[1\]"):
+        writer.finish()
+    writer.write_shard(1, [scored(1)])
+    writer.finish()
+    assert TargetStoreWriter(tmp_path, IDENTITY).finished
+    store = TargetStore.open(tmp_path)
+    for index in range(3):
+        assert_same(store[index], scored(index))
+
+
+def test_killed_writer_loses_only_the_shard_it_was_writing(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import sys
+        sys.path[:0] = sys.argv[2:]
+        from test_store import IDENTITY, scored
+        from teacher.store import TargetStoreWriter
+        writer = TargetStoreWriter(sys.argv[1], IDENTITY)
+        for shard in range(100000):
+            writer.write_shard(shard, [scored(shard)] * 20)
+            print(shard, flush=True)
+        """
+    )
+    here = Path(__file__)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path), str(here.parent), str(here.parents[2])],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 4:
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    writer = TargetStoreWriter(tmp_path, IDENTITY)
+    done = len(writer.completed_shards())
+    assert writer.completed_shards() == set(range(done))
+    assert done >= 5
+    writer.write_shard(done, [scored(done)] * 20)
+    writer.finish()
+    store = TargetStore.open(tmp_path, verify_digests=True)
+    assert len(store) == 20 * (done + 1)
+    assert_same(store[20 * done], scored(done))
+
+
+def test_another_identity_is_refused_with_the_fields(tmp_path: Path) -> None:
+    write_store(tmp_path)
+    other = {**IDENTITY, "teacher": "ffff", "sampling": {"temperature": 0.5}}
+    with pytest.raises(UserError, match=r"sampling: .*teacher: stored 'a1b2', wanted 'ffff'"):
+        TargetStore.open(tmp_path, other)
+    with pytest.raises(UserError, match="teacher"):
+        TargetStoreWriter(tmp_path, other)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"index\.json is missing"):
+        TargetStore.open(tmp_path / "nothing")
+    write_store(tmp_path)
+    shard = tmp_path / "targets-00001.arrayrecord"
+    whole = shard.read_bytes()
+
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"targets-00001.*bytes, the index says"):
+        TargetStore.open(tmp_path)
+
+    flipped = bytearray(whole)
+    flipped[whole.index(b"\x28\xb5\x2f\xfd") + 40] ^= 1  # inside the first zstd frame: record 0 of the shard
+    shard.write_bytes(flipped)
+    with pytest.raises(UserError, match=r"targets-00001.*SHA-256"):
+        TargetStore.open(tmp_path, verify_digests=True)
+    store = TargetStore.open(tmp_path)
+    with pytest.raises(UserError, match=r"targets-00001.*damaged at record"):
+        list(map(store.__getitem__, range(len(store))))
+
+    shard.unlink()
+    with pytest.raises(UserError, match=r"targets-00001.*missing"):
+        TargetStore.open(tmp_path)
+
+    index = json.loads((tmp_path / "index.json").read_text())
+    del index["shards"]["2"]["sha256"]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="lacks sha256"):
+        TargetStore.open(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(UserError, match=r"index\.json cannot be read"):
+        TargetStore.open(tmp_path)
+    (tmp_path / "index.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="format 1"):
+        TargetStore.open(tmp_path)
+
+
+def test_unusable_places_and_records_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        TargetStoreWriter(tmp_path / "file" / "targets", IDENTITY)
+    writer = TargetStoreWriter(tmp_path / "targets", IDENTITY)
+    writer.write_shard(0, [scored(0, entries=4)])
+    with pytest.raises(ValueError, match="J = 5"):
+        writer.write_shard(1, [scored(1, entries=5)])
+    with pytest.raises(ValueError, match="no records"):
+        writer.write_shard(1, [])
+    (tmp_path / "targets" / ".targets-00001.arrayrecord.unfinished").mkdir()
+    with pytest.raises(UserError, match="shard 1 of target store"):
+        writer.write_shard(1, [scored(1)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # below any shard: array_record pads to 64 KB
+    try:
+        with pytest.raises(UserError, match=r"shard 2 of target store .* cannot be written"):
+            writer.write_shard(2, [scored(1)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.write_shard(2, [scored(1)])
+    assert writer.completed_shards() == {0, 2}
+    record = scored(0, length=5)
+    with pytest.raises(ValueError, match="ids"):
+        ScoredRollout(rollout=record.rollout, ids=record.ids[:4], logprobs=record.logprobs, log_tail=record.log_tail)
+    with pytest.raises(ValueError, match="log_tail"):
+        ScoredRollout(rollout=record.rollout, ids=record.ids, logprobs=record.logprobs, log_tail=record.log_tail[:4])
