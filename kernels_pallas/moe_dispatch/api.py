@@ -1,0 +1,57 @@
+"""The public door of mixture-of-experts dispatch: checks arguments and picks an implementation."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.moe_dispatch import reference, xla
+
+Implementation = Literal["xla", "reference"]
+
+
+def route(
+    logits: Float[Array, "M E"], experts_per_token: int, *, normalise: bool
+) -> tuple[Float[Array, "M X"], Int[Array, "M X"], Float[Array, "M E"]]:
+    """Choose experts: float32 softmax over all experts, the X largest, renormalised to sum 1 if asked.
+
+    Returns (weights, expert_ids, probabilities over all experts). Source: Qwen3 (arXiv 2505.09388), norm_topk_prob.
+    """
+    if not 1 <= experts_per_token <= logits.shape[-1]:
+        raise ValueError(f"experts_per_token {experts_per_token} is not in 1..{logits.shape[-1]}")
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, expert_ids = jax.lax.top_k(probabilities, experts_per_token)
+    if normalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return weights, expert_ids, probabilities
+
+
+def expert_ffn(
+    x: Float[Array, "M D"],
+    weights: Float[Array, "M X"],
+    expert_ids: Int[Array, "M X"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "M D"]:
+    """Σ_x weights[m, x] · SwiGLU of expert expert_ids[m, x] on token m; no token is ever dropped.
+
+    Differentiable in everything but `expert_ids`. The weighted sum is float32, the result has the dtype of `x`.
+    Raises ValueError where shapes disagree or the implementation is unknown.
+    """
+    if gate.shape != up.shape or down.shape != (gate.shape[0], gate.shape[2], gate.shape[1]):
+        raise ValueError(f"gate {gate.shape}, up {up.shape}, down {down.shape} must be [E,D,F], [E,D,F], [E,F,D]")
+    if x.ndim != 2 or x.shape[1] != gate.shape[1]:
+        raise ValueError(f"x is {x.shape}; it must be [M, {gate.shape[1]}]")
+    if weights.shape != expert_ids.shape or weights.shape[0] != x.shape[0]:
+        raise ValueError(f"weights {weights.shape} and expert_ids {expert_ids.shape} must both be [{x.shape[0]}, X]")
+    match implementation or "xla":
+        case "xla":
+            return xla.expert_ffn(x, weights, expert_ids, gate, up, down)
+        case "reference":
+            return reference.expert_ffn(x, weights, expert_ids, gate, up, down)
+        case other:
+            raise ValueError(f"implementation {other!r} is unknown; use 'xla', 'reference' or None")

@@ -1,0 +1,90 @@
+"""One decoder layer: norms, attention projections, dense feed-forward.
+
+A weight's shape, logical axes and initialiser stand together where it is made. The axes are metadata on the
+`nnx.Param`, which gradients and optimiser state inherit, so `qwen3.sharding` can place all of them from one table.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from qwen3.config import ModelConfig
+from qwen3.rope import Rotation, rotate
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (output [B,T,N,H], whatever the caller keeps, such as a cache)."""
+
+
+def weight(key: Array, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, dtype: Any) -> nnx.Param:
+    """A normally distributed weight that names its logical axes."""
+    return nnx.Param(jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype), axes=axes)
+
+
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> nnx.Param:
+    return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: nnx.Param, epsilon: float) -> Float[Array, "... D"]:
+    """Root-mean-square norm in float32, cast back, then scaled (arXiv 1910.07467)."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return normed.astype(x.dtype) * scale[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention projections with optional biases and per-head norms of queries and keys."""
+
+    def __init__(self, config: ModelConfig, key: Array, dtype: Any):
+        width, heads, kv, size = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        scale = config.initializer_range
+        keys = jax.random.split(key, 4)
+        self.epsilon = config.rms_norm_eps
+        self.q = weight(keys[0], (width, heads, size), ("embed", "heads", "head_dim"), scale, dtype)
+        self.k = weight(keys[1], (width, kv, size), ("embed", "kv_heads", "head_dim"), scale, dtype)
+        self.v = weight(keys[2], (width, kv, size), ("embed", "kv_heads", "head_dim"), scale, dtype)
+        self.o = weight(keys[3], (heads, size, width), ("heads", "head_dim", "embed"), scale, dtype)
+        has_bias, has_output_bias = config.attention_bias, config.attention_output_bias
+        self.q_bias = constant(0, (heads, size), ("heads", "head_dim"), dtype) if has_bias else None
+        self.k_bias = constant(0, (kv, size), ("kv_heads", "head_dim"), dtype) if has_bias else None
+        self.v_bias = constant(0, (kv, size), ("kv_heads", "head_dim"), dtype) if has_bias else None
+        self.o_bias = constant(0, (width,), ("norm",), dtype) if has_output_bias else None
+        self.q_norm = constant(1, (size,), ("norm",), dtype) if config.qk_norm else None
+        self.k_norm = constant(1, (size,), ("norm",), dtype) if config.qk_norm else None
+
+    def __call__(self, x: Float[Array, "B T D"], rot: Rotation, attend: Attend) -> tuple[Float[Array, "B T D"], Any]:
+        q = _project("BTD,DNH->BTNH", x, self.q, self.q_bias)
+        k = _project("BTD,DKH->BTKH", x, self.k, self.k_bias)
+        v = _project("BTD,DKH->BTKH", x, self.v, self.v_bias)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rms_norm(q, self.q_norm, self.epsilon), rms_norm(k, self.k_norm, self.epsilon)
+        out, kept = attend(rotate(q, rot), rotate(k, rot), v)
+        return _project("BTNH,NHD->BTD", out, self.o, self.o_bias), kept
+
+
+class Mlp(nnx.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, key: Array, dtype: Any):
+        width, inner, scale = config.hidden_size, config.intermediate_size, config.initializer_range
+        keys = jax.random.split(key, 3)
+        self.gate = weight(keys[0], (width, inner), ("embed", "mlp"), scale, dtype)
+        self.up = weight(keys[1], (width, inner), ("embed", "mlp"), scale, dtype)
+        self.down = weight(keys[2], (inner, width), ("mlp", "embed"), scale, dtype)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        hidden = jax.nn.silu(_project("BTD,DF->BTF", x, self.gate)) * _project("BTD,DF->BTF", x, self.up)
+        return _project("BTF,FD->BTD", hidden, self.down)
+
+
+def _project(equation: str, x: Array, kernel: nnx.Param, bias: nnx.Param | None = None) -> Array:
+    out = jnp.einsum(equation, x, kernel[...].astype(x.dtype))
+    return out if bias is None else out + bias[...].astype(x.dtype)
