@@ -1,0 +1,215 @@
+"""What a person sees while a run goes: bars in a terminal, plain lines in a log.
+
+A stage and what happens inside it (sampling, evaluation) are nested tasks. In a terminal the rows of nested tasks stay
+in place between visits, so that a loop of sampling and training does not flicker. Anywhere else (CI, `nohup`, a pipe)
+no control code is written: a line when enough time has passed, and one when a task ends.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+
+_SPEED_WINDOW_SECONDS = 30.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Measured over the last half minute; None until there are two points to measure between."""
+
+    steps_per_second: float | None
+    tokens_per_second: float | None
+
+
+class Task:
+    """One thing that advances in steps towards a total; made by `Progress.task`."""
+
+    def __init__(self, owner: "Progress", name: str, *, total_steps: int, completed_steps: int, unit: str, depth: int):
+        self.name = name
+        self.unit = unit
+        self.depth = depth
+        self.total_steps = total_steps
+        self.completed_steps = completed_steps
+        self.tokens = 0
+        self.values: dict[str, float] = {}
+        self.started_at = owner.clock()
+        self.told_at = self.started_at
+        self._owner = owner
+        self._history: collections.deque[tuple[float, int, int]] = collections.deque()
+
+    def advance(self, steps: int = 1, *, tokens: int = 0, values: Mapping[str, float] | None = None) -> None:
+        """Notes `steps` more done, `tokens` processed in them, and what to show beside (`{"loss": 0.31}`)."""
+        self.completed_steps += steps
+        self.tokens += tokens
+        self.values.update({name: float(value) for name, value in (values or {}).items()})
+        now = self._owner.clock()
+        # The first point comes after the first step, not at the start: compiling is no speed.
+        self._history.append((now, self.completed_steps, self.tokens))
+        while len(self._history) > 2 and self._history[1][0] < now - _SPEED_WINDOW_SECONDS:
+            self._history.popleft()
+        self._owner.changed(self)
+
+    @property
+    def count(self) -> str:
+        return f"{self.completed_steps:,}/{self.total_steps:,} {self.unit}"
+
+    @property
+    def speed(self) -> Speed:
+        if len(self._history) < 2 or self._history[-1][0] <= self._history[0][0]:
+            return Speed(steps_per_second=None, tokens_per_second=None)
+        (begin, first_steps, first_tokens), (end, last_steps, last_tokens) = self._history[0], self._history[-1]
+        tokens = last_tokens - first_tokens
+        return Speed(
+            steps_per_second=(last_steps - first_steps) / (end - begin),
+            tokens_per_second=tokens / (end - begin) if tokens else None,
+        )
+
+    @property
+    def seconds_left(self) -> float | None:
+        steps_per_second = self.speed.steps_per_second
+        if not steps_per_second:
+            return None
+        return max(0, self.total_steps - self.completed_steps) / steps_per_second
+
+    def describe(self) -> str:
+        """The figures beside the bar: values, speed and time left, as far as they are known."""
+        parts = [f"{name} {_compact(value)}" for name, value in self.values.items()]
+        tokens_per_second = self.speed.tokens_per_second
+        if tokens_per_second is not None:
+            parts.append(f"{tokens_per_second:,.0f} tokens/s")
+        left = self.seconds_left
+        if left is not None and self.completed_steps < self.total_steps:
+            parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
+
+
+class Progress:
+    """Shows tasks on `console` while the `with` block lasts.
+
+    Attributes:
+      clock: seconds, monotonic; replaced in tests.
+      line_interval_seconds: least time between two lines of one task where the console is not a terminal.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        line_interval_seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.console = console or Console()
+        self.clock = clock
+        self.line_interval_seconds = line_interval_seconds
+        self._depth = 0
+        self._rows: dict[tuple[int, str], TaskID] = {}
+        self._bars: RichProgress | None = None
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            # Only the bar gives way on a narrow terminal; a row that wraps would jump.
+            self._bars = RichProgress(
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+                BarColumn(None, complete_style="cyan", table_column=Column(ratio=1, min_width=6, max_width=32)),
+                TextColumn("{task.fields[count]}", markup=False, table_column=Column(no_wrap=True, justify="right")),
+                TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True)),
+                console=self.console,
+                refresh_per_second=5,
+                expand=True,
+            )
+
+    def __enter__(self) -> "Progress":
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def print(self, line: str) -> None:
+        """A line above the bars, or in the log; `line` is shown as it is, without markup."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def task(self, name: str, total_steps: int, *, completed_steps: int = 0, unit: str = "steps") -> Iterator[Task]:
+        """A task of `total_steps`, of which a resumed run has `completed_steps` behind it; may be nested."""
+        task = Task(self, name, total_steps=total_steps, completed_steps=completed_steps, unit=unit, depth=self._depth)
+        self._depth += 1
+        self._begin(task)
+        try:
+            yield task
+        finally:
+            self._depth -= 1
+            self._end(task)
+
+    def changed(self, task: Task) -> None:
+        """Shows the new state of `task`; called by the task itself."""
+        if self._bars is not None:
+            row = self._rows[task.depth, task.name]
+            self._bars.update(row, completed=task.completed_steps, count=task.count, figures=task.describe())
+        elif self.clock() - task.told_at >= self.line_interval_seconds and task.completed_steps < task.total_steps:
+            self._tell(task, task.describe())
+
+    def _begin(self, task: Task) -> None:
+        if self._bars is None:
+            if task.depth == 0:
+                resumed = f", continuing after {task.completed_steps:,}" if task.completed_steps else ""
+                self.print(f"{task.name}: {task.total_steps:,} {task.unit}{resumed}")
+            return
+        key = task.depth, task.name
+        if key not in self._rows:
+            self._rows[key] = self._bars.add_task("", count="", figures="")
+        description = "  " * task.depth + task.name
+        self._bars.reset(
+            self._rows[key],
+            total=task.total_steps,
+            completed=task.completed_steps,
+            description=description,
+            count=task.count,
+            figures="",
+        )
+
+    def _end(self, task: Task) -> None:
+        took = self.clock() - task.started_at
+        if self._bars is None:
+            if task.depth == 0 or took >= self.line_interval_seconds:
+                self._tell(task, f"{task.describe()}  took {duration(took)}".strip())
+            return
+        row = self._rows[task.depth, task.name]
+        self._bars.update(row, figures=f"{task.describe()}  took {duration(took)}".strip())
+        if task.depth == 0:
+            for key in [key for key in self._rows if key[0] > 0]:
+                self._bars.remove_task(self._rows.pop(key))
+            # The row stays on the screen; a later task of this name gets its own.
+            del self._rows[task.depth, task.name]
+
+    def _tell(self, task: Task, figures: str) -> None:
+        task.told_at = self.clock()
+        share = f" ({task.completed_steps / task.total_steps:.0%})" if task.total_steps else ""
+        self.print(f"{'  ' * task.depth}{task.name}  {task.count}{share}  {figures}".rstrip())
+
+
+def duration(seconds: float) -> str:
+    """`0.8 s`, `42 s`, `5 min 08 s`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
+def _compact(value: float) -> str:
+    return f"{value:#.3g}" if abs(value) < 1000 else f"{value:,.0f}"
