@@ -1,0 +1,174 @@
+"""The task of the quickstart: two families that reasoning-gym asks, with worked thinking that it does not have."""
+
+import dataclasses
+import itertools
+import math
+import random
+import re
+from collections.abc import Iterator
+
+from distill.tasks.drawing import check_fraction, check_weight, mix, stream_seed, unique_problems
+from distill.tasks.problem import Problem, Split
+from distill.tasks.verifiers import equal_integers
+from distill.tasks.working import (
+    chain_steps,
+    chain_working,
+    chain_working_is_correct,
+    product_working,
+    product_working_is_correct,
+)
+from qwen3.errors import UserError
+
+CHAIN_SUM = "chain_sum"
+PRODUCTS = "products"
+_CHAIN_QUESTION = re.compile(r"State the final answer to the following arithmetic problem: (.+) =")
+# reasoning-gym's wording; its own generator gives all factors of a problem equally many digits.
+_PRODUCT_QUESTION = "Solve the following multiplication: {} * {}. Give only the result as your final answer."
+_PRODUCT_FACTORS = re.compile(re.escape(_PRODUCT_QUESTION).replace(r"\{\}", "([0-9]+)"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainSum:
+    """Sums and differences as reasoning-gym's `chain_sum` draws them, e.g. `4 - 1 + 7`."""
+
+    weight: float = 1.0
+    """Share of this family, relative to the other's."""
+    min_terms: int = 4
+    max_terms: int = 8
+    min_digits: int = 1
+    """Digits of each term; all terms of a problem have equally many."""
+    max_digits: int = 1
+    min_total: int | None = None
+    """Keep only chains whose running totals are all at least this (0: never negative)."""
+    max_total: int | None = None
+    """Keep only chains whose running totals are all at most this."""
+
+    def __post_init__(self) -> None:
+        check_weight("chain_sum.weight", self.weight)
+        _check_range("chain_sum", "terms", self.min_terms, self.max_terms, least=2)
+        _check_range("chain_sum", "digits", self.min_digits, self.max_digits, least=1)
+        low, high = self.min_total, self.max_total
+        # The first term is a total too: bounds that leave no room for one would search for ever.
+        if (low is not None and low > 0) or (high is not None and high < 10**self.max_digits - 1):
+            raise UserError(
+                f"chain_sum totals from {low} to {high} leave out single terms; "
+                f"use min_total <= 0 and max_total >= {10**self.max_digits - 1}"
+            )
+
+    def candidates(self, seed: int) -> Iterator[Problem]:
+        """Endless problems, with repeats."""
+        # Imported here: the package loads a hundred generators, which a listing of experiments need not wait for.
+        from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
+
+        dataset = ChainSumDataset(
+            ChainSumConfig(
+                min_terms=self.min_terms,
+                max_terms=self.max_terms,
+                min_digits=self.min_digits,
+                max_digits=self.max_digits,
+                seed=stream_seed(CHAIN_SUM, seed),
+            )
+        )
+        low = -math.inf if self.min_total is None else self.min_total
+        high = math.inf if self.max_total is None else self.max_total
+        for index in itertools.count():
+            item = dataset[index]
+            expression = item["metadata"]["expression"]
+            if all(low <= step.result <= high for step in chain_steps(expression)):
+                yield Problem(
+                    prompt=item["question"],
+                    answer=item["answer"],
+                    solution=chain_working(expression),
+                    family=CHAIN_SUM,
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Products:
+    """Products of two numbers in the wording of reasoning-gym's `products`, e.g. `47 * 6`.
+
+    The larger factor comes first: a product and its mirror image are one problem, never one on each side of the split.
+    """
+
+    weight: float = 1.0
+    """Share of this family, relative to the other's."""
+    min_digits: int = 2
+    """Digits of the first factor."""
+    max_digits: int = 3
+    min_multiplier_digits: int = 1
+    """Digits of the second factor."""
+    max_multiplier_digits: int = 1
+
+    def __post_init__(self) -> None:
+        check_weight("products.weight", self.weight)
+        _check_range("products", "digits", self.min_digits, self.max_digits, least=1)
+        _check_range("products", "multiplier_digits", self.min_multiplier_digits, self.max_multiplier_digits, least=1)
+
+    def candidates(self, seed: int) -> Iterator[Problem]:
+        """Endless problems, with repeats."""
+        rng = random.Random(stream_seed(PRODUCTS, seed))
+        while True:
+            factors = (
+                _number(rng, self.min_digits, self.max_digits),
+                _number(rng, self.min_multiplier_digits, self.max_multiplier_digits),
+            )
+            larger, smaller = max(factors), min(factors)
+            yield Problem(
+                prompt=_PRODUCT_QUESTION.format(larger, smaller),
+                answer=str(larger * smaller),
+                solution=product_working(larger, smaller),
+                family=PRODUCTS,
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """Chains of sums and products by parts, with worked thinking and exact verifiers."""
+
+    chain_sum: ChainSum = dataclasses.field(default_factory=ChainSum)
+    products: Products = dataclasses.field(default_factory=Products)
+    held_out_fraction: float = 0.1
+    """Share of all questions that is kept from training."""
+
+    def __post_init__(self) -> None:
+        check_fraction(self.held_out_fraction)
+        if self.chain_sum.weight + self.products.weight == 0:
+            raise UserError("chain_sum.weight and products.weight are both 0; give one of them a positive weight")
+
+    def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
+        """See `Task.problems`."""
+        streams = {
+            CHAIN_SUM: (self.chain_sum.weight, self.chain_sum.candidates(seed)),
+            PRODUCTS: (self.products.weight, self.products.candidates(seed)),
+        }
+        return mix(
+            {
+                name: (weight, unique_problems(candidates, split, self.held_out_fraction))
+                for name, (weight, candidates) in streams.items()
+            },
+            count=count,
+            seed=seed,
+            split=split,
+        )
+
+    def verify(self, problem: Problem, answer_text: str) -> bool:
+        """Whether the text is the number and nothing else."""
+        return equal_integers(answer_text, problem.answer)
+
+    def working_is_correct(self, problem: Problem, thinking_text: str) -> bool:
+        """Whether every line of the working is right, follows from the question and leads to its result."""
+        if match := _CHAIN_QUESTION.fullmatch(problem.prompt):
+            return chain_working_is_correct(match[1], thinking_text)
+        if match := _PRODUCT_FACTORS.fullmatch(problem.prompt):
+            return product_working_is_correct(int(match[1]), int(match[2]), thinking_text)
+        raise ValueError(f"prompt is {problem.prompt!r}; ask the task that made the problem")
+
+
+def _number(rng: random.Random, min_digits: int, max_digits: int) -> int:
+    digits = rng.randint(min_digits, max_digits)
+    return rng.randint(0 if digits == 1 else 10 ** (digits - 1), 10**digits - 1)
+
+
+def _check_range(family: str, unit: str, low: int, high: int, *, least: int) -> None:
+    if not least <= low <= high:
+        raise UserError(f"{family} has {unit} from {low} to {high}; use {least} <= min_{unit} <= max_{unit}")

@@ -1,0 +1,87 @@
+"""Endless generators give repeats and both sides of the split; this turns them into unique problems of one side."""
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Mapping
+
+from distill.tasks.problem import Problem, Split, split_of
+from qwen3.errors import UserError
+
+
+def stream_seed(*parts: object) -> int:
+    """A 31-bit seed from its parts.
+
+    reasoning-gym seeds item i with seed + i, so streams of neighbouring seeds are the same stream shifted;
+    hashing keeps them apart. 31 bits, because numpy refuses a seed + i of 2**32 and more.
+    """
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 33
+
+
+def unique_problems(candidates: Iterable[Problem], split: Split, held_out_fraction: float) -> Iterator[Problem]:
+    """The candidates of one side without repeats; ends when the candidates seem to have no new one.
+
+    With R problems found, a missing one among equally likely candidates escapes 20·(R+50) draws of its side with
+    probability e**-20.
+    """
+    share = held_out_fraction if split == "held_out" else 1 - held_out_fraction
+    if share == 0:
+        return
+    seen: set[str] = set()
+    draws_without_news = 0
+    for problem in candidates:
+        if split_of(problem.question_text, held_out_fraction) == split and problem.problem_id not in seen:
+            seen.add(problem.problem_id)
+            draws_without_news = 0
+            yield problem
+            continue
+        draws_without_news += 1
+        if draws_without_news > 20 * (len(seen) + 50) / share:
+            return
+
+
+def mix(
+    streams: Mapping[str, tuple[float, Iterator[Problem]]], *, count: int, seed: int, split: Split
+) -> list[Problem]:
+    """`count` problems from weighted streams of unique problems.
+
+    The family of every place is drawn before its problem, so that a family that runs dry is an error and not a
+    quiet change of the mixture.
+
+    Args:
+        streams: weight (relative, not negative) and problems by name.
+
+    Raises:
+        UserError: a stream ended; says how many it had.
+    """
+    if count < 0:
+        raise ValueError(f"count is {count}; ask for 0 or more problems")
+    active = {name: (weight, stream) for name, (weight, stream) in streams.items() if weight > 0}
+    names = list(active)
+    cumulative = list(itertools.accumulate(weight for weight, _ in active.values()))
+    rng = random.Random(stream_seed("mix", seed))
+    taken = dict.fromkeys(names, 0)
+    problems = []
+    for _ in range(count):
+        name = rng.choices(names, cum_weights=cumulative)[0]
+        problem = next(active[name][1], None)
+        if problem is None:
+            raise UserError(
+                f"{name}: only {taken[name]} different {split} problems found, more were asked for "
+                f"({count} over {len(names)} families); ask for fewer, lower this family's weight or widen its options"
+            )
+        taken[name] += 1
+        problems.append(problem)
+    return problems
+
+
+def check_fraction(value: float) -> None:
+    """Refuses a held_out_fraction outside 0 to 1."""
+    if not 0 <= value <= 1:
+        raise UserError(f"held_out_fraction is {value}; give a share from 0 (nothing) to 1 (everything held out)")
+
+
+def check_weight(field: str, value: float) -> None:
+    """Refuses a negative or infinite weight."""
+    if not 0 <= value < float("inf"):
+        raise UserError(f"{field} is {value}; give 0 to leave the family out, or a positive number")

@@ -1,0 +1,95 @@
+"""Worked thinking for sums and products: written for the teacher to learn, checked in what the student writes.
+
+An exact answer can follow wrong working, so the report shows both.
+"""
+
+import itertools
+import re
+from typing import Literal, NamedTuple
+
+_STEP = re.compile(r"(-?[0-9]{1,40}) *([+\-*]) *([0-9]{1,40}) *= *(-?[0-9]{1,40})")
+
+
+class Step(NamedTuple):
+    """One line: `left operator right = result`."""
+
+    left: int
+    operator: Literal["+", "-", "*"]
+    right: int
+    result: int
+
+    def __str__(self) -> str:
+        return f"{self.left}{self.operator}{self.right}={self.result}"
+
+
+def chain_working(expression: str) -> str:
+    """Running totals of a chain of sums and differences: "4 - 1 + 7" gives "4-1=3\\n3+7=10"."""
+    return "\n".join(map(str, chain_steps(expression)))
+
+
+def chain_steps(expression: str) -> list[Step]:
+    """The only working that follows a chain from left to right."""
+    first, *rest = expression.split()
+    total = int(first)
+    steps = []
+    for operator, term in zip(rest[::2], map(int, rest[1::2]), strict=True):
+        if operator not in ("+", "-"):
+            raise ValueError(f"expression is {expression!r}; a chain has only + and - between its terms")
+        result = total + term if operator == "+" else total - term
+        steps.append(Step(total, operator, term, result))  # type: ignore[arg-type]
+        total = result
+    return steps
+
+
+def chain_working_is_correct(expression: str, thinking_text: str) -> bool:
+    """Whether the lines are exactly the running totals of the chain."""
+    return read_steps(thinking_text) == chain_steps(expression)
+
+
+def product_working(multiplicand: int, multiplier: int) -> str:
+    """Products of the factors' parts, then their running total: "40*6=240\\n7*6=42\\n240+42=282"."""
+    products = [
+        Step(left, "*", right, left * right)
+        for left, right in itertools.product(place_values(multiplicand), place_values(multiplier))
+    ]
+    sums = chain_steps(" + ".join(str(step.result) for step in products))
+    return "\n".join(map(str, [*products, *sums]))
+
+
+def product_working_is_correct(multiplicand: int, multiplier: int, thinking_text: str) -> bool:
+    """Whether the lines hold each product of parts once and add them all up, in whatever order."""
+    missing = set(itertools.product(place_values(multiplicand), place_values(multiplier)))
+    unadded: list[int] = []
+    for step in read_steps(thinking_text) or []:
+        left, operator, right, result = step
+        if operator == "*" and (left, right) in missing and result == left * right:
+            missing.remove((left, right))
+        elif operator == "+" and _takes(unadded, left, right) and result == left + right:
+            unadded.remove(left)
+            unadded.remove(right)
+        else:
+            return False
+        unadded.append(result)
+    return not missing and unadded == [multiplicand * multiplier]
+
+
+def read_steps(thinking_text: str) -> list[Step] | None:
+    """The lines of a working; None where one of them is anything else."""
+    steps = []
+    for line in thinking_text.strip().split("\n"):
+        match = _STEP.fullmatch(line.strip())
+        if match is None:
+            return None
+        steps.append(Step(int(match[1]), match[2], int(match[3]), int(match[4])))  # type: ignore[arg-type]
+    return steps
+
+
+def place_values(number: int) -> list[int]:
+    """The parts that a number is multiplied by: 407 gives [400, 7], 0 gives [0]."""
+    digits = str(number)
+    parts = [int(digit) * 10 ** (len(digits) - place) for place, digit in enumerate(digits, start=1)]
+    return [part for part in parts if part] or [0]
+
+
+def _takes(unadded: list[int], left: int, right: int) -> bool:
+    return unadded.count(left) > (left == right) and right in unadded

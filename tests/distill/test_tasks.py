@@ -1,0 +1,221 @@
+import itertools
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reasoning_gym import create_dataset
+
+from distill.tasks import Arithmetic, ChainSum, Problem, Products, split_of
+from distill.tasks.drawing import mix, unique_problems
+from distill.tasks.working import (
+    chain_working,
+    chain_working_is_correct,
+    place_values,
+    product_working,
+    product_working_is_correct,
+)
+from qwen3.errors import UserError
+
+SMALL = Arithmetic(chain_sum=ChainSum(min_terms=2, max_terms=3), products=Products(max_digits=2))
+
+
+def test_train_and_held_out_never_meet_whatever_the_seeds() -> None:
+    train = {p.prompt for seed in range(4) for p in SMALL.problems("train", 600, seed)}
+    held_out = {p.prompt for seed in range(4) for p in SMALL.problems("held_out", 80, seed)}
+    assert train.isdisjoint(held_out)
+    # The space is small enough that seeds do repeat each other's problems, so the sets had every chance to meet.
+    assert len(train) < 4 * 600
+    assert len(held_out) < 4 * 80
+
+
+def test_one_question_in_two_families_falls_on_one_side() -> None:
+    assert split_of("What is 2 + 2?", 0.5) == split_of("  What is\n2 + 2? ", 0.5)
+    first = Problem(prompt="What is 2 + 2?", answer="4", family="a")
+    second = Problem(prompt="What is 2 + 2?", answer="4", family="b")
+    assert first.problem_id != second.problem_id
+    assert first.question_text == second.question_text
+
+
+def test_the_split_has_the_asked_for_share() -> None:
+    sides = [split_of(f"question {i}", 0.2) for i in range(20_000)]
+    # Binomial: standard deviation 0.0028, so five of them.
+    assert sides.count("held_out") / 20_000 == pytest.approx(0.2, abs=0.015)
+    assert {split_of(f"question {i}", 0.0) for i in range(100)} == {"train"}
+    assert {split_of(f"question {i}", 1.0) for i in range(100)} == {"held_out"}
+
+
+def test_ids_do_not_change_between_versions_of_this_project() -> None:
+    problem = Problem(prompt="Solve the following multiplication: 47 * 6.", answer="282", family="products")
+    assert problem.problem_id == "492253df7f24aa7a"
+    assert split_of(problem.question_text, 0.1) == "train"
+
+
+def test_a_smaller_count_is_a_prefix_and_problems_are_unique() -> None:
+    many = SMALL.problems("train", 500, 3)
+    assert SMALL.problems("train", 120, 3) == many[:120]
+    assert len({p.problem_id for p in many}) == 500
+    assert SMALL.problems("train", 120, 4) != many[:120]
+
+
+def test_neighbouring_seeds_are_different_streams() -> None:
+    task = Arithmetic(chain_sum=ChainSum(min_terms=6, max_digits=2), products=Products(weight=0))
+    first, second = ({p.prompt for p in task.problems("train", 200, seed)} for seed in (0, 1))
+    assert not first & second
+
+
+def test_questions_are_worded_as_reasoning_gym_words_them() -> None:
+    theirs = {name: create_dataset(name, size=1, seed=1)[0]["question"] for name in ("chain_sum", "products")}
+    for problem in SMALL.problems("train", 50, 0):
+        numbers_removed = re.sub(r"\d+( [-+*] \d+)+", "", problem.prompt)
+        assert numbers_removed == re.sub(r"\d+( [-+*] \d+)+", "", theirs[problem.family])
+
+
+def test_answers_pass_reasoning_gyms_own_scorer_and_ours() -> None:
+    scorers = {name: create_dataset(name, size=1, seed=1).score_answer for name in ("chain_sum", "products")}
+    for problem in SMALL.problems("train", 300, 0):
+        expression = re.search(r"\d+( [-+*] \d+)+", problem.prompt)[0]
+        assert int(problem.answer) == eval(expression)
+        assert scorers[problem.family](problem.answer, {"answer": problem.answer}) == 1.0
+        assert SMALL.verify(problem, f" {problem.answer}\n")
+        assert not SMALL.verify(problem, f"{int(problem.answer) + 1}")
+        assert SMALL.working_is_correct(problem, problem.solution)
+        assert problem.solution.split("=")[-1] == problem.answer
+
+
+def test_options_bound_what_is_drawn() -> None:
+    task = Arithmetic(
+        chain_sum=ChainSum(min_terms=3, max_terms=5, min_digits=2, max_digits=2, min_total=0, max_total=150),
+        products=Products(min_digits=3, max_digits=3, min_multiplier_digits=2, max_multiplier_digits=2, weight=2.0),
+    )
+    problems = task.problems("train", 600, 0)
+    chains = [p for p in problems if p.family == "chain_sum"]
+    # One in three: binomial with standard deviation 12, so five of them.
+    assert abs(len(chains) - 200) < 60
+    for problem in chains:
+        assert 2 <= problem.solution.count("\n") + 1 <= 4
+        assert all(0 <= int(line.split("=")[1]) <= 150 for line in problem.solution.split("\n"))
+    for problem in problems:
+        if problem.family == "products":
+            assert re.search(r": \d{3} \* \d{2}\.", problem.prompt)
+
+
+def test_a_product_and_its_mirror_image_are_one_problem() -> None:
+    task = Arithmetic(chain_sum=ChainSum(weight=0), products=Products(min_digits=1, max_digits=1))
+    pairs = [tuple(map(int, re.findall(r"\d+", p.prompt))) for p in task.problems("train", 40, 0)]
+    assert all(left >= right for left, right in pairs)
+
+
+def test_an_exhausted_family_says_how_many_there_are() -> None:
+    task = Arithmetic(chain_sum=ChainSum(weight=0), products=Products(min_digits=1, max_digits=1))
+    space = {(a, b) for a, b in itertools.product(range(10), repeat=2) if a >= b}
+    counts = {}
+    for split in ("train", "held_out"):
+        with pytest.raises(UserError, match=r"products: only \d+ different") as caught:
+            task.problems(split, 100, 0)
+        counts[split] = int(re.search(r"only (\d+)", str(caught.value))[1])
+    assert counts["train"] + counts["held_out"] == len(space)
+
+
+def test_a_side_without_problems_ends_instead_of_searching_for_ever() -> None:
+    same = itertools.repeat(Problem(prompt="only one", answer="1", family="a"))
+    assert len(list(unique_problems(same, "train", 0.1))) == 1
+    assert list(unique_problems(same, "held_out", 0.1)) == []
+    assert list(unique_problems(same, "held_out", 0.0)) == []
+
+
+def test_a_negative_count_is_refused() -> None:
+    with pytest.raises(ValueError, match="count is -1"):
+        mix({}, count=-1, seed=0, split="train")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ChainSum(min_terms=1), "chain_sum has terms from 1 to 8; use 2 <= min_terms"),
+        (lambda: ChainSum(min_terms=9), "chain_sum has terms from 9 to 8"),
+        (lambda: ChainSum(weight=-1.0), "chain_sum.weight is -1.0"),
+        (lambda: ChainSum(max_digits=2, max_total=50), "use min_total <= 0 and max_total >= 99"),
+        (lambda: ChainSum(min_total=5), "min_total <= 0"),
+        (lambda: Products(min_digits=0), "products has digits from 0 to 3"),
+        (lambda: Products(min_multiplier_digits=2), "products has multiplier_digits from 2 to 1"),
+        (lambda: Products(weight=float("nan")), "products.weight is nan"),
+        (lambda: Arithmetic(held_out_fraction=1.5), "held_out_fraction is 1.5"),
+        (lambda: Arithmetic(chain_sum=ChainSum(weight=0), products=Products(weight=0)), "both 0"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(make, message) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        make()
+
+
+def test_workings_are_written_one_short_step_a_line() -> None:
+    assert chain_working("4 - 1 + 7") == "4-1=3\n3+7=10"
+    assert chain_working("3 - 5 - 0") == "3-5=-2\n-2-0=-2"
+    assert product_working(47, 6) == "40*6=240\n7*6=42\n240+42=282"
+    assert product_working(40, 6) == "40*6=240"
+    assert product_working(7, 0) == "7*0=0"
+    assert product_working(20, 13) == "20*10=200\n20*3=60\n200+60=260"
+
+
+@pytest.mark.parametrize(
+    "thinking",
+    [
+        "",
+        "4-1=3",
+        "4-1=3\n3+7=11",
+        "4-1=4\n4+7=10",
+        "4-1=3\n3+7=10\n10+0=10",
+        "4-1=3\n\n3+7=10",
+        "so 4-1=3\n3+7=10",
+        "4+7=11\n11-1=10",
+        "4-1=3\n3+7=1 0",
+    ],
+)
+def test_wrong_or_unrelated_chain_working_is_found(thinking) -> None:
+    assert not chain_working_is_correct("4 - 1 + 7", thinking)
+
+
+def test_spaces_do_not_make_working_wrong() -> None:
+    assert chain_working_is_correct("4 - 1 + 7", "\n4 - 1 = 3 \n3+7= 10\n")
+
+
+@pytest.mark.parametrize(
+    ("thinking", "correct"),
+    [
+        ("40*6=240\n7*6=42\n240+42=282", True),
+        ("7*6=42\n40*6=240\n42+240=282", True),
+        ("40*6=240\n7*6=42\n240+42=272", False),
+        ("40*6=230\n7*6=52\n230+52=282", False),
+        ("40*6=240\n7*6=42", False),
+        ("40*6=240\n240+42=282", False),
+        ("40*6=240\n40*6=240\n7*6=42\n240+42=282", False),
+        ("47*6=282", False),
+        ("", False),
+    ],
+)
+def test_product_working_must_hold_each_part_once_and_add_it_once(thinking, correct) -> None:
+    assert product_working_is_correct(47, 6, thinking) is correct
+
+
+def test_equal_partial_results_are_two_numbers_to_add() -> None:
+    # 22 * 11: the parts 20*1 and 2*10 are both 20.
+    assert product_working_is_correct(22, 11, "20*10=200\n20*1=20\n2*10=20\n2*1=2\n20+20=40\n200+40=240\n240+2=242")
+    assert not product_working_is_correct(22, 11, "20*10=200\n20*1=20\n20+20=40")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 99_999), st.integers(0, 999))
+def test_every_written_product_working_is_correct_and_any_changed_digit_is_not(left: int, right: int) -> None:
+    working = product_working(left, right)
+    assert sum(place_values(left)) == left
+    assert product_working_is_correct(left, right, working)
+    for position in {0, len(working) // 2, len(working) - 1}:
+        if working[position].isdigit():
+            changed = working[:position] + str((int(working[position]) + 1) % 10) + working[position + 1 :]
+            assert not product_working_is_correct(left, right, changed)
+
+
+def test_a_problem_from_elsewhere_has_no_working_to_check() -> None:
+    with pytest.raises(ValueError, match="ask the task that made the problem"):
+        SMALL.working_is_correct(Problem(prompt="Why?", answer="1", family="chain_sum"), "1+1=2")
