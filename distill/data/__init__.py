@@ -1,0 +1,1 @@
+"""From records of rollouts to fixed-shape batches of rows."""
