@@ -1,0 +1,204 @@
+"""The one door to the linear KL: checks the arrays, picks the implementation, and owns the derivative.
+
+Both functions return a weighted sum over positions, so that the caller divides by one global count and gets the same
+loss under any data sharding or gradient accumulation. Because it is a sum, the derivatives by the student's hidden
+states and head are formed during the forward pass, block by block, and only scaled in the backward pass; without
+differentiation they are not computed. The teacher, the ids and the weights are constants.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.linear_kl import reference, xla
+from kernels_pallas.linear_kl.divergence import Divergence
+from kernels_pallas.linear_kl.xla import split_at_ids
+
+__all__ = ["IMPLEMENTATIONS", "linear_kl_at_ids", "linear_kl_full", "split_at_ids"]
+
+IMPLEMENTATIONS = ("xla", "reference")
+# Bytes of one float32 [block_tokens, block_vocab] array when the caller names no block size; the caches of a CPU
+# want it small, the matrix units of an accelerator large.
+_BLOCK_BYTES = {"cpu": 40 * 2**20}
+_BLOCK_BYTES_ACCELERATOR = 512 * 2**20
+
+
+def linear_kl_full(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    teacher_hidden: Float[Array, "B T Dt"],
+    teacher_head: Float[Array, "V Dt"],
+    weights: Float[Array, "B T"],
+    *,
+    divergence: Divergence,
+    block_tokens: int | None = None,
+    block_vocab: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "B T"]]]:
+    """Σ weights · divergence(teacher ‖ student) over the whole vocabulary, exact.
+
+    Args:
+      hidden, head: the student's final hidden states and output matrix, float32 or bfloat16.
+      teacher_hidden, teacher_head: the teacher's, of any width, over the same V words.
+      weights: mask / denominator. A position of weight 0 adds exactly nothing to the loss or to any gradient, even
+        where its hidden states are NaN.
+      divergence: which loss.
+      block_tokens: about how many of the B·T tokens to multiply out at a time; blocks are taken along T.
+      block_vocab: how many words at a time. None keeps V whole, which multiplies each logit out once; a smaller block
+        bounds memory further but multiplies the logits out up to three times. Leave it whole where the head is
+        sharded over the vocabulary.
+      implementation: None (picks "xla"), "xla", or "reference" (materialises [B, T, V]; for tests).
+
+    Peak temporary memory of "xla" is about 3 · block_tokens · block_vocab · 4 bytes (student logits, teacher logits,
+    logit gradients), plus with gradients block_vocab · D · 4 bytes for one block's share of the head's gradient.
+    Accumulation is in float32 (float64 for float64 inputs).
+
+    Returns:
+      The loss sum, in nats, and per-position statistics without gradient, 0 where the weight is 0: `divergence`,
+      `student_entropy`, `teacher_entropy` (nats), `top1_agreement` (1 where the student ranks the teacher's first
+      word first).
+
+    Raises:
+      ValueError: shapes that do not fit together, a block size below 1, or an unknown implementation.
+    """
+    _require_student(hidden, head, weights)
+    _require("teacher_hidden", teacher_hidden, (*hidden.shape[:2], None))
+    _require("teacher_head", teacher_head, (head.shape[0], teacher_hidden.shape[2]))
+    plan = _plan(hidden, head, divergence, block_tokens, block_vocab, implementation)
+    return _full(hidden, head, (teacher_hidden, teacher_head, weights), plan)
+
+
+def linear_kl_at_ids(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    ids: Int[Array, "B T J"],
+    teacher_logprobs: Float[Array, "B T J"],
+    teacher_log_tail: Float[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    divergence: Divergence,
+    block_tokens: int | None = None,
+    block_vocab: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "B T"]]]:
+    """Σ weights · divergence between distributions over J named words and one bucket for all the others.
+
+    By the data-processing inequality this never exceeds the divergence over the whole vocabulary, and it is never
+    negative. With J = 1, log-probability 0 and an empty tail it is the cross-entropy (forward KL against a one-hot).
+    The student's tail is the log-sum-exp over its unnamed words, never 1 - Σ exp.
+
+    Args:
+      ids: the named words of each position, without duplicates; -1 marks an absent entry.
+      teacher_logprobs: the teacher's log-probabilities of them over the whole vocabulary (not renormalised).
+      teacher_log_tail: the logarithm of its mass on all other words; -inf where there is none.
+      Others as in `linear_kl_full`.
+
+    Returns:
+      As `linear_kl_full`, with `student_entropy` exact over the vocabulary, `teacher_entropy` that of the J + 1
+      buckets (a lower bound of its exact entropy), `top1_agreement` against the teacher's first among the named
+      words, and also `teacher_tail_mass` and `student_support_mass` (the student's mass on the named words).
+
+    Raises:
+      ValueError: as `linear_kl_full`.
+    """
+    _require_student(hidden, head, weights)
+    _require("ids", ids, (*hidden.shape[:2], None))
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids has dtype {ids.dtype}; pass integer word ids")
+    _require("teacher_logprobs", teacher_logprobs, ids.shape)
+    _require("teacher_log_tail", teacher_log_tail, ids.shape[:2])
+    plan = _plan(hidden, head, divergence, block_tokens, block_vocab, implementation)
+    return _at_ids(hidden, head, (ids, teacher_logprobs, teacher_log_tail, weights), plan)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """All that is decided before tracing; hashable, so it can be a static argument of the custom derivative."""
+
+    divergence: Divergence
+    positions: xla.Blocks
+    vocab: xla.Blocks
+    implementation: str
+
+
+def _with_derivative(xla_loss, reference_loss):
+    """A function of (hidden, head, constants, plan) whose derivatives are made in its forward pass."""
+
+    def run(hidden, head, constants, plan, with_gradients):
+        return xla_loss(
+            hidden,
+            head,
+            *constants,
+            divergence=plan.divergence,
+            positions=plan.positions,
+            vocab=plan.vocab,
+            with_gradients=with_gradients,
+        )
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+    def blocked(hidden, head, constants, plan):
+        loss, stats, _ = run(hidden, head, constants, plan, with_gradients=False)
+        return loss, stats
+
+    def forward(hidden, head, constants, plan):
+        loss, stats, gradients = run(hidden, head, constants, plan, with_gradients=True)
+        return (loss, stats), (gradients.hidden, gradients.head)
+
+    def backward(plan, gradients, cotangents):
+        del plan
+        loss_cotangent, _ = cotangents
+        return *(loss_cotangent.astype(gradient.dtype) * gradient for gradient in gradients), None
+
+    blocked.defvjp(forward, backward)
+
+    def loss(hidden, head, constants, plan):
+        if plan.implementation == "xla":
+            return blocked(hidden, head, constants, plan)
+        constants = jax.lax.stop_gradient(constants)
+        loss, stats = reference_loss(hidden, head, *constants, divergence=plan.divergence)
+        return loss, jax.lax.stop_gradient(stats)
+
+    return loss
+
+
+_full = _with_derivative(xla.full, reference.full)
+_at_ids = _with_derivative(xla.at_ids, reference.at_ids)
+
+
+def _plan(hidden, head, divergence, block_tokens, block_vocab, implementation) -> _Plan:
+    implementation = "xla" if implementation is None else implementation
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r} is not available; use one of {', '.join(IMPLEMENTATIONS)}")
+    for name, value in (("block_tokens", block_tokens), ("block_vocab", block_vocab)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value} must be at least 1, or None for the default")
+    batch, length = hidden.shape[:2]
+    vocab = head.shape[0]
+    block_vocab = min(block_vocab or vocab, vocab)
+    if block_tokens is None:
+        block_tokens = _BLOCK_BYTES.get(jax.default_backend(), _BLOCK_BYTES_ACCELERATOR) // (4 * block_vocab)
+    blocks = -(-length // max(1, block_tokens // batch))
+    return _Plan(
+        divergence=divergence,
+        positions=xla.Blocks(size=length, block=-(-length // blocks)),
+        vocab=xla.Blocks(size=vocab, block=block_vocab),
+        implementation=implementation,
+    )
+
+
+def _require_student(hidden: Array, head: Array, weights: Array) -> None:
+    _require("hidden", hidden, (None, None, None))
+    _require("head", head, (None, hidden.shape[2]))
+    _require("weights", weights, hidden.shape[:2])
+    if hidden.size == 0:
+        raise ValueError(f"hidden has shape {hidden.shape}; pass at least one position")
+
+
+def _require(name: str, array: Array, shape: tuple[int | None, ...]) -> None:
+    fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {array.shape}; it must be ({wanted}) to fit the other arrays")
