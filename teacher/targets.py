@@ -1,0 +1,142 @@
+"""What a teacher says about the next word at each position: the one schema between teachers, stores and losses.
+
+Every target is stored at the predicting position t and speaks about the word at t + 1. Log-probabilities are the
+teacher's own over its whole vocabulary, never renormalised over what was kept, so the mass that was left out is known
+and counts as one more bucket.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.linear_kl import split_at_ids
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The teacher's J most likely words, most likely first."""
+
+    ids: Int[Array, "*batch J"]
+    logprobs: Float[Array, "*batch J"]
+    log_tail: Float[Array, "*batch"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AtIds:
+    """Log-probabilities at words that somebody asked for, without duplicates; id -1, log-probability -inf: absent."""
+
+    ids: Int[Array, "*batch J"]
+    logprobs: Float[Array, "*batch J"]
+    log_tail: Float[Array, "*batch"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hidden:
+    """The teacher's final hidden states, exact over the whole vocabulary together with its head [V, D]."""
+
+    hidden: Float[Array, "*batch D"]
+
+
+Targets = TopK | AtIds | Hidden
+
+# Tokens whose logits [tokens, V] are held at a time while targets are made.
+_BLOCK_TOKENS = 128
+
+
+def one_hot(tokens: Int[Array, "B T"]) -> AtIds:
+    """The data itself as a teacher, certain of the word that follows; the forward KL to it is the cross-entropy.
+
+    The last position, which nothing follows, has no entry and all its mass in the tail: mask it.
+    """
+    following = jnp.concatenate([tokens[:, 1:], jnp.full_like(tokens[:, :1], -1)], axis=1).astype(jnp.int32)
+    known = following >= 0
+    return AtIds(
+        ids=following[..., None],
+        logprobs=jnp.where(known, 0.0, -jnp.inf).astype(jnp.float32)[..., None],
+        log_tail=jnp.where(known, -jnp.inf, 0.0).astype(jnp.float32),
+    )
+
+
+def top_k_targets(
+    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], k: int, *, block_tokens: int = _BLOCK_TOKENS
+) -> TopK:
+    """The k most likely words of softmax(hidden · headᵀ) and the exact log-mass of all others.
+
+    Memory: about 2 · block_tokens · V · 4 bytes beside the result. Raises ValueError for k outside [1, V].
+    """
+    if not 1 <= k <= head.shape[0]:
+        raise ValueError(f"k {k} must lie between 1 and the vocabulary's {head.shape[0]} words")
+
+    def block(logits, start):
+        del start
+        ids = lax.top_k(logits, k)[1].astype(jnp.int32)
+        return ids, *_logprobs_at(logits, ids)
+
+    ids, logprobs, log_tail = _by_token_blocks(hidden, head, block, block_tokens)
+    return TopK(ids=ids, logprobs=logprobs, log_tail=log_tail)
+
+
+def at_ids_targets(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    ids: Int[Array, "B T J"],
+    *,
+    block_tokens: int = _BLOCK_TOKENS,
+) -> AtIds:
+    """The teacher's log-probabilities at `ids` and the exact log-mass of all other words.
+
+    Repeated ids and ids below 0 become absent entries. Memory as `top_k_targets`.
+    """
+    ids = unique_ids(ids)
+
+    def block(logits, start):
+        return _logprobs_at(logits, lax.dynamic_slice_in_dim(ids, start, logits.shape[1], 1))
+
+    logprobs, log_tail = _by_token_blocks(hidden, head, block, block_tokens)
+    return AtIds(ids=ids, logprobs=logprobs, log_tail=log_tail)
+
+
+def unique_ids(ids: Int[Array, "*batch J"]) -> Int[Array, "*batch J"]:
+    """`ids` as int32 with every repetition of an earlier entry, and every negative id, set to -1."""
+    ids = jnp.maximum(ids, -1).astype(jnp.int32)
+    order = jnp.argsort(ids, axis=-1, stable=True)
+    ordered = jnp.take_along_axis(ids, order, -1)
+    repeats = jnp.concatenate([jnp.zeros_like(ordered[..., :1], bool), ordered[..., 1:] == ordered[..., :-1]], axis=-1)
+    return jnp.where(jnp.take_along_axis(repeats, jnp.argsort(order, axis=-1), -1), -1, ids)
+
+
+def _logprobs_at(logits: Float[Array, "B T V"], ids: Int[Array, "B T J"]) -> tuple[Array, Array]:
+    chosen, rest = split_at_ids(logits, ids)
+    rest_lse = jax.nn.logsumexp(rest, axis=-1)
+    lse = jnp.logaddexp(rest_lse, jax.nn.logsumexp(chosen, axis=-1))
+    return chosen - lse[..., None], rest_lse - lse
+
+
+def _by_token_blocks(hidden: Array, head: Array, block: Callable, block_tokens: int) -> tuple[Array, ...]:
+    """Run `block(logits, start)` along T, so that B keeps its sharding; the last block overlaps its predecessor."""
+    batch, length = hidden.shape[:2]
+    size = max(1, min(length, block_tokens // batch))
+
+    def run(start):
+        part = lax.dynamic_slice_in_dim(hidden, start, size, 1)
+        return block(jnp.einsum("BTD,VD->BTV", part, head, preferred_element_type=jnp.float32), start)
+
+    def body(index, found):
+        start = jnp.minimum(index * size, length - size)
+        return tuple(
+            lax.dynamic_update_slice_in_dim(whole, part, start, 1)
+            for whole, part in zip(found, run(start), strict=True)
+        )
+
+    found = tuple(
+        jnp.zeros((batch, length, *part.shape[2:]), part.dtype)
+        for part in jax.eval_shape(run, jnp.zeros((), jnp.int32))
+    )
+    return lax.fori_loop(0, -(-length // size), body, found)
