@@ -75,7 +75,7 @@ def read_tokenizer(folder: str | Path) -> TokenizerFiles:
     folder = Path(folder)
     contents = _read_files(folder)
     config = _parse_object(folder / "tokenizer_config.json", contents["tokenizer_config.json"])
-    special_tokens = {}
+    special_tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if name in contents:
             special_tokens |= _special_tokens(_parse_object(folder / name, contents[name]))
