@@ -1,0 +1,50 @@
+"""A folder that appears under its name complete or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen3.errors import UserError
+
+# What model folders consist of. Anything else in the way is somebody's work and is not replaced.
+_REPLACEABLE = {".json", ".safetensors", ".jinja", ".txt", ".md", ".model"}
+
+
+@contextlib.contextmanager
+def complete_folder(folder: str | Path) -> Iterator[Path]:
+    """Yields an empty folder to write into, and gives it the name `folder` when the block ends without an error.
+
+    A model folder of that name is replaced; after an error it is as it was.
+
+    Raises:
+        UserError: `folder` cannot be written, or holds something that is no part of a model.
+    """
+    target = Path(os.path.abspath(folder))
+    partial, previous = (target.with_name(f".{target.name}.{state}") for state in ("partial", "previous"))
+    try:
+        _check_replaceable(target)
+        for leftover in (partial, previous):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if target.exists():
+                target.rename(previous)
+            partial.rename(target)
+        finally:
+            for leftover in (partial, previous):
+                shutil.rmtree(leftover, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error}); name another folder") from None
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} is a file; name a folder to write the model to")
+    foreign = sorted(path.name for path in target.iterdir() if path.is_dir() or path.suffix not in _REPLACEABLE)
+    if foreign:
+        raise UserError(f"{target} holds {foreign[0]}, which is no part of a model; name an empty or a new folder")
