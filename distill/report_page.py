@@ -1,0 +1,301 @@
+"""`report.html`: one file without scripts or network, made from what lies in the run directory.
+
+The template decides how things look; this module decides what is shown and formats it. Everything that a model or a
+user wrote passes through the template's autoescaping.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from distill import charts
+from distill.metrics import METRICS_FILE, ROLLOUTS_FILE
+from distill.progress import duration
+from distill.records import Record, read_records
+from distill.results import (
+    STUDENT_INITIAL,
+    TEACHER,
+    EvaluationRow,
+    Report,
+    StageCost,
+    headline,
+    headline_mode,
+    mode_name,
+    model_name,
+    parameters,
+    percent,
+)
+from qwen3.rollout import MODES
+
+_MOST_ROLLOUTS_A_GROUP = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _PanelText:
+    title: str
+    note: str
+
+
+_PANEL_TEXTS = {
+    "loss": _PanelText(title="Loss", note="What the stage minimises, nats a token; compare within a stage only."),
+    "kl": _PanelText(title="KL to the teacher", note="Nats a token, by mode."),
+    "forward_kl": _PanelText(title="Forward KL", note="KL(teacher ‖ student), nats a token."),
+    "reverse_kl": _PanelText(title="Reverse KL", note="KL(student ‖ teacher), nats a token."),
+    "pass_at_1": _PanelText(title="Pass@1 while training", note="On held-out problems."),
+    "entropy": _PanelText(title="Entropy", note="Nats a token."),
+    "top1_agreement": _PanelText(
+        title="Top-1 agreement", note="Share of tokens where both models rank the same first."
+    ),
+    "teacher_tail_mass": _PanelText(title="Teacher tail mass", note="Probability outside the stored top-k."),
+    "student_mass_on_support": _PanelText(
+        title="Student mass on the teacher's support", note="Probability that the loss can see in full."
+    ),
+    "response_tokens": _PanelText(title="Response length", note="Tokens, by mode."),
+    "finished": _PanelText(title="Finished responses", note="Share that ended in a stop token."),
+    "gradient_norm": _PanelText(title="Gradient norm", note="Before clipping."),
+    "learning_rate": _PanelText(title="Learning rate", note=""),
+    "tokens_per_second": _PanelText(title="Speed", note="Trained tokens a second."),
+}
+
+
+def render_page(run_dir: pathlib.Path, report: Report) -> str:
+    """The page as HTML text.
+
+    Raises:
+      UserError: for a damaged `metrics.jsonl` or `rollouts.jsonl`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    metrics = read_records(run_dir / METRICS_FILE)
+    return environment.get_template("report_template.html.jinja").render(
+        report=report,
+        headline=headline(report).replace(" %", "\N{NO-BREAK SPACE}%"),
+        headline_basis=_headline_basis(report),
+        ladder=_ladder(report),
+        facts=_facts(report),
+        bars=_bars(report.rows),
+        table=_table(report.rows),
+        costs=_costs(report.stages),
+        panels=_panels(metrics, [stage.name for stage in report.stages]),
+        rollout_groups=_rollout_groups(read_records(run_dir / ROLLOUTS_FILE)),
+        documents=[
+            (title, text)
+            for title, name in (("Configuration", "config.json"), ("Environment", "environment.json"))
+            if (text := _pretty_json(run_dir / name)) is not None
+        ]
+        + ([("Provenance", json.dumps(report.provenance, indent=2, ensure_ascii=False))] if report.provenance else []),
+    )
+
+
+def _headline_basis(report: Report) -> str:
+    mode = headline_mode(report)
+    if mode is None:
+        return ""
+    problems = max(row.problems for row in report.rows if row.mode == mode)
+    return f"pass@1 in {mode_name(mode)} mode on {problems:,} held-out problems."
+
+
+def _ladder(report: Report) -> list[dict[str, Any]]:
+    """The big figures: one rung a model, thinking first."""
+    rungs = []
+    for model in dict.fromkeys(row.model for row in report.rows):
+        rows = sorted((row for row in report.rows if row.model == model), key=lambda row: MODES.index(row.mode))
+        first, *others = rows
+        rungs.append(
+            {
+                "caption": model_name(model) if model in (STUDENT_INITIAL, TEACHER) else f"after {model}",
+                "figure": f"{100 * first.pass_at_1:.1f}",
+                "details": [mode_name(first.mode)]
+                + [f"{percent(row.pass_at_1)} {mode_name(row.mode)}" for row in others],
+                "kind": "teacher" if model == TEACHER else "student",
+            }
+        )
+    return rungs
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    facts = []
+    if report.student_parameters is not None:
+        facts.append(("Student", f"{parameters(report.student_parameters)} parameters"))
+    if report.teacher_parameters is not None:
+        facts.append(("Teacher", f"{parameters(report.teacher_parameters)} parameters"))
+    if report.stages:
+        facts.append(("Compute", f"{_engineering(sum(map(_stage_flops, report.stages)))}FLOP"))
+    if report.wall_seconds is not None:
+        facts.append(("Wall time", duration(report.wall_seconds)))
+    return facts
+
+
+def _bars(rows: Sequence[EvaluationRow]) -> markupsafe.Markup | None:
+    bars = [
+        charts.Bar(group=model_name(r.model), colour=r.mode, share=r.pass_at_1, stderr=r.pass_at_1_stderr) for r in rows
+    ]
+    if not bars:
+        return None
+    return markupsafe.Markup(charts.bar_chart(bars, label="pass@1 by model and mode"))
+
+
+def _table(rows: Sequence[EvaluationRow]) -> dict[str, Any]:
+    ks = sorted({k for row in rows for k in row.pass_at_k})
+    return {
+        "ks": ks,
+        "with_working": any(row.working_correct is not None for row in rows),
+        "rows": [
+            {
+                "model": model_name(row.model) if index == 0 or rows[index - 1].model != row.model else "",
+                "mode": row.mode,
+                "mode_name": mode_name(row.mode),
+                "pass_at_1": f"{100 * row.pass_at_1:.1f}",
+                "stderr": None if row.pass_at_1_stderr is None else f"{100 * row.pass_at_1_stderr:.1f}",
+                "pass_at_k": [percent(row.pass_at_k[k]) if k in row.pass_at_k else "–" for k in ks],
+                "working": "–" if row.working_correct is None else percent(row.working_correct),
+                "tokens": f"{row.mean_response_tokens:,.1f}",
+                "answers": f"{row.problems:,} × {row.samples_per_problem}",
+            }
+            for index, row in enumerate(rows)
+        ],
+    }
+
+
+def _costs(stages: Sequence[StageCost]) -> dict[str, Any] | None:
+    if not stages:
+        return None
+    all_flops = sum(map(_stage_flops, stages))
+    all_seconds = sum(stage.device_seconds for stage in stages)
+    rows = []
+    for stage in stages:
+        flops = _stage_flops(stage)
+        rows.append(
+            {
+                "name": stage.name,
+                "kind": stage.kind,
+                "steps": f"{stage.steps:,}",
+                "trained": _engineering(stage.tokens_trained),
+                "sampled": _engineering(stage.tokens_sampled),
+                "flops": [
+                    _engineering(value)
+                    for value in (stage.student_train_flops, stage.student_sample_flops, stage.teacher_flops, flops)
+                ],
+                "flops_share": _share(flops, all_flops),
+                "seconds": duration(stage.device_seconds),
+                "seconds_share": _share(stage.device_seconds, all_seconds),
+                "parts": _second_parts(stage),
+            }
+        )
+    timed = any(row["parts"] for row in rows)
+    return {"rows": rows, "timed": timed, "flops": _engineering(all_flops), "seconds": duration(all_seconds)}
+
+
+def _second_parts(stage: StageCost) -> list[dict[str, Any]]:
+    """How the device seconds divide, for the bar; empty if nothing was timed."""
+    timed = [
+        ("student trains", "student", stage.student_train_seconds),
+        ("student writes", "student-light", stage.student_sample_seconds),
+        ("teacher writes", "teacher-light", stage.teacher_write_seconds),
+        ("teacher scores", "teacher", stage.teacher_score_seconds),
+    ]
+    parts = [(name, colour, seconds) for name, colour, seconds in timed if seconds]
+    if not parts or stage.device_seconds <= 0:
+        return []
+    rest = stage.device_seconds - sum(seconds for _, _, seconds in parts)
+    if rest > 0.005 * stage.device_seconds:
+        parts.append(("rest", "grid", rest))
+    whole = sum(seconds for _, _, seconds in parts)
+    return [
+        {"name": name, "colour": colour, "percent": f"{100 * seconds / whole:.1f}", "seconds": duration(seconds)}
+        for name, colour, seconds in parts
+    ]
+
+
+def _panels(metrics: Sequence[Record], stage_order: Sequence[str]) -> list[dict[str, Any]]:
+    """One chart a group of metrics, the stages one after the other along the steps of the whole run."""
+    stages = list(dict.fromkeys([*stage_order, *(record["stage"] for record in metrics)]))
+    last = {stage: max((r["step"] for r in metrics if r["stage"] == stage), default=0) for stage in stages}
+    spans, begin = [], 0
+    for stage in stages:
+        if last[stage]:
+            spans.append(charts.Span(name=stage, begin=begin, end=begin + last[stage]))
+            begin += last[stage]
+    begins = {stage: next((span.begin for span in spans if span.name == stage), 0) for stage in stages}
+    # By step, so that a row written twice (an evaluation repeated after a resume) counts once.
+    values: dict[str, dict[str, dict[str, dict[float, float]]]] = {}
+    for record in metrics:
+        for name, value in record["scalars"].items():
+            group, series = _place(name)
+            piece = values.setdefault(group, {}).setdefault(series, {}).setdefault(record["stage"], {})
+            piece[begins[record["stage"]] + record["step"]] = math.nan if value is None else value
+    order = list(_PANEL_TEXTS)
+    panels = []
+    for group in sorted(values, key=lambda group: (order.index(group) if group in order else len(order), group)):
+        lines = [
+            charts.Series(name=name, pieces=[(list(piece), list(piece.values())) for piece in pieces.values()])
+            for name, pieces in values[group].items()
+        ]
+        text = _PANEL_TEXTS.get(group, _PanelText(title=group.replace("_", " "), note=""))
+        legend = [(mode_name(line.name), charts.colour_of(line.name, index)) for index, line in enumerate(lines)]
+        panels.append(
+            {
+                "title": text.title,
+                "note": text.note,
+                "legend": legend if len(lines) > 1 else [],
+                "svg": markupsafe.Markup(charts.line_chart(lines, spans, label=text.title)),
+            }
+        )
+    return panels
+
+
+def _place(metric: str) -> tuple[str, str]:
+    """Panel and line of a metric: `kl/thinking` → kl, thinking; `teacher_entropy` → entropy, teacher."""
+    group, slash, series = metric.partition("/")
+    if slash:
+        return group, series
+    for owner in ("student", "teacher"):
+        if metric == f"{owner}_entropy":
+            return "entropy", owner
+    return metric, metric
+
+
+def _rollout_groups(rollouts: Sequence[Record]) -> list[dict[str, Any]]:
+    """The latest rollouts of each stage and mode."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for rollout in rollouts:
+        groups.setdefault((rollout["stage"], rollout["mode"]), []).append(rollout)
+    return [
+        {"stage": stage, "mode": mode, "mode_name": mode_name(mode), "rollouts": members[-_MOST_ROLLOUTS_A_GROUP:]}
+        for (stage, mode), members in groups.items()
+    ]
+
+
+def _pretty_json(path: pathlib.Path) -> str | None:
+    if not path.exists():
+        return None
+    return json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=2, ensure_ascii=False)
+
+
+def _stage_flops(stage: StageCost) -> float:
+    return stage.student_train_flops + stage.student_sample_flops + stage.teacher_flops
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "–"
+
+
+def _engineering(value: float) -> str:
+    """`1.23 T`, `45.6 G`, `1,024`; a dash for nothing."""
+    if not value:
+        return "–"
+    for size, unit in ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:,.0f}"
