@@ -220,9 +220,10 @@ def _listed(names: list[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def _one_line(error: BaseException, longest: int = 300) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= longest else line[:longest] + " …"
+def _one_line(error: BaseException) -> str:
+    # TensorStore appends the whole specification of the array and places in its own source.
+    line = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
+    return line or type(error).__name__
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
