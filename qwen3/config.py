@@ -7,28 +7,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen3.errors import UserError
+from qwen3.json_fields import JsonFields
+from qwen3.rope_scaling import RopeScaling, read_rope
 
-_FAMILIES = {
+__all__ = ["ModelConfig", "RopeScaling"]
+
+Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
+_ARCHITECTURES: dict[Family, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Frequency scaling of rotary embeddings, named as in `config.json`."""
-
-    rope_type: Literal["linear", "yarn", "llama3"]
-    factor: float
-    original_max_position_embeddings: int
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+# What transformers takes where a config.json lacks the key; None: the number of query heads.
+_KEY_VALUE_HEADS: dict[Family, int | None] = {"qwen3": 32, "qwen3_moe": 4, "qwen2": 32, "llama": None}
+_MAX_POSITIONS: dict[Family, int] = {"qwen3": 32768, "qwen3_moe": 32768, "qwen2": 32768, "llama": 2048}
+_SMALLEST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "intermediate_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 1,
+    "max_position_embeddings": 1,
+    "num_experts": 0,
+    "decoder_sparse_step": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ class ModelConfig:
     `attention_output_bias` are what tells the families apart.
     """
 
-    model_type: Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
+    model_type: Family
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -68,9 +73,11 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        for field, smallest in _SMALLEST.items():
+            if getattr(self, field) < smallest:
+                raise UserError(f"{field} is {getattr(self, field)}; it must be at least {smallest}")
+        if not self.rms_norm_eps > 0:
+            raise UserError(f"rms_norm_eps is {self.rms_norm_eps}; it must be above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "
@@ -78,8 +85,18 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+        if self.num_experts and self.model_type != "qwen3_moe":
+            raise UserError(f"model_type {self.model_type} has no experts; set num_experts to 0 or use qwen3_moe")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UserError(f"num_experts_per_tok {self.num_experts_per_tok} is not in 1..{self.num_experts}")
+        if self.num_experts and self.moe_intermediate_size < 1:
+            raise UserError(f"moe_intermediate_size is {self.moe_intermediate_size}; it must be at least 1")
+        switches = (self.qk_norm, self.attention_bias, self.attention_output_bias)
+        if switches not in _switches(self.model_type):
+            raise UserError(
+                f"qk_norm, attention_bias, attention_output_bias {switches} do not exist in model_type "
+                f"{self.model_type}; it has {' or '.join(map(str, _switches(self.model_type)))}"
+            )
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer number `layer` routes to experts (`decoder_sparse_step`, `mlp_only_layers`)."""
@@ -127,60 +144,52 @@ class ModelConfig:
 
         Keys that would change the computation in a way this decoder does not implement are refused by name.
         """
+        fields = JsonFields(raw)
         family = _family(raw)
-        _refuse_unsupported(raw)
-        qwen3 = family.startswith("qwen3")
+        _refuse_unsupported(fields)
         moe = family == "qwen3_moe"
-        try:
-            heads = int(raw["num_attention_heads"])
-            hidden_size = int(raw["hidden_size"])
-            experts = int(raw.get("num_experts", raw.get("num_local_experts", 128))) if moe else 0
-            maximum = int(raw.get("max_position_embeddings", 32768))
-            # Class defaults of transformers are wrong for the published checkpoints where they matter, so what a
-            # file leaves out takes the architecture's own default as transformers would resolve it on loading.
-            theta, scaling = _rope(raw, maximum)
-            bias = bool(raw.get("attention_bias", False))
-            return cls(
-                model_type=family,
-                vocab_size=int(raw["vocab_size"]),
-                hidden_size=hidden_size,
-                intermediate_size=int(raw["intermediate_size"]),
-                num_hidden_layers=int(raw["num_hidden_layers"]),
-                num_attention_heads=heads,
-                num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-                head_dim=int(raw.get("head_dim") or (128 if family == "qwen3" else hidden_size // heads)),
-                max_position_embeddings=maximum,
-                rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-                rope_theta=theta,
-                rope_scaling=scaling,
-                tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-                qk_norm=qwen3,
-                attention_bias=True if family == "qwen2" else bias,
-                attention_output_bias=False if family == "qwen2" else bias,
-                initializer_range=float(raw.get("initializer_range", 0.02)),
-                num_experts=experts,
-                num_experts_per_tok=int(raw.get("num_experts_per_tok", 8)) if moe else 0,
-                moe_intermediate_size=int(raw.get("moe_intermediate_size", 768)) if moe else 0,
-                norm_topk_prob=bool(raw.get("norm_topk_prob", False)) if moe else True,
-                decoder_sparse_step=int(raw.get("decoder_sparse_step", 1)),
-                mlp_only_layers=tuple(raw.get("mlp_only_layers") or ()),
-                router_aux_loss_coef=float(raw.get("router_aux_loss_coef", 0.001)),
-                eos_token_id=tuple(eos) if isinstance(eos := raw.get("eos_token_id"), list) else eos,
-                bos_token_id=raw.get("bos_token_id"),
-                pad_token_id=raw.get("pad_token_id"),
-            )
-        except KeyError as error:
-            raise UserError(f"{error.args[0]} is missing") from None
-        except (TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"a value has the wrong type ({error})") from None
+        heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+        # An explicit null means one key/value head a query head, in every family.
+        kv_heads = heads if "num_key_value_heads" in raw else _KEY_VALUE_HEADS[family] or heads
+        maximum = fields.integer("max_position_embeddings", _MAX_POSITIONS[family])
+        theta, scaling = read_rope(fields, maximum)
+        bias = fields.flag("attention_bias", False)
+        llama = family == "llama"
+        return cls(
+            model_type=family,
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_hidden_layers=fields.integer("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=fields.integer("num_key_value_heads", kv_heads),
+            head_dim=fields.integer("head_dim", 128 if family == "qwen3" else hidden_size // max(heads, 1)),
+            max_position_embeddings=maximum,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+            qk_norm=family.startswith("qwen3"),
+            attention_bias=family == "qwen2" or bias,
+            attention_output_bias=family != "qwen2" and bias,
+            initializer_range=fields.number("initializer_range", 0.02),
+            num_experts=_num_experts(fields) if moe else 0,
+            num_experts_per_tok=fields.integer("num_experts_per_tok", 8) if moe else 0,
+            moe_intermediate_size=fields.integer("moe_intermediate_size", 768) if moe else 0,
+            norm_topk_prob=fields.flag("norm_topk_prob", False) if moe else True,
+            decoder_sparse_step=fields.integer("decoder_sparse_step", 1) if moe else 1,
+            mlp_only_layers=fields.integers("mlp_only_layers") if moe else (),
+            router_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001),
+            eos_token_id=_eos_token_id(fields, 2 if llama else None),
+            bos_token_id=fields.integer("bos_token_id", 1 if llama and "bos_token_id" not in raw else None),
+            pad_token_id=fields.integer("pad_token_id", None),
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` that transformers, vLLM and llama.cpp read, with every key written out."""
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
         raw: dict[str, Any] = {
-            "architectures": [_FAMILIES[self.model_type]],
+            "architectures": [_ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -193,7 +202,7 @@ class ModelConfig:
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_scaling": _scaling_to_hf(self.rope_scaling),
+            "rope_scaling": None if self.rope_scaling is None else self.rope_scaling.to_hf(),
             "tie_word_embeddings": self.tie_word_embeddings,
             "initializer_range": self.initializer_range,
             "attention_dropout": 0.0,
@@ -206,7 +215,7 @@ class ModelConfig:
             raw["attention_bias"] = self.attention_bias
         if self.model_type != "llama":
             raw |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": self.num_hidden_layers}
-        if self.num_experts:
+        if self.model_type == "qwen3_moe":
             raw |= {
                 "num_experts": self.num_experts,
                 "num_experts_per_tok": self.num_experts_per_tok,
@@ -220,61 +229,51 @@ class ModelConfig:
         return raw
 
 
-def _family(raw: Mapping[str, Any]) -> Literal["qwen3", "qwen3_moe", "qwen2", "llama"]:
-    named = (raw.get("architectures") or [_FAMILIES.get(raw.get("model_type", ""), raw.get("model_type"))])[0]
-    for family, architecture in _FAMILIES.items():
-        if named == architecture:
-            return family  # type: ignore[return-value]
-    raise UserError(f"architecture {named!r} is not supported; supported are {', '.join(_FAMILIES.values())}")
+def _switches(family: Family) -> tuple[tuple[bool, bool, bool], ...]:
+    """The possible values of (qk_norm, attention_bias, attention_output_bias)."""
+    if family == "qwen2":
+        return ((False, True, False),)
+    norm = family != "llama"
+    return ((norm, False, False), (norm, True, True))
 
 
-def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+def _family(raw: Mapping[str, Any]) -> Family:
+    architectures, model_type = raw.get("architectures"), raw.get("model_type")
+    for family, architecture in _ARCHITECTURES.items():
+        if (architectures[:1] == [architecture]) if architectures else (model_type == family):
+            return family
+    named = (architectures or [model_type])[0] if isinstance(architectures, list | None) else architectures
+    raise UserError(f"architecture {named!r} is not supported; supported are {', '.join(_ARCHITECTURES.values())}")
+
+
+def _refuse_unsupported(fields: JsonFields) -> None:
     """Refuse what would silently compute something else."""
     accepted: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", None),
         "use_sliding_window": (False, None),
         "quantization_config": (None,),
         "mlp_bias": (False, None),
-        "partial_rotary_factor": (1, 1.0, None),
+        "partial_rotary_factor": (1, None),
     }
     for key, values in accepted.items():
-        if raw.get(key) not in values:
-            raise UserError(f"{key} {raw[key]!r} is not supported; it must be {values[0]!r}")
-    if other := set(raw.get("layer_types") or ()) - {"full_attention"}:
-        raise UserError(f"layer_types {sorted(other)} is not supported; every layer must be full_attention")
+        value = fields.raw.get(key)
+        if value not in values:
+            shown = "present" if isinstance(value, dict) else f"{value!r}"
+            raise UserError(f"{key} {shown} is not supported; it must be {json.dumps(values[0])}")
+    layer_types = fields.raw.get("layer_types") or []
+    if other := sorted({str(kind) for kind in layer_types} - {"full_attention"}):
+        raise UserError(f"layer_types {', '.join(other)} is not supported; every layer must be full_attention")
 
 
-def _rope(raw: Mapping[str, Any], maximum: int) -> tuple[float, RopeScaling | None]:
-    parameters = dict(raw.get("rope_parameters") or {})
-    scaling = parameters or dict(raw.get("rope_scaling") or {})
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10_000.0)))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "yarn", "llama3"):
-        raise UserError(f"rope_type {kind!r} is not supported; supported are default, linear, yarn, llama3")
-    if any(scaling.get(key) for key in ("mscale", "mscale_all_dim")):
-        raise UserError("mscale in rope_scaling is not supported; leave it out")
-    known = {field.name for field in dataclasses.fields(RopeScaling)} - {"rope_type"}
-    given = {key: value for key, value in scaling.items() if key in known and value is not None}
-    given.setdefault("original_max_position_embeddings", maximum)
-    return theta, RopeScaling(rope_type=kind, **given)
+def _num_experts(fields: JsonFields) -> int:
+    """`num_experts` in files of transformers 4, `num_local_experts` in those of transformers 5."""
+    given = [fields.integer(key) for key in ("num_experts", "num_local_experts") if key in fields.raw]
+    if len(set(given)) > 1:
+        raise UserError(f"num_experts {given[0]} and num_local_experts {given[1]} contradict each other; keep one")
+    return given[0] if given else 128
 
 
-def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    keys = {
-        "linear": ("factor",),
-        "yarn": (
-            "factor",
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "truncate",
-        ),
-        "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    }[scaling.rope_type]
-    values = {key: getattr(scaling, key) for key in keys}
-    return {"rope_type": scaling.rope_type} | {key: value for key, value in values.items() if value is not None}
+def _eos_token_id(fields: JsonFields, default: int | None) -> int | tuple[int, ...] | None:
+    if isinstance(fields.raw.get("eos_token_id"), list):
+        return fields.integers("eos_token_id")
+    return fields.integer("eos_token_id", None if "eos_token_id" in fields.raw else default)

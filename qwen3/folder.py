@@ -9,7 +9,8 @@ from pathlib import Path
 from qwen3.errors import UserError
 
 # What model folders consist of. Anything else in the way is somebody's work and is not replaced.
-_REPLACEABLE = {".json", ".safetensors", ".jinja", ".txt", ".md", ".model"}
+_SUFFIXES = {".json", ".safetensors", ".jinja", ".txt", ".md", ".model"}
+_FOLDERS = {"chat_templates"}
 
 
 @contextlib.contextmanager
@@ -45,6 +46,10 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise UserError(f"{target} is a file; name a folder to write the model to")
-    foreign = sorted(path.name for path in target.iterdir() if path.is_dir() or path.suffix not in _REPLACEABLE)
+    foreign = sorted(
+        path.name
+        for path in target.iterdir()
+        if not (path.name in _FOLDERS if path.is_dir() else path.suffix in _SUFFIXES)
+    )
     if foreign:
         raise UserError(f"{target} holds {foreign[0]}, which is no part of a model; name an empty or a new folder")
