@@ -24,7 +24,7 @@ class Problem:
     family: str
     mode: Mode | None = None
     """The mode that the data asks for; None leaves the choice to the stage."""
-    messages: tuple[Mapping[str, str], ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
     """The whole conversation up to the answer, where it is more than one user turn."""
     details: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
     """What the task's own verifier needs besides the answer."""
@@ -37,7 +37,7 @@ class Problem:
         object.__setattr__(self, "problem_id", _digest(f"{self.family}\n{self.question_text}").hex())
 
     @property
-    def conversation(self) -> list[dict[str, str]]:
+    def conversation(self) -> list[dict[str, Any]]:
         """The turns that a chat template renders before the answer."""
         if self.messages is None:
             return [{"role": "user", "content": self.prompt}]
