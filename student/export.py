@@ -1,0 +1,41 @@
+"""A trained student as a folder that transformers, vLLM and llama.cpp load: weights, tokenizer, template, defaults."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3 import hf
+from qwen3.chat import ChatTokenizer, check_vocabulary
+from qwen3.folder import complete_folder
+from qwen3.model import Qwen3
+
+
+def export(
+    folder: str | Path,
+    model: Qwen3,
+    tokenizer: ChatTokenizer,
+    generation: Mapping[str, Any] | None = None,
+    *,
+    dtype: Any = None,
+) -> None:
+    """Write model and tokenizer; the folder appears under its name once it is complete.
+
+    Args:
+        folder: A new, empty or model folder; a model that is already there is replaced.
+        generation: Sampling defaults for generation_config.json in transformers' names, such as temperature and
+            top_p. End and padding tokens are the tokenizer's unless given here.
+        dtype: What weights are stored as; None keeps the model's dtype.
+
+    Raises:
+        UserError: The folder cannot be written, or the tokenizer has more entries than the model.
+    """
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    ends = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
+    if model.config.bos_token_id is not None:
+        ends["bos_token_id"] = model.config.bos_token_id
+    with complete_folder(folder) as partial:
+        hf.save(partial, model, dtype=dtype)
+        tokenizer.save(partial)
+        content = json.dumps(ends | dict(generation or {}), indent=2)
+        (partial / "generation_config.json").write_text(content + "\n")

@@ -1,0 +1,116 @@
+"""Where a student comes from: a checkpoint, or fresh weights of a stated architecture."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from qwen3 import hf
+from qwen3.chat import ChatTokenizer, check_vocabulary
+from qwen3.config import ModelConfig
+from qwen3.errors import UserError
+from qwen3.model import Qwen3
+from qwen3.sharding import shardings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromCheckpoint:
+    """A student that starts from the weights and the tokenizer of a Hugging Face folder."""
+
+    path: str
+    """The folder."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise UserError("path is empty; name a folder in Hugging Face format")
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Where the student's tokenizer is read from."""
+        return self.path
+
+    def model_config(self) -> ModelConfig:
+        """The architecture. Raises UserError where the folder has no usable config.json."""
+        return ModelConfig.from_folder(self.path)
+
+    def build(
+        self,
+        key: Array,
+        mesh: Mesh | None = None,
+        param_dtype: Any = jnp.float32,
+        compute_dtype: Any = jnp.float32,
+    ) -> Qwen3:
+        """The loaded student; `key` is not needed. Raises UserError as `qwen3.hf.load` does, or where the tokenizer
+        has more entries than the model."""
+        check_vocabulary(ChatTokenizer.from_folder(self.path), self.model_config().vocab_size)
+        return hf.load(self.path, param_dtype=param_dtype, compute_dtype=compute_dtype, mesh=mesh)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromScratch:
+    """A student with random weights."""
+
+    architecture: Mapping[str, Any] | str
+    """Keys and values of a config.json, or the path of one. The tokenizer supplies vocab_size, eos_token_id and
+    pad_token_id where they are absent."""
+    tokenizer: str
+    """The folder with the tokenizer, usually the teacher's: both must mean the same by a token."""
+
+    def __post_init__(self) -> None:
+        for field in ("architecture", "tokenizer"):
+            if not getattr(self, field):
+                raise UserError(f"{field} is empty; it must name what the student is made from")
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Where the student's tokenizer is read from."""
+        return self.tokenizer
+
+    def model_config(self) -> ModelConfig:
+        """The architecture, completed from the tokenizer. Raises UserError where either does not make sense."""
+        tokenizer = ChatTokenizer.from_folder(self.tokenizer)
+        raw = self._raw()
+        supplied = {
+            "vocab_size": tokenizer.vocab_size,
+            "eos_token_id": tokenizer.eos_ids[0],
+            "pad_token_id": tokenizer.pad_id,
+        }
+        config = ModelConfig.from_hf(raw | {key: value for key, value in supplied.items() if raw.get(key) is None})
+        check_vocabulary(tokenizer, config.vocab_size)
+        return config
+
+    def build(
+        self,
+        key: Array,
+        mesh: Mesh | None = None,
+        param_dtype: Any = jnp.float32,
+        compute_dtype: Any = jnp.float32,
+    ) -> Qwen3:
+        """Random weights from `key`, the same on any mesh, made where they belong on `mesh`. Raises UserError."""
+        config = self.model_config()
+
+        def make(key: Array) -> Qwen3:
+            return Qwen3(config, key, param_dtype=param_dtype, compute_dtype=compute_dtype)
+
+        if mesh is None:
+            return jax.jit(make)(key)
+        return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
+
+    def _raw(self) -> dict[str, Any]:
+        if not isinstance(self.architecture, str):
+            return dict(self.architecture)
+        try:
+            raw = json.loads(Path(self.architecture).read_text())
+        except OSError as error:
+            raise UserError(f"{self.architecture} cannot be read ({error.strerror}); name a config.json") from None
+        except ValueError as error:
+            raise UserError(f"{self.architecture} is not valid JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise UserError(f"{self.architecture} holds {type(raw).__name__}, not a JSON object")
+        return raw
