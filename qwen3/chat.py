@@ -221,10 +221,8 @@ class ChatTokenizer:
 
     def _special_id(self, role: str) -> int | None:
         text = self._files.special_tokens.get(role)
-        if text is None:
-            return None
-        token_id = self._tokenizer.token_to_id(text)
-        if token_id is None:
+        token_id = None if text is None else self._tokenizer.token_to_id(text)
+        if text is not None and token_id is None:
             raise UserError(
                 f"{self._files.folder}: {role} {text!r} is not in tokenizer.json; take both files from one checkpoint"
             )

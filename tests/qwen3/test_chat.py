@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from qwen3.chat import (
@@ -223,6 +224,21 @@ def test_tool_template_where_there_is_one(changed):
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools | length }}"}]
     tokenizer = ChatTokenizer.from_folder(changed(chat_template=named))
     assert (tokenizer.render(QUESTION), tokenizer.render(QUESTION, tools=TOOLS)) == ("plain", "1")
+
+
+def test_templates_write_the_special_tokens(changed):
+    named = changed(bos_token="<|endoftext|>", chat_template="{{ bos_token }}{{ eos_token }}{{ messages[0].content }}")
+    assert ChatTokenizer.from_folder(named).render([{"role": "user", "content": "a"}]) == "<|endoftext|><|im_end|>a"
+
+
+def test_encoding_adds_nothing(changed, tokenizer):
+    folder = changed()
+    start = tokenizer.tokens_by_id()[tokenizer.pad_id], tokenizer.pad_id
+    file = json.loads((folder / "tokenizer.json").read_text())
+    adding = TemplateProcessing(single=f"{start[0]} $A", pair=None, special_tokens=[start])
+    file["post_processor"] = json.loads(adding.__getstate__())
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    assert ChatTokenizer.from_folder(folder).encode("a") == tokenizer.encode("a")
 
 
 def test_template_without_turn_end(changed):

@@ -115,6 +115,11 @@ CONVERSATIONS = {
         None,
         {},
     ),
+    "question that quotes a result": (
+        [user("a"), assistant("b", reasoning_content="goes"), user("<tool_response>1</tool_response> is right?")],
+        None,
+        PROMPT,
+    ),
     "no tool calls": ([user("a"), assistant("b", tool_calls=[])], None, {}),
 }
 
@@ -255,7 +260,7 @@ GOLDEN = {
     ),
 }
 # sha256 of the JSON list of all renderings by that template.
-GOLDEN_DIGEST = "3f68b116506285b46a21a0a2b9fcac6f61099153db236cd55b72f8fd0546a54e"
+GOLDEN_DIGEST = "63bba98819df07a20264b01ebb185d220f6e70499fb503e3360bdeb635d81e1f"
 
 
 def render(name, source=SOURCE):
