@@ -197,6 +197,7 @@ def _svg(figure: Figure, label: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="(?!p[0-9a-f]{10}|m[0-9a-f]{10})[^"]*"', "", svg)
     svg = re.sub(r'^<svg [^>]*(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{html.escape(label)}">', svg)
+    svg = svg.replace("xlink:href", "href")
     for placeholder, variable in _VARIABLES.items():
         svg = svg.replace(placeholder, f"var({variable})")
     return svg

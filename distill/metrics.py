@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, SupportsFloat
 
@@ -64,7 +64,11 @@ class RolloutSample:
         """For TensorBoard's text page. Everything that a model wrote is fenced: it may hold tags and markup."""
         length = f"{self.response_tokens} tokens" + ("" if self.finished else ", cut off by the length limit")
         expected = "" if self.expected is None else f" · expected `{self.expected}`"
-        parts = [f"**{self.verdict}** · {self.mode} · {length}{expected}", "Prompt", _fenced(self.prompt)]
+        parts = [
+            f"**{self.verdict}** · {self.mode.replace('_', '-')} · {length}{expected}",
+            "Prompt",
+            _fenced(self.prompt),
+        ]
         if self.thinking:
             parts += ["Thinking", _fenced(self.thinking)]
         return "\n\n".join([*parts, "Answer", _fenced(self.answer)])
@@ -122,10 +126,14 @@ class MetricsWriter:
         """Shows `markdown` on TensorBoard's text page under `stage/tag`."""
         self._event_log(stage).write(step, summary.text(f"{stage}/{tag}", markdown))
 
-    def sample(self, step: int, sample: RolloutSample, *, stage: str) -> None:
-        """Shows a rollout to people: a line of `rollouts.jsonl`, and TensorBoard's text page."""
-        self._rollouts.append({"stage": stage, "step": step, **dataclasses.asdict(sample)})
-        self.text(f"rollout_{sample.mode}/{sample.prompt_id}", step, sample.to_markdown(), stage=stage)
+    def samples(self, step: int, samples: Sequence[RolloutSample], *, stage: str) -> None:
+        """Shows rollouts to people: lines of `rollouts.jsonl`, and one text a mode on TensorBoard's text page."""
+        for sample in samples:
+            self._rollouts.append({"stage": stage, "step": step, **dataclasses.asdict(sample)})
+        # One text holds them all: of several at one step and tag TensorBoard would keep the last.
+        for mode in dict.fromkeys(sample.mode for sample in samples):
+            texts = [sample.to_markdown() for sample in samples if sample.mode == mode]
+            self.text(f"rollouts/{mode}", step, "\n\n---\n\n".join(texts), stage=stage)
 
     def config(self, config: Mapping[str, Any]) -> None:
         """Shows the resolved experiment on TensorBoard's text page; `config` must be plain JSON data."""

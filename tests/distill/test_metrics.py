@@ -66,7 +66,7 @@ def test_resumed_run_draws_one_line(tmp_path):
             writer.scalars(step, {"loss": step}, stage="off_policy")
         for step in range(1, 6):
             writer.scalars(step, {"loss": step}, stage="on_policy")
-            writer.sample(step, SAMPLE, stage="on_policy")
+            writer.samples(step, [SAMPLE], stage="on_policy")
     with open(tmp_path / "metrics.jsonl", "a") as torn:
         torn.write('{"stage": "on_pol')
 
@@ -82,7 +82,7 @@ def test_resumed_run_draws_one_line(tmp_path):
     assert scalar_points(tmp_path, "on_policy", "loss") == expected
     assert [step for step, _ in scalar_points(tmp_path, "off_policy", "loss")] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in read_records(tmp_path / "rollouts.jsonl")] == [1, 2, 3]
-    texts = tensorboard(tmp_path, "on_policy").Tensors("on_policy/rollout_thinking/sums-7/text_summary")
+    texts = tensorboard(tmp_path, "on_policy").Tensors("on_policy/rollouts/thinking/text_summary")
     assert [text.step for text in texts] == [1, 2, 3]
 
 
@@ -119,9 +119,11 @@ def test_sample_is_readable_and_its_markup_inert(tmp_path):
     assert "````\n2 + 3 is ```5```.\n````" in markdown
     assert "```\n<b>5</b>\n```" in markdown
     with metrics.MetricsWriter(tmp_path) as writer:
-        writer.sample(2, SAMPLE, stage="s")
-    (line,) = (tmp_path / "rollouts.jsonl").read_text().splitlines()
-    assert json.loads(line)["thinking"] == SAMPLE.thinking
+        writer.samples(2, [SAMPLE, SAMPLE], stage="s")
+    lines = (tmp_path / "rollouts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["thinking"] for line in lines] == [SAMPLE.thinking] * 2
+    (text,) = tensorboard(tmp_path, "s").Tensors("s/rollouts/thinking/text_summary")
+    assert text.tensor_proto.string_val[0].decode().count(markdown) == 2
 
 
 def test_require_finite_names_stage_step_and_metric():

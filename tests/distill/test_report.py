@@ -185,19 +185,21 @@ def test_what_models_and_users_wrote_is_inert(tmp_path):
     attack = "<script>alert(1)</script>"
     with MetricsWriter(tmp_path) as writer:
         writer.scalars(1, {f"{attack}/{attack}": 1.0, "loss": 1.0}, stage="off_policy")
-        writer.sample(
+        writer.samples(
             1,
-            RolloutSample(
-                mode="thinking",
-                prompt=attack,
-                thinking=f"</pre>{attack}",
-                answer="</details>",
-                expected=attack,
-                correct=False,
-                response_tokens=3,
-                finished=True,
-                prompt_id="a",
-            ),
+            [
+                RolloutSample(
+                    mode="thinking",
+                    prompt=attack,
+                    thinking=f"</pre>{attack}",
+                    answer="</details>",
+                    expected=attack,
+                    correct=False,
+                    response_tokens=3,
+                    finished=True,
+                    prompt_id="a",
+                )
+            ],
             stage="off_policy",
         )
     (tmp_path / "config.json").write_text(json.dumps({"name": attack}))
