@@ -138,4 +138,4 @@ def _by_blocks(block: Callable[..., tuple[Array, ...]], length: int, summed: int
     def joined(part: Array) -> Array:
         return jnp.moveaxis(part, 0, 2).reshape(*part.shape[1:3], length, part.shape[4])
 
-    return *map(joined, parts), *sums
+    return *[joined(part) for part in parts], *sums
