@@ -1,0 +1,209 @@
+"""Which token a sequence takes next: temperature, top-k, top-p and min-p of every row, without sorting a vocabulary.
+
+A draw inverts the cumulative distribution in two levels, a block of the vocabulary and then a token in it, so it
+costs two uniform numbers a row where Gumbel noise costs one for every word. Rows with top-k only look at the call's
+largest k; top-p without top-k finds its threshold by bisection on the bits of the logits.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from qwen3.errors import UserError
+
+_BLOCK = 128
+_SMALLEST_CANDIDATES = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one sequence is sampled. Filters apply in the order of transformers: temperature, top-k, top-p, min-p."""
+
+    max_new_tokens: int
+    """Most tokens after the prompt, thinking, forced text, answer and stop token together."""
+    temperature: float = 1.0
+    """0 takes the most probable token, whatever the other fields say."""
+    top_p: float = 1.0
+    """Least probable tokens are dropped as long as the others hold this much probability; 1 keeps all."""
+    top_k: int = 0
+    """Tokens kept, ties going to the smaller id; 0 keeps all."""
+    min_p: float = 0.0
+    """Tokens below this share of the most probable one are dropped; 0 keeps all."""
+    thinking_budget: int | None = None
+    """Most tokens of thinking before the stop-thinking text is forced; None for no limit. Thinking mode only."""
+    stop_ids: tuple[int, ...] | None = None
+    """Tokens that end the sequence; None takes those of the engine."""
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more")
+        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
+        _require("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
+        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 (off) and 1")
+        _require("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
+        if self.thinking_budget is not None:
+            _require(
+                "thinking_budget", self.thinking_budget, self.thinking_budget >= 0, "0 or more, or None (no limit)"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def thinking_params(max_new_tokens: int, thinking_budget: int | None = None) -> SamplingParams:
+    """What Qwen3's authors recommend for thinking mode (arXiv 2505.09388, section 4.6)."""
+    return SamplingParams(
+        temperature=0.6, top_p=0.95, top_k=20, max_new_tokens=max_new_tokens, thinking_budget=thinking_budget
+    )
+
+
+def non_thinking_params(max_new_tokens: int) -> SamplingParams:
+    """What Qwen3's authors recommend for non-thinking mode (arXiv 2505.09388, section 4.6)."""
+    return SamplingParams(temperature=0.7, top_p=0.8, top_k=20, max_new_tokens=max_new_tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a compiled sampler must be able to do for the rows of one call; the less, the faster."""
+
+    candidates: int
+    """Bound on top-k where a row has one, a power of two; 0 where none has."""
+    whole: bool
+    """Some row draws from the whole vocabulary."""
+    nucleus: bool
+    """Some row has top-p without top-k."""
+    tempered: bool
+    """Some row has another temperature than 1."""
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], vocab_size: int) -> "Plan":
+        top_k = max((p.top_k for p in params if not p.greedy), default=0)
+        bound = max(_SMALLEST_CANDIDATES, 1 << (top_k - 1).bit_length()) if top_k else 0
+        open_rows = [p for p in params if p.greedy or not p.top_k]
+        return cls(
+            candidates=min(bound, vocab_size),
+            whole=bool(open_rows) or not top_k,
+            nucleus=any(p.top_p < 1 for p in open_rows if not p.greedy),
+            tempered=any(p.temperature not in (0, 1) for p in params),
+        )
+
+
+class RowParams(NamedTuple):
+    """`SamplingParams` of a batch as arrays."""
+
+    temperature: Float[Array, "B"]
+    top_p: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    log_min_p: Float[Array, "B"]
+    greedy: Bool[Array, "B"]
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> "RowParams":
+        """Host arrays. A greedy row keeps what is as probable as the best and then takes the first of it."""
+
+        def column(values: Iterable[float], dtype: Any) -> Any:
+            return np.fromiter(values, dtype)
+
+        return cls(
+            temperature=column((1 if p.greedy else p.temperature for p in params), np.float32),
+            top_p=column((1 if p.greedy else p.top_p for p in params), np.float32),
+            top_k=column((0 if p.greedy else p.top_k for p in params), np.int32),
+            log_min_p=column((0 if p.greedy else _log(p.min_p) for p in params), np.float32),
+            greedy=column((p.greedy for p in params), bool),
+        )
+
+
+def choose_tokens(
+    logits: Float[Array, "B V"], rows: RowParams, uniforms: Float[Array, "B 2"], plan: Plan
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """Draw one token a row from its truncated distribution, given two uniform numbers in [0, 1).
+
+    Returns the tokens and their log-probabilities in nats under temperature 1 and without truncation. A token that a
+    filter dropped is never drawn. `plan` must cover `rows` (`Plan.of` over a superset of them).
+    """
+    uniforms = jnp.where(rows.greedy[:, None], 0, uniforms)
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    shifted = logits - peak
+    log_total = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    tokens = _from_whole(shifted, rows, uniforms, plan) if plan.whole else None
+    if plan.candidates:
+        short = _from_candidates(shifted, rows, uniforms[:, 1], plan)
+        tokens = short if tokens is None else jnp.where(rows.top_k > 0, short, tokens)
+    assert tokens is not None
+    logprobs = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
+    return tokens, logprobs
+
+
+def _from_whole(
+    shifted: Float[Array, "B V"], rows: RowParams, uniforms: Float[Array, "B 2"], plan: Plan
+) -> Int[Array, "B"]:
+    """Draw by block, then within the block, among the tokens above every threshold."""
+    scaled = shifted / rows.temperature[:, None] if plan.tempered else shifted
+    kept = scaled >= rows.log_min_p[:, None]
+    if plan.nucleus:
+        kept &= _nucleus(scaled, rows.top_p)
+    weights = jnp.where(kept, jnp.exp(scaled), 0)
+    weights = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % _BLOCK)))
+    blocks = weights.reshape(weights.shape[0], -1, _BLOCK)
+    block = _draw(jnp.sum(blocks, axis=-1), uniforms[:, 0])
+    inner = _draw(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
+    return block * _BLOCK + inner
+
+
+def _from_candidates(
+    shifted: Float[Array, "B V"], rows: RowParams, uniform: Float[Array, "B"], plan: Plan
+) -> Int[Array, "B"]:
+    """Draw among the `plan.candidates` most probable tokens, which hold every row's top-k."""
+    values, ids = jax.lax.top_k(shifted, plan.candidates)
+    scaled = values / rows.temperature[:, None]
+    weights = jnp.where(jnp.arange(plan.candidates) < rows.top_k[:, None], jnp.exp(scaled), 0)
+    mass_above = jnp.cumsum(weights, axis=-1) - weights
+    kept = mass_above < rows.top_p[:, None] * jnp.sum(weights, axis=-1, keepdims=True)
+    kept &= scaled >= rows.log_min_p[:, None]
+    index = _draw(jnp.where(kept, weights, 0), uniform)
+    return jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0]
+
+
+def _nucleus(scaled: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Bool[Array, "B V"]:
+    """The tokens above which less than `top_p` of the mass lies. `scaled` is at most 0, its maximum 0.
+
+    Distances below the maximum are non-negative floats, whose bits order as integers: 31 halvings find the threshold
+    exactly.
+    """
+    weights = jnp.exp(scaled)
+    wanted = top_p * jnp.sum(weights, axis=-1)
+    distance = jax.lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32)
+
+    def halve(i: Int[Array, ""], bound: Int[Array, "B"]) -> Int[Array, "B"]:
+        trial = bound | (jnp.int32(1) << (30 - i))
+        mass_above = jnp.sum(jnp.where(distance < trial[:, None], weights, 0), axis=-1)
+        return jnp.where(mass_above < wanted, trial, bound)
+
+    bound = jax.lax.fori_loop(0, 31, halve, jnp.zeros(scaled.shape[0], jnp.int32))
+    return (distance <= bound[:, None]) | (top_p >= 1)[:, None]
+
+
+def _draw(weights: Float[Array, "B W"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The first index whose cumulative weight exceeds `uniform` of the total; never one of weight 0."""
+    cumulative = jnp.cumsum(weights, axis=-1)
+    index = jnp.arange(weights.shape[-1])
+    positive = weights > 0
+    reached = positive & (cumulative > uniform[:, None] * cumulative[:, -1:])
+    # Rounding in a parallel sum may put every cumulative weight at or below the mark.
+    last = jnp.max(jnp.where(positive, index, 0), axis=-1)
+    return jnp.minimum(jnp.min(jnp.where(reached, index, weights.shape[-1]), axis=-1), last)
+
+
+def _log(share: float) -> float:
+    return math.log(share) if share else -math.inf
+
+
+def _require(field: str, value: float, holds: bool, remedy: str) -> None:
+    if not holds:
+        raise UserError(f"sampling.{field} is {value}; it must be {remedy}")
