@@ -135,7 +135,7 @@ def _by_blocks(block: Callable[..., tuple[Array, ...]], length: int, summed: int
     zeros = tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes[len(shapes) - summed :])
     sums, parts = jax.lax.scan(step, zeros, jnp.arange(0, length, _LARGE_BLOCK))
 
-    def joined(part: Array) -> Array:
+    def whole(part: Array) -> Array:
         return jnp.moveaxis(part, 0, 2).reshape(*part.shape[1:3], length, part.shape[4])
 
-    return *[joined(part) for part in parts], *sums
+    return *[whole(part) for part in parts], *sums
