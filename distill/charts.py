@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 # Placeholders that matplotlib passes through unchanged, and the CSS variables they become.
 _INK, _QUIET, _GRID = "#010101", "#020202", "#030303"
 _VARIABLES = {_INK: "--ink", _QUIET: "--quiet", _GRID: "--grid"}
-COLOURS = {"student": "#040404", "teacher": "#050505", "thinking": "#060606", "non_thinking": "#070707"}
+COLOURS = {"student": "#040404", "thinking": "#050505", "non_thinking": "#060606", "teacher": "#070707"}
 _VARIABLES |= {placeholder: f"--{name.replace('_', '-')}" for name, placeholder in COLOURS.items()}
 _OTHERS = list(COLOURS.values())
 

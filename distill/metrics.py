@@ -5,8 +5,8 @@
 is not finite is null. `rollouts.jsonl` holds some rollouts for people. TensorBoard gets one event directory a stage,
 because it purges a resumed run by directory and step, and steps start anew with every stage.
 
-Names: `group/series` (`kl/thinking`, `kl/non_thinking`) puts series into one panel of the report; a bare name is a
-panel of its own.
+Names: `group/series` (`divergence/thinking`, `divergence/non_thinking`) are lines of one panel of the report, beside a
+bare `divergence`, which is the line over all.
 """
 
 import dataclasses

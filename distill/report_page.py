@@ -4,9 +4,7 @@ The template decides how things look; this module decides what is shown and form
 user wrote passes through the template's autoescaping.
 """
 
-import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +16,7 @@ from distill import charts
 from distill.metrics import METRICS_FILE, ROLLOUTS_FILE
 from distill.progress import duration
 from distill.records import Record, read_records
+from distill.report_curves import panels
 from distill.results import (
     STUDENT_INITIAL,
     TEACHER,
@@ -36,34 +35,6 @@ from qwen3.rollout import MODES
 _MOST_ROLLOUTS_A_GROUP = 6
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _PanelText:
-    title: str
-    note: str
-
-
-_PANEL_TEXTS = {
-    "loss": _PanelText(title="Loss", note="What the stage minimises, nats a token; compare within a stage only."),
-    "kl": _PanelText(title="KL to the teacher", note="Nats a token, by mode."),
-    "forward_kl": _PanelText(title="Forward KL", note="KL(teacher ‖ student), nats a token."),
-    "reverse_kl": _PanelText(title="Reverse KL", note="KL(student ‖ teacher), nats a token."),
-    "pass_at_1": _PanelText(title="Pass@1 while training", note="On held-out problems."),
-    "entropy": _PanelText(title="Entropy", note="Nats a token."),
-    "top1_agreement": _PanelText(
-        title="Top-1 agreement", note="Share of tokens where both models rank the same first."
-    ),
-    "teacher_tail_mass": _PanelText(title="Teacher tail mass", note="Probability outside the stored top-k."),
-    "student_mass_on_support": _PanelText(
-        title="Student mass on the teacher's support", note="Probability that the loss can see in full."
-    ),
-    "response_tokens": _PanelText(title="Response length", note="Tokens, by mode."),
-    "finished": _PanelText(title="Finished responses", note="Share that ended in a stop token."),
-    "gradient_norm": _PanelText(title="Gradient norm", note="Before clipping."),
-    "learning_rate": _PanelText(title="Learning rate", note=""),
-    "tokens_per_second": _PanelText(title="Speed", note="Trained tokens a second."),
-}
-
-
 def render_page(run_dir: pathlib.Path, report: Report) -> str:
     """The page as HTML text.
 
@@ -77,7 +48,6 @@ def render_page(run_dir: pathlib.Path, report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    metrics = read_records(run_dir / METRICS_FILE)
     return environment.get_template("report_template.html.jinja").render(
         report=report,
         headline=headline(report).replace(" %", "\N{NO-BREAK SPACE}%"),
@@ -87,7 +57,7 @@ def render_page(run_dir: pathlib.Path, report: Report) -> str:
         bars=_bars(report.rows),
         table=_table(report.rows),
         costs=_costs(report.stages),
-        panels=_panels(metrics, [stage.name for stage in report.stages]),
+        panels=panels(read_records(run_dir / METRICS_FILE), [stage.name for stage in report.stages]),
         rollout_groups=_rollout_groups(read_records(run_dir / ROLLOUTS_FILE)),
         documents=[
             (title, text)
@@ -216,54 +186,6 @@ def _second_parts(stage: StageCost) -> list[dict[str, Any]]:
         {"name": name, "colour": colour, "percent": f"{100 * seconds / whole:.1f}", "seconds": duration(seconds)}
         for name, colour, seconds in parts
     ]
-
-
-def _panels(metrics: Sequence[Record], stage_order: Sequence[str]) -> list[dict[str, Any]]:
-    """One chart a group of metrics, the stages one after the other along the steps of the whole run."""
-    stages = list(dict.fromkeys([*stage_order, *(record["stage"] for record in metrics)]))
-    last = {stage: max((r["step"] for r in metrics if r["stage"] == stage), default=0) for stage in stages}
-    spans, begin = [], 0
-    for stage in stages:
-        if last[stage]:
-            spans.append(charts.Span(name=stage, begin=begin, end=begin + last[stage]))
-            begin += last[stage]
-    begins = {stage: next((span.begin for span in spans if span.name == stage), 0) for stage in stages}
-    # By step, so that a row written twice (an evaluation repeated after a resume) counts once.
-    values: dict[str, dict[str, dict[str, dict[float, float]]]] = {}
-    for record in metrics:
-        for name, value in record["scalars"].items():
-            group, series = _place(name)
-            piece = values.setdefault(group, {}).setdefault(series, {}).setdefault(record["stage"], {})
-            piece[begins[record["stage"]] + record["step"]] = math.nan if value is None else value
-    order = list(_PANEL_TEXTS)
-    panels = []
-    for group in sorted(values, key=lambda group: (order.index(group) if group in order else len(order), group)):
-        lines = [
-            charts.Series(name=name, pieces=[(list(piece), list(piece.values())) for piece in pieces.values()])
-            for name, pieces in values[group].items()
-        ]
-        text = _PANEL_TEXTS.get(group, _PanelText(title=group.replace("_", " "), note=""))
-        legend = [(mode_name(line.name), charts.colour_of(line.name, index)) for index, line in enumerate(lines)]
-        panels.append(
-            {
-                "title": text.title,
-                "note": text.note,
-                "legend": legend if len(lines) > 1 else [],
-                "svg": markupsafe.Markup(charts.line_chart(lines, spans, label=text.title)),
-            }
-        )
-    return panels
-
-
-def _place(metric: str) -> tuple[str, str]:
-    """Panel and line of a metric: `kl/thinking` → kl, thinking; `teacher_entropy` → entropy, teacher."""
-    group, slash, series = metric.partition("/")
-    if slash:
-        return group, series
-    for owner in ("student", "teacher"):
-        if metric == f"{owner}_entropy":
-            return "entropy", owner
-    return metric, metric
 
 
 def _rollout_groups(rollouts: Sequence[Record]) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ def test_every_colour_follows_the_theme_and_the_drawing_is_well_formed():
         ("kl_non_thinking", 0, "--non-thinking"),
         ("teacher_tail_mass", 0, "--teacher"),
         ("loss", 0, "--student"),
-        ("anything", 5, "--teacher"),
+        ("anything", 5, "--thinking"),
     ],
 )
 def test_colours_follow_the_meaning_of_the_name(name, index, variable):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from distill import report as reports
 from distill.metrics import MetricsWriter, RolloutSample
+from distill.report_curves import panels
 from distill.results import headline
 from qwen3.errors import UserError
 
@@ -227,6 +228,18 @@ def test_curves_take_gaps_one_point_and_steps_written_twice(tmp_path):
     shown = page(tmp_path)
     assert "unheard of" in shown.texts
     assert shown.tags.count("svg") == 4
+
+
+def test_metrics_of_one_group_share_a_panel():
+    scalars = {"divergence": 0.2, "divergence/thinking": 0.1, "student_entropy": 1.0, "teacher_entropy": 0.9, "new": 1}
+    metrics = [{"stage": stage, "step": 4, "scalars": scalars} for stage in ("on_policy", "off_policy")]
+    shown = panels(metrics, ["off_policy", "on_policy"])
+    assert [panel.title for panel in shown] == ["Divergence by mode", "Entropy", "new"]
+    assert shown[0].legend == [("all", "--student"), ("thinking", "--thinking")]
+    assert shown[1].legend == [("student", "--student"), ("teacher", "--teacher")]
+    assert shown[2].legend == []
+    # The stages follow the report's order, each with a point where it ends.
+    assert shown[2].svg.index(">off_policy<") < shown[2].svg.index(">on_policy<")
 
 
 def test_page_is_reproducible(tmp_path):
