@@ -8,7 +8,7 @@ that stop at the diagonal and so skip most masked scores; longer rows loop over 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ def _by_blocks(block: Callable[..., tuple[Array, ...]], length: int, summed: int
         joined = [jnp.concatenate(column, axis=2) for column in columns[: len(columns) - summed]]
         return *joined, *(sum(column[1:], column[0]) for column in columns[len(columns) - summed :])
 
-    def step(sums: tuple[Array, ...], start: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    def step(sums: Any, start: Array) -> tuple[Any, Any]:
         results = block(start, _LARGE_BLOCK, length)
         kept = len(results) - summed
         return tuple(a + b for a, b in zip(sums, results[kept:], strict=True)), tuple(results[:kept])
