@@ -133,9 +133,9 @@ def _by_blocks(block: Callable[..., tuple[Array, ...]], length: int, summed: int
 
     shapes = jax.eval_shape(lambda: block(0, _LARGE_BLOCK, length))
     zeros = tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes[len(shapes) - summed :])
-    sums, parts = jax.lax.scan(step, zeros, jnp.arange(0, length, _LARGE_BLOCK))
+    sums, stacked = jax.lax.scan(step, zeros, jnp.arange(0, length, _LARGE_BLOCK))
 
     def whole(part: Array) -> Array:
         return jnp.moveaxis(part, 0, 2).reshape(*part.shape[1:3], length, part.shape[4])
 
-    return *[whole(part) for part in parts], *sums
+    return *(whole(part) for part in stacked), *sums

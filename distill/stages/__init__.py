@@ -1,0 +1,9 @@
+"""The phases of an experiment: each takes a student and gives back a better one."""
+
+from distill.stages.off_policy import OffPolicy
+from distill.stages.on_policy import OnPolicy
+from distill.stages.sft import Sft
+
+Stage = Sft | OffPolicy | OnPolicy
+
+__all__ = ["OffPolicy", "OnPolicy", "Sft", "Stage"]

@@ -1,0 +1,112 @@
+"""What a run lends to its stages: where to write, what to ask, whom to tell."""
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from distill.metrics import MetricsWriter
+from distill.progress import Progress
+from distill.records import write_atomically
+from distill.results import StageCost
+from distill.tasks.mixture import TaskMixture
+from qwen3.chat import ChatTokenizer
+from qwen3.engine import Engine
+from qwen3.model import Qwen3
+from qwen3.sampling import SamplingParams
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+class StopRequest:
+    """Turns SIGTERM and the first SIGINT into a request that stages answer between two steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        def note(number: int, frame: object) -> None:
+            del frame
+            if self.requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherModel:
+    """The teacher's weights and how they are known to a target store."""
+
+    model: Qwen3
+    fingerprint: str
+    """Hash of the teacher's folder: targets of one teacher are refused for another."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunContext:
+    directory: Path
+    seed: int
+    mesh: Mesh
+    tokenizer: ChatTokenizer
+    tasks: TaskMixture
+    load_teacher: Callable[[], TeacherModel]
+    """Loads the teacher at the first call and gives the same one afterwards."""
+    metrics: MetricsWriter
+    progress: Progress
+    stop: StopRequest
+    costs: Mapping[str, StageCost]
+    """What the finished stages of this run cost, by name."""
+
+    def stage_seed(self, name: str) -> int:
+        """A seed of its own for everything random in one stage, 32 bits."""
+        words = np.frombuffer(name.encode().ljust(-(-len(name.encode()) // 4) * 4, b"\0"), np.uint32)
+        return int(np.random.SeedSequence([self.seed, *words.tolist()]).generate_state(1)[0])
+
+    def engine(
+        self, model: Qwen3, *, batch_size: int, max_prompt_tokens: int, sampling: Sequence[SamplingParams]
+    ) -> Engine:
+        """An engine that stops and thinks as this run's tokenizer says."""
+        budgeted = any(params.thinking_budget is not None for params in sampling)
+        return Engine(
+            model.config,
+            batch_size=batch_size,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max(params.max_new_tokens for params in sampling),
+            stop_ids=self.tokenizer.eos_ids,
+            pad_id=self.tokenizer.pad_id,
+            stop_thinking_ids=self.tokenizer.stop_thinking_ids if budgeted else (),
+            think_end_id=self.tokenizer.think_end_id,
+        )
+
+
+class Stopwatch:
+    """Seconds by purpose, added up over a run and its resumed parts."""
+
+    def __init__(self, file: Path):
+        """Goes on with the seconds that `file` holds, if it exists."""
+        self._file = file
+        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+
+    @contextmanager
+    def timing(self, purpose: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.monotonic() - started
+
+    def save(self) -> None:
+        write_atomically(self._file, json.dumps(self.seconds))

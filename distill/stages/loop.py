@@ -1,0 +1,155 @@
+"""The training loop of every stage: batches in, updates, metrics, checkpoints, and going on where it stopped."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float
+
+from distill.checkpoint import Checkpointer
+from distill.losses import Loss
+from distill.metrics import require_finite
+from distill.optimizer import Optimizer
+from distill.stages.context import Interrupted, RunContext
+from distill.train_state import TrainState, abstract_state
+from distill.train_step import Batch, TrainStep
+from qwen3.errors import UserError
+from qwen3.model import Qwen3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What every stage decides about its updates."""
+
+    steps: int | None = None
+    """Optimiser steps; None where the stage takes as many as another stage's FLOPs pay for."""
+    rows: int = 8
+    """Rows of a microbatch, spread over the data-parallel devices."""
+    row_length: int = 4096
+    """Tokens of a row; documents are packed into rows whole."""
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    rematerialise: bool = True
+    """Keep only the residual stream between layers and recompute the rest in the backward pass."""
+    checkpoint_every_steps: int = 100
+    """Steps between checkpoints, which are what a killed run goes back to."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows", "row_length", "checkpoint_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"training.{name} is {value}; it must be at least 1")
+
+
+@dataclasses.dataclass
+class Spent:
+    """What a stage has used up so far, kept in its checkpoints."""
+
+    tokens_trained: int = 0
+    tokens_sampled: int = 0
+    student_train_flops: float = 0.0
+    student_sample_flops: float = 0.0
+    teacher_flops: float = 0.0
+    student_train_seconds: float = 0.0
+    student_sample_seconds: float = 0.0
+    teacher_write_seconds: float = 0.0
+    teacher_score_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return (
+            self.student_train_seconds
+            + self.student_sample_seconds
+            + self.teacher_write_seconds
+            + self.teacher_score_seconds
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepData:
+    """The microbatches of one step, their cost in training FLOPs, and what making them measured."""
+
+    batches: Sequence[Batch]
+    train_flops: float
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class DataSource(Protocol):
+    """Where a stage's batches come from; the only thing in which stages differ while they train."""
+
+    def step_data(self, step: int, model: Qwen3, spent: Spent) -> StepData:
+        """The data of step number `step` (from 0), adding what it cost besides training to `spent`."""
+
+    def state(self) -> Mapping[str, Any]:
+        """JSON data from which `restore` goes on with the next step."""
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+def train(
+    name: str,
+    model: Qwen3,
+    training: Training,
+    loss: Loss,
+    data: DataSource,
+    context: RunContext,
+    *,
+    steps: int,
+    before: Spent | None = None,
+    teacher_head: Float[Array, "V D"] | None = None,
+) -> tuple[Qwen3, Spent]:
+    """Train `model` for `steps` steps, or what is left of them, and return it with what the stage has spent.
+
+    `before` is what the stage had spent when training began (writing targets). Raises Interrupted after saving where
+    the run was asked to stop, UserError where loss or gradient are no longer finite.
+    """
+    transformation = training.optimizer.transformation(steps)
+    learning_rates = training.optimizer.learning_rates(steps)
+    state = TrainState.start(model, transformation, context.mesh)
+    spent = before or Spent()
+    with Checkpointer(context.directory / "checkpoints" / name) as checkpoints:
+        done = checkpoints.latest_step() or 0
+        if done:
+            state, metadata = checkpoints.restore(abstract_state(state))
+            spent = Spent(**metadata["spent"])
+            if done < steps:
+                data.restore(metadata["data"])
+        context.metrics.resume_at(name, done)
+        train_step = TrainStep(
+            transformation=transformation,
+            loss=loss,
+            mesh=context.mesh,
+            rematerialise=training.rematerialise,
+            teacher_head=teacher_head,
+        )
+        if done == steps:
+            return state.model, spent
+        with context.progress.task(name, steps, completed_steps=done) as bar:
+            for step in range(done, steps):
+                produced = data.step_data(step, state.model, spent)
+                started = time.monotonic()
+                state, result = train_step(state, produced.batches)
+                seconds = time.monotonic() - started
+                require_finite(step + 1, {key: result.metrics[key] for key in ("loss", "gradient_norm")}, stage=name)
+                spent.student_train_seconds += seconds
+                spent.student_train_flops += produced.train_flops
+                spent.tokens_trained += result.trained_positions
+                context.metrics.scalars(
+                    step + 1,
+                    dict(produced.metrics)
+                    | dict(result.metrics)
+                    | {
+                        "learning_rate": float(learning_rates(step)),
+                        "padding_fraction": result.padding_fraction,
+                        "train_tokens_per_second": result.tokens / seconds,
+                    },
+                    stage=name,
+                )
+                bar.advance(tokens=result.tokens, values={"loss": result.metrics["loss"]})
+                last = step + 1 == steps
+                if last or context.stop.requested or (step + 1) % training.checkpoint_every_steps == 0:
+                    checkpoints.save(step + 1, state, {"spent": dataclasses.asdict(spent), "data": data.state()})
+                if context.stop.requested:
+                    checkpoints.wait()
+                    raise Interrupted(f"stage {name}: saved after step {step + 1} of {steps}")
+    return state.model, spent

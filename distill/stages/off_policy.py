@@ -1,0 +1,193 @@
+"""Off-policy distillation: the teacher writes in both modes, a store keeps what it said, the student learns it."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from distill.data.packing import packed_batches, rows_needed, scored_example
+from distill.flops import BACKWARD, forward_flops
+from distill.losses import Loss
+from distill.rollouts import ModeMix, prompt_ids
+from distill.stages.context import Interrupted, RunContext, Stopwatch
+from distill.stages.loop import Spent, StepData, Training, train
+from distill.stages.packed import documents_flops
+from distill.train_step import Batch
+from qwen3.engine import Request
+from qwen3.errors import UserError
+from qwen3.model import Qwen3
+from qwen3.rollout import THINKING
+from qwen3.sampling import SamplingParams, non_thinking_params, thinking_params
+from teacher.scoring import Scorer
+from teacher.store import TargetStore, TargetStoreWriter
+from teacher.targets import TopK
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffPolicy:
+    """The student minimises a divergence from the teacher's stored top-k targets on the teacher's own responses."""
+
+    kind: ClassVar[str] = "OffPolicy"
+
+    prompts: int = 10_000
+    """Different training prompts that the teacher answers, once each."""
+    modes: ModeMix = dataclasses.field(default_factory=ModeMix)
+    thinking: SamplingParams = dataclasses.field(default_factory=lambda: thinking_params(32_768))
+    """How the teacher samples in thinking mode."""
+    non_thinking: SamplingParams = dataclasses.field(default_factory=lambda: non_thinking_params(8_192))
+    """How the teacher samples in non-thinking mode."""
+    max_prompt_tokens: int = 2_048
+    batch_size: int = 64
+    """Sequences that the teacher writes at once."""
+    top_k: int = 64
+    """Teacher entries kept per token; the mass of all others is kept as one number."""
+    loss: Loss = dataclasses.field(default_factory=Loss)
+    microbatches_per_step: int = 1
+    training: Training = dataclasses.field(default_factory=lambda: Training(steps=1000))
+    start_from: str | None = None
+    """Stage whose student this one starts from; None for the stage before."""
+    targets_of: str | None = None
+    """Stage whose target store this one reads instead of writing its own."""
+    flops_of: str | None = None
+    """Stage whose whole cost in FLOPs (teacher included) this one may use up; training.steps is then None."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "max_prompt_tokens", "batch_size", "top_k", "microbatches_per_step"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if (self.training.steps is None) == (self.flops_of is None):
+            raise UserError("give either training.steps or flops_of: one of them must say how long to train")
+
+    def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
+        spent = Spent()
+        if self.targets_of is None:
+            store = _write_store(self, name, context, spent)
+        else:
+            store = TargetStore.open(context.directory / "targets" / self.targets_of)
+        if store.longest_tokens > self.training.row_length:
+            raise UserError(
+                f"the longest response in {store.directory} has {store.longest_tokens} tokens, training.row_length is "
+                f"{self.training.row_length}; raise it"
+            )
+        steps = self.training.steps or self._affordable_steps(store, model, context, spent)
+        data = _StoredTargets(self, context.stage_seed(name), model, store)
+        return train(name, model, self.training, self.loss, data, context, steps=steps, before=spent)
+
+    def _affordable_steps(self, store: TargetStore, model: Qwen3, context: RunContext, spent: Spent) -> int:
+        """Steps that the other stage's FLOPs pay for after what writing the targets has cost."""
+        assert self.flops_of is not None
+        other = context.costs[self.flops_of]
+        budget = other.student_train_flops + other.student_sample_flops + other.teacher_flops - spent.teacher_flops
+        lengths = [len(store[index].rollout.tokens) for index in range(len(store))]
+        epoch = (1 + BACKWARD) * forward_flops(model.config).of(lengths)
+        rows = self.training.rows * self.microbatches_per_step
+        steps_of_epoch = rows_needed(lengths, self.training.row_length) / rows
+        steps = int(budget / epoch * steps_of_epoch)
+        if steps < 1:
+            raise UserError(
+                f"flops_of {self.flops_of!r}: writing the targets took {spent.teacher_flops:.3g} FLOPs, which leaves "
+                "nothing to train with; lower prompts"
+            )
+        return steps
+
+
+def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent) -> TargetStore:
+    """Write the stage's target store, or what a killed run left unwritten of it, and count what it cost."""
+    seed = context.stage_seed(name)
+    directory = context.directory / "targets" / name
+    problems = context.tasks.problems("train", stage.prompts, seed)
+    requests = [
+        Request(
+            prompt_ids=prompt_ids(problem, mode, context.tokenizer, flag_fraction=stage.modes.flag_fraction),
+            prompt_id=problem.problem_id,
+            sample_index=0,
+            mode=mode,
+            params=stage.thinking if mode == THINKING else stage.non_thinking,
+        )
+        for problem, mode in stage.modes.assign(problems)
+    ]
+    teacher = context.load_teacher()
+    sampling = {"thinking": dataclasses.asdict(stage.thinking), "non_thinking": dataclasses.asdict(stage.non_thinking)}
+    prompts = hashlib.blake2b(repr([(r.prompt_ids, r.mode) for r in requests]).encode(), digest_size=16).hexdigest()
+    identity = {
+        "teacher": teacher.fingerprint, "top_k": stage.top_k, "seed": seed, "prompts": prompts, "sampling": sampling,
+        "batch_size": stage.batch_size,
+    }  # fmt: skip
+    writer = TargetStoreWriter(directory, identity)
+    watch = Stopwatch(directory / "seconds.json")
+    if not writer.finished:
+        engine = context.engine(
+            teacher.model,
+            batch_size=stage.batch_size,
+            max_prompt_tokens=stage.max_prompt_tokens,
+            sampling=(stage.thinking, stage.non_thinking),
+        )
+        scorer = Scorer(teacher.model, context.mesh)
+        length = stage.max_prompt_tokens + engine.max_new_tokens
+        firsts = range(0, len(requests), stage.batch_size)
+        done = writer.completed_shards()
+        written = min(len(requests), len(done) * stage.batch_size)
+        title = f"{name}: teacher writes"
+        with context.progress.task(title, len(requests), completed_steps=written, unit="rollouts") as bar:
+            for shard, first in enumerate(firsts):
+                if shard in done:
+                    continue
+                with watch.timing("write"):
+                    rollouts = engine.generate(
+                        teacher.model, requests[first : first + stage.batch_size], seed=seed, policy_step=0
+                    )
+                with watch.timing("score"):
+                    records = scorer.score_rollouts(
+                        rollouts, k=stage.top_k, rows=stage.batch_size, length=length, pad_id=context.tokenizer.pad_id
+                    )
+                writer.write_shard(shard, records)
+                watch.save()
+                bar.advance(len(rollouts), tokens=sum(len(rollout.response) for rollout in rollouts))
+                if context.stop.requested and first != firsts[-1]:
+                    raise Interrupted(f"stage {name}: the teacher has written {first + len(rollouts)} rollouts")
+        writer.finish()
+    store = TargetStore.open(directory, identity)
+    flops = forward_flops(teacher.model.config)
+    for index in range(len(store)):
+        rollout = store[index].rollout
+        spent.tokens_sampled += len(rollout.response)
+        # Once to write and once to score: the engine keeps no distributions.
+        spent.teacher_flops += 2 * flops.of([len(rollout.tokens)])
+    spent.teacher_write_seconds = watch.seconds.get("write", 0.0)
+    spent.teacher_score_seconds = watch.seconds.get("score", 0.0)
+    return store
+
+
+class _StoredTargets:
+    """Packed batches from a target store."""
+
+    def __init__(self, stage: OffPolicy, seed: int, model: Qwen3, store: TargetStore):
+        self._batches = packed_batches(
+            store,
+            rows=stage.training.rows,
+            length=stage.training.row_length,
+            seed=seed,
+            prefetch_batches=2,
+            to_example=scored_example,
+        )
+        self._microbatches = stage.microbatches_per_step
+        self._flops = forward_flops(model.config)
+
+    def step_data(self, step: int, model: Qwen3, spent: Spent) -> StepData:
+        del step, model, spent
+        arrays = [next(self._batches) for _ in range(self._microbatches)]
+        flops = (1 + BACKWARD) * sum(documents_flops(self._flops, batch) for batch in arrays)
+        batches = [
+            Batch.of(
+                batch,
+                TopK(ids=batch["target_ids"], logprobs=batch["target_logprobs"], log_tail=batch["target_log_tail"]),
+            )
+            for batch in arrays
+        ]
+        return StepData(batches=batches, train_flops=flops)
+
+    def state(self) -> Mapping[str, Any]:
+        return {"batches": self._batches.get_state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._batches.set_state(state["batches"])

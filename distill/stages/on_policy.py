@@ -1,0 +1,166 @@
+"""On-policy distillation: the student writes in both modes, the teacher judges every token, the KL is minimised."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from distill.data.packing import pack_rollouts, rollout_example, rows_needed
+from distill.flops import BACKWARD, forward_flops
+from distill.losses import Loss
+from distill.rollouts import ModeMix, prompt_ids
+from distill.samples import judge
+from distill.stages.context import RunContext
+from distill.stages.loop import Spent, StepData, Training, train
+from distill.tasks import Problem
+from distill.train_step import Batch
+from qwen3.engine import Request
+from qwen3.errors import UserError
+from qwen3.model import Qwen3
+from qwen3.rollout import MODES, THINKING, Rollout
+from qwen3.sampling import SamplingParams
+from teacher.scoring import Scorer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnPolicy:
+    """The student minimises an exact divergence from the teacher, over the whole vocabulary, on its own responses."""
+
+    kind: ClassVar[str] = "OnPolicy"
+
+    prompts_per_step: int = 64
+    """New training prompts of every step."""
+    samples_per_prompt: int = 1
+    modes: ModeMix = dataclasses.field(default_factory=ModeMix)
+    thinking: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(max_new_tokens=32_768))
+    """How the student samples in thinking mode; temperature 1 without truncation is the policy itself."""
+    non_thinking: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(max_new_tokens=8_192))
+    """How the student samples in non-thinking mode."""
+    max_prompt_tokens: int = 2_048
+    loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
+    training: Training = dataclasses.field(default_factory=lambda: Training(steps=200))
+    """A step has as many microbatches as its packed rollouts fill."""
+    samples_every_steps: int = 25
+    """Steps between rollouts that are kept for people to read."""
+    start_from: str | None = None
+    """Stage whose student this one starts from; None for the stage before."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "samples_every_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.training.steps is None:
+            raise UserError("training.steps is None; on-policy distillation needs a number of steps")
+        longest = self.max_prompt_tokens + max(self.thinking.max_new_tokens, self.non_thinking.max_new_tokens)
+        if longest > self.training.row_length:
+            raise UserError(
+                f"prompt and response may have {longest} tokens, training.row_length is {self.training.row_length}; "
+                "raise it, or lower max_prompt_tokens or max_new_tokens"
+            )
+
+    def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
+        assert self.training.steps is not None
+        scorer = Scorer(context.load_teacher().model, context.mesh)
+        data = _OwnRollouts(self, name, model, scorer, context)
+        return train(
+            name, model, self.training, self.loss, data, context, steps=self.training.steps, teacher_head=scorer.head
+        )
+
+
+class _OwnRollouts:
+    """Every step: sample from the current student, score with the teacher, pack."""
+
+    def __init__(self, stage: OnPolicy, name: str, model: Qwen3, scorer: Scorer, context: RunContext):
+        assert stage.training.steps is not None
+        self._stage, self._name, self._context, self._scorer = stage, name, context, scorer
+        self._seed = context.stage_seed(name)
+        self._problems = context.tasks.problems("train", stage.training.steps * stage.prompts_per_step, self._seed)
+        self._engine = context.engine(
+            model,
+            batch_size=stage.prompts_per_step * stage.samples_per_prompt,
+            max_prompt_tokens=stage.max_prompt_tokens,
+            sampling=(stage.thinking, stage.non_thinking),
+        )
+        self._student_flops = forward_flops(model.config)
+        self._teacher_flops = forward_flops(context.load_teacher().model.config)
+
+    def step_data(self, step: int, model: Qwen3, spent: Spent) -> StepData:
+        stage = self._stage
+        first = step * stage.prompts_per_step
+        problems = self._problems[first : first + stage.prompts_per_step]
+        started = time.monotonic()
+        rollouts = self._engine.generate(model, self._requests(problems), seed=self._seed, policy_step=step)
+        sampled = time.monotonic()
+        batches = self._scored(rollouts)
+        scored = time.monotonic()
+
+        written = sum(len(rollout.response) for rollout in rollouts)
+        lengths = [len(rollout.tokens) for rollout in rollouts]
+        student_flops = self._student_flops.of(lengths)
+        spent.tokens_sampled += written
+        spent.student_sample_flops += student_flops
+        spent.teacher_flops += self._teacher_flops.of(lengths)
+        spent.student_sample_seconds += sampled - started
+        spent.teacher_score_seconds += scored - sampled
+        return StepData(
+            batches=batches,
+            train_flops=(1 + BACKWARD) * student_flops,
+            metrics=self._judged(step, problems, rollouts)
+            | {"sample_tokens_per_second": written / (sampled - started)},
+        )
+
+    def _requests(self, problems: Sequence[Problem]) -> list[Request]:
+        stage = self._stage
+        return [
+            Request(
+                prompt_ids=prompt_ids(problem, mode, self._context.tokenizer, flag_fraction=stage.modes.flag_fraction),
+                prompt_id=problem.problem_id,
+                sample_index=sample,
+                mode=mode,
+                params=stage.thinking if mode == THINKING else stage.non_thinking,
+            )
+            for problem, mode in stage.modes.assign(problems)
+            for sample in range(stage.samples_per_prompt)
+        ]
+
+    def _scored(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+        rows, length = self._stage.training.rows, self._stage.training.row_length
+        needed = -(-rows_needed([len(rollout.tokens) for rollout in rollouts], length) // rows) * rows
+        packed = pack_rollouts(rollouts, rows=needed, length=length, one_per_row=False, to_example=rollout_example)
+        batches = []
+        for first in range(0, needed, rows):
+            part = {name: array[first : first + rows] for name, array in packed.items()}
+            targets = self._scorer.hidden(part["tokens"], part["positions"], part["segment_ids"])
+            batches.append(Batch.of(part, targets))
+        return batches
+
+    def _judged(self, step: int, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Accuracy, length and share of finished responses by mode; every now and then a rollout for people."""
+        by_id = {problem.problem_id: problem for problem in problems}
+        context = self._context
+        samples = [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
+        metrics: dict[str, float] = {}
+        shown = []
+        for mode in MODES:
+            of_mode = [sample for sample in samples if sample.mode == mode]
+            if of_mode:
+                metrics[f"accuracy/{mode}"] = _mean(sample.correct or False for sample in of_mode)
+                metrics[f"response_tokens/{mode}"] = _mean(sample.response_tokens for sample in of_mode)
+                metrics[f"finished/{mode}"] = _mean(sample.finished for sample in of_mode)
+                shown.append(of_mode[0])
+        if step % self._stage.samples_every_steps == 0:
+            context.metrics.samples(step + 1, shown, stage=self._name)
+        return metrics
+
+    def state(self) -> Mapping[str, Any]:
+        # Rollouts depend on weights, seed and step alone: there is nothing else to remember.
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        del state
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(list(values)))
