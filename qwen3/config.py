@@ -126,11 +126,13 @@ class ModelConfig:
         """Read `config.json` of a Hugging Face folder. Raises UserError naming the file and what is wrong."""
         path = Path(folder) / "config.json"
         try:
-            raw = json.loads(path.read_text())
+            raw = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; name a folder in Hugging Face format") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON ({error})") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); make it a readable file") from None
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); download it again") from None
         if not isinstance(raw, dict):
             raise UserError(f"{path} holds {type(raw).__name__}, not a JSON object")
         try:
