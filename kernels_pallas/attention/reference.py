@@ -16,8 +16,10 @@ def attention(
     index = jnp.arange(q.shape[1])
     visible = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (index[:, None] >= index[None, :])
     visible = (visible & (segment_ids[:, :, None] != 0))[:, None]
-    top = jnp.max(jnp.where(visible, scores, -jnp.inf), axis=-1, keepdims=True)
-    weights = jnp.where(visible, jnp.exp(scores - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))), 0)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    # Masked before exp: a large score of a hidden key would overflow there, and its gradient be 0 times infinity.
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0, 1, total)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, jnp.repeat(v, group, axis=2))
