@@ -67,6 +67,8 @@ class Report:
     rows: Sequence[EvaluationRow]
     stages: Sequence[StageCost]
     description: str | None = None
+    lineage: Sequence[str] = ()
+    """Stages that the exported student went through; the others are comparisons. Empty: all of them."""
     student_parameters: int | None = None
     teacher_parameters: int | None = None
     wall_seconds: float | None = None
@@ -75,8 +77,11 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data; what was not measured is absent."""
-        known = {name: value for name, value in vars(self).items() if value is not None and value != {}}
-        return known | {"rows": [_known(row) for row in self.rows], "stages": [_known(stage) for stage in self.stages]}
+        known = {name: value for name, value in vars(self).items() if value is not None and value not in ({}, ())}
+        return known | {
+            "rows": [record_json(row) for row in self.rows],
+            "stages": [record_json(stage) for stage in self.stages],
+        }
 
 
 def headline(report: Report) -> str:
@@ -84,7 +89,8 @@ def headline(report: Report) -> str:
     mode = headline_mode(report)
     if mode is None:
         return "Nothing was evaluated."
-    rows = [row for row in report.rows if row.mode == mode]
+    told = {STUDENT_INITIAL, TEACHER, *(report.lineage or (stage.name for stage in report.stages))}
+    rows = [row for row in report.rows if row.mode == mode and (row.model in told or not report.stages)]
     after = [row for row in rows if row.model not in (STUDENT_INITIAL, TEACHER)]
     teacher = next((row for row in rows if row.model == TEACHER), None)
     points = [f"{percent(row.pass_at_1)} {when(row.model)}" for row in rows if row.model != TEACHER]
@@ -130,7 +136,8 @@ def parameters(count: int | None) -> str:
     return f"{count / 1e9:.1f}B" if count < 100_000_000_000 else f"{count / 1e9:.0f}B"
 
 
-def _known(record: EvaluationRow | StageCost) -> dict[str, Any]:
+def record_json(record: EvaluationRow | StageCost) -> dict[str, Any]:
+    """One row or cost as plain JSON data; what was not measured is absent."""
     known = {name: value for name, value in vars(record).items() if value is not None}
     if "pass_at_k" in known:
         known["pass_at_k"] = {str(k): value for k, value in sorted(known["pass_at_k"].items())}

@@ -45,6 +45,7 @@ class Training:
 class Spent:
     """What a stage has used up so far, kept in its checkpoints."""
 
+    steps: int = 0
     tokens_trained: int = 0
     tokens_sampled: int = 0
     student_train_flops: float = 0.0
@@ -131,6 +132,7 @@ def train(
                 state, result = train_step(state, produced.batches)
                 seconds = time.monotonic() - started
                 require_finite(step + 1, {key: result.metrics[key] for key in ("loss", "gradient_norm")}, stage=name)
+                spent.steps += 1
                 spent.student_train_seconds += seconds
                 spent.student_train_flops += produced.train_flops
                 spent.tokens_trained += result.trained_positions
@@ -153,3 +155,11 @@ def train(
                     checkpoints.wait()
                     raise Interrupted(f"stage {name}: saved after step {step + 1} of {steps}")
     return state.model, spent
+
+
+def trained_model(name: str, start: Qwen3, training: Training, context: RunContext) -> Qwen3:
+    """The student of a stage that has finished, from its last checkpoint."""
+    # The schedule is no part of the state, so any number of steps gives the right structure.
+    state = TrainState.start(start, training.optimizer.transformation(1), context.mesh)
+    with Checkpointer(context.directory / "checkpoints" / name) as checkpoints:
+        return checkpoints.restore(abstract_state(state))[0].model

@@ -1,7 +1,9 @@
-"""The task of the quickstart: two families that reasoning-gym asks, with worked thinking that it does not have."""
+"""The task of the quickstart: two families that reasoning-gym asks, with worked thinking that it does not have.
+
+Both are drawn here in its wording, because it cannot be installed without a C compiler.
+"""
 
 import dataclasses
-import itertools
 import math
 import random
 import re
@@ -21,8 +23,9 @@ from qwen3.errors import UserError
 
 CHAIN_SUM = "chain_sum"
 PRODUCTS = "products"
-_CHAIN_QUESTION = re.compile(r"State the final answer to the following arithmetic problem: (.+) =")
-# reasoning-gym's wording; its own generator gives all factors of a problem equally many digits.
+_CHAIN_QUESTION = "State the final answer to the following arithmetic problem: {} ="
+_CHAIN_EXPRESSION = re.compile(re.escape(_CHAIN_QUESTION).replace(r"\{\}", "([0-9]+(?: [-+] [0-9]+)+)"))
+# reasoning-gym's own generator gives all factors of a problem equally many digits.
 _PRODUCT_QUESTION = "Solve the following multiplication: {} * {}. Give only the result as your final answer."
 _PRODUCT_FACTORS = re.compile(re.escape(_PRODUCT_QUESTION).replace(r"\{\}", "([0-9]+)"))
 
@@ -57,30 +60,27 @@ class ChainSum:
 
     def candidates(self, seed: int) -> Iterator[Problem]:
         """Endless problems, with repeats."""
-        # Imported here: the package loads a hundred generators, which a listing of experiments need not wait for.
-        from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
-
-        dataset = ChainSumDataset(
-            ChainSumConfig(
-                min_terms=self.min_terms,
-                max_terms=self.max_terms,
-                min_digits=self.min_digits,
-                max_digits=self.max_digits,
-                seed=stream_seed(CHAIN_SUM, seed),
-            )
-        )
+        rng = random.Random(stream_seed(CHAIN_SUM, seed))
         low = -math.inf if self.min_total is None else self.min_total
         high = math.inf if self.max_total is None else self.max_total
-        for index in itertools.count():
-            item = dataset[index]
-            expression = item["metadata"]["expression"]
-            if all(low <= step.result <= high for step in chain_steps(expression)):
+        while True:
+            expression = self._expression(rng)
+            steps = chain_steps(expression)
+            if all(low <= step.result <= high for step in steps):
                 yield Problem(
-                    prompt=item["question"],
-                    answer=item["answer"],
+                    prompt=_CHAIN_QUESTION.format(expression),
+                    answer=str(steps[-1].result),
                     solution=chain_working(expression),
                     family=CHAIN_SUM,
                 )
+
+    def _expression(self, rng: random.Random) -> str:
+        terms = rng.randint(self.min_terms, self.max_terms)
+        digits = rng.randint(self.min_digits, self.max_digits)
+        chain = [str(_number(rng, digits))]
+        for _ in range(terms - 1):
+            chain += [rng.choice("+-"), str(_number(rng, digits))]
+        return " ".join(chain)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,8 @@ class Products:
         rng = random.Random(stream_seed(PRODUCTS, seed))
         while True:
             factors = (
-                _number(rng, self.min_digits, self.max_digits),
-                _number(rng, self.min_multiplier_digits, self.max_multiplier_digits),
+                _number(rng, rng.randint(self.min_digits, self.max_digits)),
+                _number(rng, rng.randint(self.min_multiplier_digits, self.max_multiplier_digits)),
             )
             larger, smaller = max(factors), min(factors)
             yield Problem(
@@ -157,15 +157,14 @@ class Arithmetic:
 
     def working_is_correct(self, problem: Problem, thinking_text: str) -> bool:
         """Whether every line of the working is right, follows from the question and leads to its result."""
-        if match := _CHAIN_QUESTION.fullmatch(problem.prompt):
+        if match := _CHAIN_EXPRESSION.fullmatch(problem.prompt):
             return chain_working_is_correct(match[1], thinking_text)
         if match := _PRODUCT_FACTORS.fullmatch(problem.prompt):
             return product_working_is_correct(int(match[1]), int(match[2]), thinking_text)
         raise ValueError(f"prompt is {problem.prompt!r}; ask the task that made the problem")
 
 
-def _number(rng: random.Random, min_digits: int, max_digits: int) -> int:
-    digits = rng.randint(min_digits, max_digits)
+def _number(rng: random.Random, digits: int) -> int:
     return rng.randint(0 if digits == 1 else 10 ** (digits - 1), 10**digits - 1)
 
 

@@ -6,6 +6,7 @@ import functools
 import random
 import re
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any, Final
 
 from distill.tasks.drawing import check_fraction, check_weight, mix, stream_seed, unique_problems
@@ -131,20 +132,18 @@ def _item(dataset: Any, index: int, chunk_seed: int) -> dict[str, Any]:
 
 
 def _dataset(name: str, options: Mapping[str, Any], seed: int) -> Any:
-    # Imported here: the package loads a hundred generators, which a listing of experiments need not wait for.
-    from reasoning_gym.factory import create_dataset
-
-    return create_dataset(name, seed=seed, size=_CHUNK_PROBLEMS, **options)
+    return _factory().create_dataset(name, seed=seed, size=_CHUNK_PROBLEMS, **options)
 
 
 def _check_family(name: str, options: Mapping[str, Any]) -> None:
-    from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS:
-        raise UserError(f"families has {name!r}, which reasoning-gym does not have{_nearest(name, list(DATASETS))}")
+    known_families = _factory().DATASETS
+    if name not in known_families:
+        raise UserError(
+            f"families has {name!r}, which reasoning-gym does not have{_nearest(name, list(known_families))}"
+        )
     if name in _REFUSED:
         raise UserError(f"families has {name!r}, but {_REFUSED[name]}; use another family")
-    known = [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
+    known = [field.name for field in dataclasses.fields(known_families[name][1]) if field.name not in ("seed", "size")]
     for option in options:
         if option not in known:
             raise UserError(f"families.{name}.options has {option!r}, which it does not know{_nearest(option, known)}")
@@ -152,6 +151,17 @@ def _check_family(name: str, options: Mapping[str, Any]) -> None:
         _dataset(name, options, 0)
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f"families.{name}.options {dict(options)} are refused by reasoning-gym: {error}") from error
+
+
+def _factory() -> ModuleType:
+    # Imported here: the package is optional, and loads a hundred generators that a listing need not wait for.
+    try:
+        from reasoning_gym import factory
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"ReasoningGym needs the package reasoning-gym ({error}); pip install 'distill-jax[tasks]'"
+        ) from error
+    return factory
 
 
 def _nearest(name: str, known: list[str]) -> str:

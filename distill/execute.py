@@ -1,0 +1,189 @@
+"""A run from first check to export, as a list of steps; each is skipped where an earlier process has done it."""
+
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from distill import selftest
+from distill.evaluate import Evaluator
+from distill.experiment import Experiment
+from distill.metrics import MetricsWriter
+from distill.progress import Progress
+from distill.report import Report, StageCost, write_report
+from distill.results import STUDENT_INITIAL, TEACHER, EvaluationRow, record_json
+from distill.run_directory import RunDirectory
+from distill.stages import Stage
+from distill.stages.context import RunContext, StopRequest, TeacherModel
+from distill.stages.loop import Spent, trained_model
+from distill.tasks.mixture import TaskMixture
+from qwen3 import hf
+from qwen3.chat import ChatTokenizer
+from qwen3.config import ModelConfig
+from qwen3.model import Qwen3
+from qwen3.sharding import make_mesh
+from student.export import export
+from teacher.fingerprint import fingerprint
+
+
+def execute(experiment: Experiment, directory: Path, progress: Progress, stop: StopRequest) -> Report:
+    """Run `experiment` in `directory`, or what is left of it, and return the report that it has written.
+
+    Raises UserError for what the user can mend and Interrupted where the run was asked to stop and has saved.
+    """
+    started = time.monotonic()
+    with RunDirectory.claim(directory, experiment) as run, MetricsWriter(directory) as metrics:
+        metrics.config(experiment.to_json())
+        mesh = make_mesh(experiment.mesh)
+        teacher_tokenizer = ChatTokenizer.from_folder(
+            experiment.teacher.path if experiment.teacher else experiment.student.tokenizer_folder
+        )
+        student = _student(experiment, teacher_tokenizer, mesh)
+        costs: dict[str, StageCost] = {}
+        context = RunContext(
+            directory=directory,
+            seed=experiment.seed,
+            mesh=mesh,
+            tokenizer=teacher_tokenizer,
+            tasks=TaskMixture(experiment.tasks),
+            load_teacher=functools.cache(lambda: _teacher(experiment, mesh)),
+            metrics=metrics,
+            progress=progress,
+            stop=stop,
+            costs=costs,
+        )
+        for agreement in _selftest(experiment, student, context):
+            progress.print(f"self-test  {agreement.check}: {agreement.finding}")
+
+        evaluator = Evaluator(experiment.evaluation, context, student)
+        rows = _evaluated(STUDENT_INITIAL, student, evaluator, run)
+        models: dict[str | None, Qwen3] = {None: student}
+        for name, stage in experiment.stages.items():
+            start = models[experiment.start_of(name)]
+            models[name], costs[name] = _stage(name, stage, start, context, run)
+            rows += _evaluated(name, models[name], evaluator, run)
+            _forget_unneeded(experiment, name, models)
+        if experiment.teacher is not None:
+            teacher = context.load_teacher().model
+            known = run.evaluation(TEACHER)
+            rows += known or _evaluated(TEACHER, teacher, Evaluator(experiment.evaluation, context, teacher), run)
+        _export(experiment, models[experiment.lineage()[-1]], context)
+        seconds = _wall_seconds(directory, time.monotonic() - started)
+        report = Report(
+            experiment=experiment.name,
+            description=experiment.description,
+            rows=rows,
+            stages=list(costs.values()),
+            lineage=experiment.lineage(),
+            student_parameters=_parameters(student),
+            teacher_parameters=_parameters(context.load_teacher().model) if experiment.teacher else None,
+            wall_seconds=seconds,
+            provenance={"seed": experiment.seed, "teacher": experiment.teacher.path if experiment.teacher else None},
+        )
+        write_report(directory, report)
+        return report
+
+
+def _student(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh) -> Qwen3:
+    key = jax.random.key(experiment.seed)
+    model = experiment.student.build(key, mesh, jnp.float32, jnp.dtype(experiment.compute_dtype))
+    # The student ends as the teacher does, and says so in the exported config.json.
+    eos = tokenizer.eos_ids[0] if len(tokenizer.eos_ids) == 1 else tokenizer.eos_ids
+    model.config = dataclasses.replace(model.config, eos_token_id=eos, pad_token_id=tokenizer.pad_id)
+    return model
+
+
+def _teacher(experiment: Experiment, mesh: Mesh) -> TeacherModel:
+    assert experiment.teacher is not None
+    path, dtype = experiment.teacher.path, jnp.dtype(experiment.teacher.dtype)
+    model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh)
+    return TeacherModel(model=model, fingerprint=fingerprint(path))
+
+
+def _selftest(experiment: Experiment, student: Qwen3, context: RunContext) -> list[selftest.Agreement]:
+    modes = list(experiment.evaluation.modes)
+    found: list[selftest.Agreement] = []
+    if experiment.teacher is not None:
+        found += selftest.check_tokenizers(
+            ChatTokenizer.from_folder(experiment.student.tokenizer_folder),
+            student.config,
+            context.tokenizer,
+            ModelConfig.from_folder(experiment.teacher.path),
+            modes,
+        )
+    return found + selftest.check_numerics(student, context.tokenizer, modes[0])
+
+
+def _stage(name: str, stage: Stage, start: Qwen3, context: RunContext, run: RunDirectory) -> tuple[Qwen3, StageCost]:
+    done = run.cost(name)
+    if done is not None:
+        return trained_model(name, start, stage.training, context), done
+    model, spent = stage.run(name, start, context)
+    cost = _cost(name, stage, spent, context.mesh)
+    run.keep_cost(name, record_json(cost))
+    return model, cost
+
+
+def _cost(name: str, stage: Stage, spent: Spent, mesh: Mesh) -> StageCost:
+    seconds = {field: getattr(spent, field) or None for field in _SECONDS}
+    return StageCost(
+        name=name,
+        kind=stage.kind,
+        steps=spent.steps,
+        tokens_trained=spent.tokens_trained,
+        tokens_sampled=spent.tokens_sampled,
+        student_train_flops=spent.student_train_flops,
+        student_sample_flops=spent.student_sample_flops,
+        teacher_flops=spent.teacher_flops,
+        device_seconds=spent.seconds * mesh.size,
+        **seconds,
+    )
+
+
+_SECONDS = ("student_train_seconds", "student_sample_seconds", "teacher_write_seconds", "teacher_score_seconds")
+
+
+def _evaluated(name: str, model: Qwen3, evaluator: Evaluator, run: RunDirectory) -> list[EvaluationRow]:
+    known = run.evaluation(name)
+    if known is not None:
+        return known
+    rows = evaluator.rows(name, model)
+    run.keep_evaluation(name, [record_json(row) for row in rows])
+    return rows
+
+
+def _forget_unneeded(experiment: Experiment, name: str, models: dict[str | None, Qwen3]) -> None:
+    """Free the students that no later stage and no export will ask for."""
+    names = list(experiment.stages)
+    later = names[names.index(name) + 1 :]
+    needed = {experiment.start_of(other) for other in later} | {experiment.lineage()[-1]}
+    for held in [held for held in models if held not in needed]:
+        del models[held]
+
+
+def _export(experiment: Experiment, model: Qwen3, context: RunContext) -> None:
+    sampling = experiment.evaluation.thinking
+    generation = {
+        "do_sample": not sampling.greedy,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+    }
+    export(context.directory / "export", model, context.tokenizer, generation, dtype=jnp.dtype(experiment.export_dtype))
+
+
+def _parameters(model: Qwen3) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+def _wall_seconds(directory: Path, seconds: float) -> float:
+    """This process's time and that of the processes before it that were stopped."""
+    file = directory / "wall_seconds.json"
+    total = seconds + (json.loads(file.read_text()) if file.exists() else 0.0)
+    file.write_text(json.dumps(total))
+    return total

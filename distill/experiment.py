@@ -1,0 +1,134 @@
+"""What an experiment is: one frozen document from which a run follows, checked as a whole before anything starts."""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from distill.evaluate import Evaluation
+from distill.stages import OffPolicy, Stage
+from distill.tasks import Arithmetic, PromptFile, ReasoningGym
+from qwen3.errors import UserError
+from qwen3.sharding import MeshShape
+from student.init import FromCheckpoint, FromScratch
+
+_RESERVED = ("student_initial", "teacher", "evaluation")
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """Whose distributions are learned."""
+
+    path: str
+    """Folder in Hugging Face format."""
+    dtype: Dtype = "bfloat16"
+    """What the weights are kept and computed in; they are never trained."""
+    placement: Literal["colocated"] = "colocated"
+    """colocated: on the student's mesh, taking turns with it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A run: who learns, from whom, on what, in which stages, and how it is judged."""
+
+    name: str
+    """Names the run directory, runs/NAME."""
+    description: str
+    """One sentence for people: what this is and what to expect."""
+    student: FromCheckpoint | FromScratch
+    teacher: Teacher | None = None
+    """None where every stage is supervised."""
+    tasks: Mapping[str, Arithmetic | ReasoningGym | PromptFile]
+    """Where problems come from, by a name of your choice."""
+    stages: Mapping[str, Stage]
+    """What happens, in order; names are yours and become names in TensorBoard and the report."""
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    export_stage: str | None = None
+    """Stage whose student is exported; None for the last one."""
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+    compute_dtype: Dtype = "bfloat16"
+    """What the student computes in; its weights and the optimiser's state are float32 whatever this says."""
+    export_dtype: Dtype = "bfloat16"
+    """What the exported weights are stored in."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise UserError(f"name is {self.name!r}; it names a folder: use letters, digits, '.', '_' and '-'")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed is {self.seed}; it must lie in 0..{2**31 - 1}")
+        if not self.stages:
+            raise UserError("stages is empty; an experiment needs at least one stage")
+        names = list(self.stages)
+        for index, (name, stage) in enumerate(self.stages.items()):
+            if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in _RESERVED:
+                raise UserError(f"stages has {name!r}; use letters, digits and '_', and none of {', '.join(_RESERVED)}")
+            self._check_references(name, stage, names[:index])
+            if self.teacher is None and stage.kind != "Sft":
+                raise UserError(f"stages.{name} needs a teacher; give the experiment one")
+        if self.export_stage is not None and self.export_stage not in self.stages:
+            raise UserError(_unknown_stage("export_stage", self.export_stage, names))
+
+    def _check_references(self, name: str, stage: Stage, earlier: list[str]) -> None:
+        fields = ("start_from", "targets_of", "flops_of")
+        for field in fields:
+            other = getattr(stage, field, None)
+            if other is not None and other not in earlier:
+                raise UserError(_unknown_stage(f"stages.{name}.{field}", other, earlier))
+        if isinstance(stage, OffPolicy) and stage.targets_of is not None:
+            source = self.stages[stage.targets_of]
+            if not isinstance(source, OffPolicy) or source.targets_of is not None:
+                raise UserError(f"stages.{name}.targets_of is {stage.targets_of!r}, which writes no targets of its own")
+
+    def start_of(self, name: str) -> str | None:
+        """The stage whose student stage `name` starts from; None for the initial student."""
+        names = list(self.stages)
+        previous = names[names.index(name) - 1] if names.index(name) else None
+        return self.stages[name].start_from or previous
+
+    def lineage(self) -> list[str]:
+        """The stages that the exported student went through, in order; the others are comparisons."""
+        stage: str | None = self.export_stage or list(self.stages)[-1]
+        line: list[str] = []
+        while stage is not None:
+            line.insert(0, stage)
+            stage = self.start_of(stage)
+        return line
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data of every field, with the class of each stage, task and student as `kind`."""
+        raw = _plain(self)
+        assert isinstance(raw, dict)
+        return raw
+
+
+def differing_fields(before: Any, after: Any, path: str = "") -> list[str]:
+    """Dotted paths of the values in which two JSON documents differ, each with both values."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(key for key in after if key not in before)]
+        return [
+            line
+            for key in keys
+            for line in differing_fields(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if before == after else [f"{path}: {json.dumps(before)} → {json.dumps(after)}"]
+
+
+def _unknown_stage(field: str, name: str, earlier: list[str]) -> str:
+    near = difflib.get_close_matches(name, earlier, n=1)
+    hint = f"perhaps you meant {near[0]!r}" if near else f"use one of {', '.join(earlier) or 'the stages before it'}"
+    return f"{field} is {name!r}, which is no earlier stage; {hint}"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        return fields if isinstance(value, Experiment) else {"kind": type(value).__name__} | fields
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,135 @@
+"""The command line: `python -m distill.run experiments/NAME.py [--field.path VALUE …]`."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from distill.execute import execute
+from distill.experiment import Experiment
+from distill.progress import Progress, duration
+from distill.report import terminal_table
+from distill.results import headline
+from distill.stages.context import Interrupted, StopRequest
+from qwen3.errors import UserError
+
+_DESCRIPTION = """\
+Run a distillation experiment, or go on with one that was stopped.
+
+  python -m distill.run experiments                      list the experiments of a folder
+  python -m distill.run experiments/NAME.py              run one; the same command again continues it
+  python -m distill.run experiments/NAME.py --help       all its fields with their values
+  python -m distill.run experiments/NAME.py --seed 1 --name NAME-1 --stages.on-policy.training.steps 300
+"""
+_EPILOGUE = """\
+Everything goes into RUNS/NAME: config.json, tensorboard/ (tensorboard --logdir RUNS), checkpoints/, targets/,
+rollouts.jsonl, report.html, report.json, and export/, the student as a Hugging Face folder.
+Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with all saved; 2 something for you to mend, said in one line.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    console = Console()
+    try:
+        return _main(sys.argv[1:] if arguments is None else list(arguments), console)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.filename is None and error.strerror is None:
+            raise
+        message = f"{error.filename or 'disk'}: {error.strerror}"
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _main(arguments: list[str], console: Console) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.run",
+        description=_DESCRIPTION,
+        epilog=_EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("experiment", nargs="?", help="an experiment file, or a folder of them to list")
+    parser.add_argument("--runs", default="runs", help="folder that holds the run directories (default: runs)")
+    own, fields = parser.parse_known_args(arguments)
+    if own.experiment is None or own.experiment.startswith("-"):
+        parser.print_help()
+        return 0 if not arguments or "--help" in arguments or "-h" in arguments else 2
+    path = Path(own.experiment)
+    if path.is_dir():
+        _list(path, console)
+        return 0
+    experiment = _override(load_experiment(path), fields, path)
+    directory = Path(own.runs) / experiment.name
+    console.print(f"[bold]{experiment.name}[/bold]  {experiment.description}", highlight=False)
+    console.print(f"run directory {directory}   tensorboard --logdir {own.runs}", highlight=False, style="dim")
+    try:
+        with StopRequest().listening() as stop, Progress(console) as progress:
+            report = execute(experiment, directory, progress, stop)
+    except Interrupted as stopped:
+        console.print(f"stopped. {stopped}. The same command goes on from there.", highlight=False)
+        return 0
+    console.print()
+    console.print(terminal_table(report))
+    console.print(headline(report), highlight=False)
+    took = "" if report.wall_seconds is None else f"   {duration(report.wall_seconds)}"
+    console.print(f"report {directory / 'report.html'}   student {directory / 'export'}{took}", highlight=False)
+    return 0
+
+
+def load_experiment(path: Path) -> Experiment:
+    """The experiment that a Python file's `config()` returns. Raises UserError where there is none."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; list a folder's experiments with: python -m distill.run FOLDER")
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file; an experiment is a .py file with a function config()")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+    config = getattr(module, "config", None)
+    if not callable(config):
+        raise UserError(f"{path} has no function config(); it must return an Experiment")
+    try:
+        experiment = config()
+    except TypeError as error:
+        # A misspelt field of a dataclass; other TypeErrors are bugs of the file and deserve their traceback.
+        if "unexpected keyword argument" not in str(error) and "missing" not in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{path}: config() returned {type(experiment).__name__}, not an Experiment")
+    return experiment
+
+
+def _override(experiment: Experiment, fields: Sequence[str], path: Path) -> Experiment:
+    return tyro.cli(
+        Experiment,
+        default=experiment,
+        args=fields,
+        prog=f"python -m distill.run {path}",
+        description=experiment.description,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _list(folder: Path, console: Console) -> None:
+    files = [file for file in sorted(folder.glob("*.py")) if "def config(" in file.read_text()]
+    if not files:
+        raise UserError(f"{folder} holds no experiment: no .py file with a function config()")
+    width = max(len(str(file)) for file in files)
+    for file in files:
+        console.print(f"{file!s:{width}}  {load_experiment(file).description}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

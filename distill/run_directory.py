@@ -1,0 +1,86 @@
+"""The run directory: one run of one experiment, claimed by one process, refused to a changed experiment."""
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distill.environment import environment
+from distill.evaluate import row_from_json
+from distill.experiment import Experiment, differing_fields
+from distill.records import write_atomically
+from distill.results import EvaluationRow, StageCost
+from qwen3.errors import UserError
+
+_SHOWN_DIFFERENCES = 5
+
+
+class RunDirectory:
+    """What is done already, and where the rest goes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    @contextmanager
+    def claim(cls, path: Path, experiment: Experiment) -> Iterator["RunDirectory"]:
+        """Create or continue the directory; no other process can claim it meanwhile.
+
+        Raises UserError where it cannot be written, another process runs in it, or it belongs to another experiment.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = (path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"run directory {path} cannot be written ({error.strerror}); choose another with --runs"
+            ) from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another process is running in {path}; wait for it or stop it") from None
+            _check_config(path / "config.json", experiment)
+            write_atomically(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            yield cls(path)
+
+    def evaluation(self, name: str) -> list[EvaluationRow] | None:
+        """The rows of a model that has been evaluated, else None."""
+        raw = self._read("evaluations", name)
+        return None if raw is None else [row_from_json(row) for row in raw]
+
+    def keep_evaluation(self, name: str, rows: list[Mapping[str, Any]]) -> None:
+        self._write("evaluations", name, rows)
+
+    def cost(self, name: str) -> StageCost | None:
+        """The cost of a stage that has finished, else None."""
+        raw = self._read("stages", name)
+        return None if raw is None else StageCost(**raw)
+
+    def keep_cost(self, name: str, cost: Mapping[str, Any]) -> None:
+        self._write("stages", name, cost)
+
+    def _read(self, kind: str, name: str) -> Any:
+        file = self.path / kind / f"{name}.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def _write(self, kind: str, name: str, value: Any) -> None:
+        (self.path / kind).mkdir(exist_ok=True)
+        write_atomically(self.path / kind / f"{name}.json", json.dumps(value, indent=2) + "\n")
+
+
+def _check_config(file: Path, experiment: Experiment) -> None:
+    wanted = json.loads(json.dumps(experiment.to_json()))
+    if not file.exists():
+        write_atomically(file, json.dumps(wanted, indent=2) + "\n")
+        return
+    differences = differing_fields(json.loads(file.read_text()), wanted)
+    if differences:
+        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
+        more = f" and {len(differences) - _SHOWN_DIFFERENCES} more" if len(differences) > _SHOWN_DIFFERENCES else ""
+        raise UserError(
+            f"{file.parent} holds a run of another configuration ({shown}{more}); "
+            "give this one another --name, or delete that directory"
+        )

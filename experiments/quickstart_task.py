@@ -1,0 +1,33 @@
+"""The task that the quickstart's teacher was made for and its student learns."""
+
+from distill.tasks import Arithmetic, ChainSum, Products
+from qwen3.sampling import SamplingParams, non_thinking_params, thinking_params
+
+MAX_PROMPT_TOKENS = 64
+THINKING_TOKENS = 72
+ANSWER_TOKENS = 16
+
+
+def arithmetic() -> Arithmetic:
+    """Sums and differences of four to seven digits, and products by parts, worded as reasoning-gym words them."""
+    return Arithmetic(
+        chain_sum=ChainSum(min_terms=4, max_terms=7, weight=0.7),
+        products=Products(min_digits=2, max_digits=3, weight=0.3),
+    )
+
+
+def qwen3_thinking() -> SamplingParams:
+    return thinking_params(THINKING_TOKENS)
+
+
+def qwen3_non_thinking() -> SamplingParams:
+    return non_thinking_params(ANSWER_TOKENS)
+
+
+def policy_thinking() -> SamplingParams:
+    """The policy itself, as on-policy distillation wants it: temperature 1, nothing cut off."""
+    return SamplingParams(max_new_tokens=THINKING_TOKENS)
+
+
+def policy_non_thinking() -> SamplingParams:
+    return SamplingParams(max_new_tokens=ANSWER_TOKENS)
