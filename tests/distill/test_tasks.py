@@ -1,5 +1,6 @@
 import itertools
 import re
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -7,8 +8,10 @@ from hypothesis import strategies as st
 from reasoning_gym import create_dataset
 
 from distill.tasks import Arithmetic, ChainSum, Problem, Products, split_of
+from distill.tasks.arithmetic import _CHAIN_EXPRESSION
 from distill.tasks.drawing import mix, unique_problems
 from distill.tasks.working import (
+    chain_steps,
     chain_working,
     chain_working_is_correct,
     place_values,
@@ -69,6 +72,37 @@ def test_questions_are_worded_as_reasoning_gym_words_them() -> None:
     for problem in SMALL.problems("train", 50, 0):
         numbers_removed = re.sub(r"\d+( [-+*] \d+)+", "", problem.prompt)
         assert numbers_removed == re.sub(r"\d+( [-+*] \d+)+", "", theirs[problem.family])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_terms": 4, "max_terms": 8, "min_digits": 1, "max_digits": 1},
+        {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 3},
+    ],
+)
+def test_chains_are_those_of_reasoning_gyms_generator(options) -> None:
+    theirs = create_dataset("chain_sum", size=500, seed=1, **options)
+    ours = Arithmetic(chain_sum=ChainSum(**options), products=Products(weight=0)).problems("train", 500, 0)
+    shapes, their_shapes = set(), set()
+    for item, problem in zip(theirs, ours, strict=True):
+        expression = _CHAIN_EXPRESSION.fullmatch(item["question"])[1]
+        assert expression == item["metadata"]["expression"]
+        assert str(chain_steps(expression)[-1].result) == item["answer"]
+        their_shapes.add(_shape(expression))
+        shapes.add(_shape(_CHAIN_EXPRESSION.fullmatch(problem.prompt)[1]))
+    # The rarest shape, a ninth of the draws, is missing among 500 with probability e**-59.
+    assert shapes == their_shapes
+
+
+def _shape(expression: str) -> tuple[int, int]:
+    terms = re.findall(r"\d+", expression)
+    return len(terms), max(map(len, terms))
+
+
+def test_arithmetic_is_asked_where_reasoning_gym_is_not_installed(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    assert {p.family for p in SMALL.problems("train", 50, 0)} == {"chain_sum", "products"}
 
 
 def test_answers_pass_reasoning_gyms_own_scorer_and_ours() -> None:

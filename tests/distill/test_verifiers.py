@@ -159,6 +159,13 @@ def test_guarded_families_pass_their_answers_and_nothing_that_runs(name, tmp_pat
     assert not marker.exists()
 
 
+def test_a_missing_reasoning_gym_is_named_with_its_extra(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UserError, match=re.escape("needs the package reasoning-gym")) as caught:
+        ReasoningGym(families={"countdown": GymFamily()})
+    assert str(caught.value).endswith("pip install 'distill-jax[tasks]'")
+
+
 @pytest.mark.parametrize(
     ("families", "message"),
     [
