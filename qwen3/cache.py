@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.attention import attention
 from qwen3.model import Layer, Qwen3
@@ -22,10 +22,14 @@ _MASKED = -1e30
 
 
 class KeyValue(NamedTuple):
-    """One layer's cache; with a leading L, that of a stack of layers."""
+    """One layer's cache; with a leading L, that of a stack of layers.
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
+    Slots are minor in the keys and second in the values, so that both products of a step are plain batched matrix
+    products of rows: on CPU four times as fast as over [B, S, K, H].
+    """
+
+    k: Float[Array, "B K H S"]
+    v: Float[Array, "B K S H"]
 
 
 Cache = tuple[KeyValue, ...]
@@ -49,7 +53,7 @@ def prefill(
     rot = rotation(model.config, jnp.broadcast_to(index, tokens.shape))
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeyValue]:
-        return attention(q, k, v, segments), KeyValue(k, v)
+        return attention(q, k, v, segments), KeyValue(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 
     def body(x: Array, layer: Layer) -> tuple[Array, KeyValue]:
         x, kept, _ = layer(x, rot, segments != 0, attend)
@@ -67,12 +71,12 @@ def prefill(
 def grow(cache: Cache, slots: int) -> Cache:
     """The same cache with S = `slots`."""
 
-    def pad(x: Array) -> Array:
+    def pad(x: Array, axis: int) -> Array:
         widths = [(0, 0)] * x.ndim
-        widths[-3] = (0, slots - x.shape[-3])
+        widths[axis] = (0, slots - x.shape[axis])
         return jnp.pad(x, widths)
 
-    return jax.tree.map(pad, cache)
+    return tuple(KeyValue(pad(kv.k, -1), pad(kv.v, -2)) for kv in cache)
 
 
 def step(
@@ -87,12 +91,13 @@ def step(
     """Read one token a row, written to slot `positions`. Returns final hidden states and the longer cache."""
     rot = rotation(model.config, positions[:, None])
     rows = jnp.arange(tokens.shape[0])
+    visible = (jnp.arange(cache[0].k.shape[-1]) <= positions[:, None])[:, None, None]
     real = jnp.ones((tokens.shape[0], 1), bool)
 
     def run(x: Array, layer: Layer, kv: KeyValue) -> tuple[Array, KeyValue]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeyValue]:
-            longer = KeyValue(kv.k.at[rows, positions].set(k[:, 0]), kv.v.at[rows, positions].set(v[:, 0]))
-            return _attend_cache(q, longer, positions), longer
+            longer = KeyValue(kv.k.at[rows, :, :, positions].set(k[:, 0]), kv.v.at[rows, :, positions].set(v[:, 0]))
+            return _attend_cache(q, longer, visible), longer
 
         x, kept, _ = layer(x, rot, real, attend)
         return x, kept
@@ -108,12 +113,13 @@ def step(
     return model.final(x)[:, 0], tuple(longer)
 
 
-def _attend_cache(q: Float[Array, "B 1 N H"], kv: KeyValue, positions: Int[Array, "B"]) -> Float[Array, "B 1 N H"]:
-    """Each row's query over its slots up to `positions`."""
+def _attend_cache(q: Float[Array, "B 1 N H"], kv: KeyValue, visible: Bool[Array, "B 1 1 S"]) -> Float[Array, "B 1 N H"]:
+    """Each row's query over its visible slots. The division by the softmax's sum waits until S is summed out."""
     batch, _, heads, size = q.shape
-    grouped = q.reshape(batch, kv.k.shape[2], -1, size)
-    scores = jnp.einsum("BKGH,BSKH->BKGS", grouped, kv.k, preferred_element_type=jnp.float32) * size**-0.5
-    visible = jnp.arange(kv.k.shape[1]) <= positions[:, None]
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(kv.v.dtype)
-    out = jnp.einsum("BKGS,BSKH->BKGH", weights, kv.v, preferred_element_type=jnp.float32)
+    grouped = (q * size**-0.5).reshape(batch, kv.k.shape[1], -1, size)
+    scores = jnp.einsum("BKGH,BKHS->BKGS", grouped, kv.k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scores, _MASKED)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(kv.v.dtype), kv.v, preferred_element_type=jnp.float32)
+    out = out / jnp.sum(weights, axis=-1, keepdims=True)
     return out.astype(q.dtype).reshape(batch, 1, heads, size)

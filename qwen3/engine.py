@@ -267,8 +267,7 @@ class Engine:
     ) -> _State:
         now, active = state.step, state.active
         positions = rows.lengths + now
-        head = model.head.astype(state.hidden.dtype)
-        logits = jnp.einsum("BD,VD->BV", state.hidden, head, preferred_element_type=jnp.float32)
+        logits = _logits(model, state.hidden)
         sampled, logprobs = choose_tokens(logits, rows.sampling, _uniforms(keys, positions), plan)
 
         tokens, closed, forced = sampled, state.closed, state.forced
@@ -320,6 +319,14 @@ class Engine:
 
 def _unfinished(state: _State, *, end: int) -> Bool[Array, ""]:
     return jnp.any(state.active) & (state.step < end)
+
+
+def _logits(model: Qwen3, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    head = model.head.astype(hidden.dtype)
+    by_word = jnp.einsum("VD,BD->VB", head, hidden, preferred_element_type=jnp.float32)
+    # With the vocabulary's rows first, the product of a few hidden states is up to twice as fast on CPU. The barriers
+    # keep XLA from swapping the operands back, and from sampling over a transposed view.
+    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(by_word).T)
 
 
 def _filled(shape: tuple[int, ...], value: int, dtype: Any = np.int32) -> Any:
