@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from qwen3.model import Qwen3
 from qwen3.safetensors_folder import SafetensorsFolder, some_names, split_shards, write_index
 from qwen3.sharding import shardings
 
+_Bounds = tuple[tuple[int, int], ...]
+_PIECE_ENTRIES = 2 * 2**20  # of a tensor read at once: enough for the disk, too little to show in memory
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer that old Llama checkpoints store and that is computed here
 
 
@@ -34,9 +36,9 @@ def load(
 ) -> Qwen3:
     """Read a checkpoint: one file or sharded, experts one by one or fused, in bfloat16, float16 or float32.
 
-    Host memory stays near what is kept there plus one tensor: on CPU the weights themselves, on an accelerator one
-    device's part of one parameter. With `mesh`, every device's part is read by itself and placed by the table of
-    `qwen3.sharding`. A head that is stored beside tied embeddings is ignored.
+    Host memory stays near what is kept there: on CPU the weights themselves, on accelerators one parameter at a time
+    as far as this host's devices hold it. With `mesh` the table of `qwen3.sharding` places every part, else the
+    default device gets all. A head that is stored beside tied embeddings is ignored.
 
     Raises:
         UserError: config.json or a weight file is missing or malformed, or tensors are missing, unexpected or of the
@@ -122,50 +124,66 @@ def _place(files: SafetensorsFolder, leaf: Leaf, mesh: Mesh | None) -> jax.Array
     param = leaf.param
     shape, dtype = param.get_value().shape, param.get_value().dtype
     if mesh is None:
-        return jax.device_put(_read(files, leaf, [(0, size) for size in shape], dtype))
+        return jax.device_put(_read(files, leaf, [tuple((0, size) for size in shape)], dtype)[0])
     sharding = shardings(param, mesh).get_value()
-    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    devices_of: dict[_Bounds, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
-    parts = []
-    for bounds, devices in devices_of.items():
-        part = _read(files, leaf, list(bounds), dtype)
-        parts += [jax.device_put(part, device) for device in devices]
-    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+    parts = _read(files, leaf, list(devices_of), dtype)
+    placed = [
+        jax.device_put(part, device) for part, to in zip(parts, devices_of.values(), strict=True) for device in to
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
-def _read(files: SafetensorsFolder, leaf: Leaf, bounds: list[tuple[int, int]], dtype: Any) -> np.ndarray:
-    """The part of a parameter within `bounds` (start, stop of every axis)."""
-    full = leaf.param.get_value().shape
-    out = _aligned_empty([stop - start for start, stop in bounds], dtype)
+def _read(files: SafetensorsFolder, leaf: Leaf, parts: list[_Bounds], dtype: Any) -> list[np.ndarray]:
+    """The parts of a parameter within `parts` (start, stop of every axis); what is stored is read once for all."""
+    outs = [_aligned_empty([stop - start for start, stop in bounds], dtype) for bounds in parts]
     for tensor in leaf.tensors:
-        depth = len(tensor.lead)
-        if not all(start <= at < stop for at, (start, stop) in zip(tensor.lead, bounds, strict=False)):
-            continue
-        target = out[tuple(at - bounds[axis][0] for axis, at in enumerate(tensor.lead))]
-        index = _torch_index(full[depth:], bounds[depth:], tensor.inputs)
-        values = _read_tensor(files, tensor, index)
-        # Views of one preallocated array: the cast and the transposition need no memory of their own.
-        if tensor.inputs is None:
-            target[...] = values
-        else:
-            target.reshape(values.shape[::-1])[...] = values.T
-    return out
+        targets = [
+            _target(leaf, tensor, bounds, out)
+            for bounds, out in zip(parts, outs, strict=True)
+            if all(start <= at < stop for at, (start, stop) in zip(tensor.lead, bounds, strict=False))
+        ]
+        name, stored_shape = _stored(files, tensor)
+        before = 0
+        if tensor.fused is not None and name == tensor.fused.name:
+            before = tensor.lead[-1] * stored_shape[1] + tensor.fused.row
+        width = math.prod(tensor.shape[1:])
+        step = max(1, _PIECE_ENTRIES // width)
+        for start in range(0, tensor.shape[0], step):
+            stop = min(start + step, tensor.shape[0])
+            wanted = [target for target in targets if target.rows.start < stop and start < target.rows.stop]
+            if not wanted:
+                continue
+            values = files.read(name, (before + start) * width, (stop - start) * width)
+            values = values.reshape(stop - start, *tensor.shape[1:])
+            for rows, columns, view in wanted:
+                first, last = max(start, rows.start), min(stop, rows.stop)
+                view[first - rows.start : last - rows.start] = values[(slice(first - start, last - start), *columns)]
+    return outs
 
 
-def _read_tensor(files: SafetensorsFolder, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-    name, shape = _stored(files, tensor)
-    if name != tensor.name and tensor.fused is not None:
-        rows, columns = index
-        expert, row = tensor.lead[-1], tensor.fused.row
-        selected = (slice(expert, expert + 1), slice(row + rows.start, row + rows.stop), columns)
-        return files.read(name, selected)[0]
-    whole = all(part == slice(0, size) for part, size in zip(index, shape, strict=True))
-    return files.read(name, None if whole else index)
+class _Target(NamedTuple):
+    """Where rows and columns of a stored tensor go: a view, in the stored orientation, of the part that gets them."""
+
+    rows: slice
+    columns: tuple[slice, ...]
+    view: np.ndarray
 
 
-def _torch_index(shape: tuple[int, ...], bounds: list[tuple[int, int]], inputs: int | None) -> tuple[slice, ...]:
+def _target(leaf: Leaf, tensor: Tensor, bounds: _Bounds, out: np.ndarray) -> _Target:
+    depth = len(tensor.lead)
+    shape = leaf.param.get_value().shape[depth:]
+    view = out[tuple(at - start for at, (start, _) in zip(tensor.lead, bounds, strict=False))]
+    rows, *columns = _torch_index(shape, bounds[depth:], tensor.inputs)
+    if tensor.inputs is not None:
+        view = view.reshape(*(part.stop - part.start for part in columns), rows.stop - rows.start).T
+    return _Target(rows, tuple(columns), view)
+
+
+def _torch_index(shape: tuple[int, ...], bounds: _Bounds, inputs: int | None) -> tuple[slice, ...]:
     """What `bounds` within a weight of ours selects in PyTorch's shape of it."""
     if inputs is None:
         return tuple(slice(*bound) for bound in bounds)
@@ -173,7 +191,7 @@ def _torch_index(shape: tuple[int, ...], bounds: list[tuple[int, int]], inputs: 
     return (outputs, _flat(shape[:inputs], bounds[:inputs])) if inputs else (outputs,)
 
 
-def _flat(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> slice:
+def _flat(shape: tuple[int, ...], bounds: _Bounds) -> slice:
     """One slice of the flattened axes; only the first of them is ever split (heads are, within a head nothing is)."""
     inner = math.prod(shape[1:])
     assert all(bound == (0, size) for bound, size in zip(bounds[1:], shape[1:], strict=True))

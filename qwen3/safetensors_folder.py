@@ -1,15 +1,16 @@
 """The safetensors files of one checkpoint folder as a single mapping, read a piece at a time.
 
-Files are read with `pread`, not mapped: pages of a mapped checkpoint would count as this process's memory, and a
-teacher's would be all of it.
+`safetensors` checks every file and its header; values are then read from the offsets in the header. Its own readers
+either map the file, whose pages would count as this process's memory, or read a whole tensor for every slice of it.
 """
 
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -17,7 +18,13 @@ from qwen3.errors import UserError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_DTYPES = ("F32", "BF16", "F16")
+_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
+
+
+class _Location(NamedTuple):
+    path: Path
+    offset_bytes: int
+    dtype: np.dtype
 
 
 class SafetensorsFolder:
@@ -37,8 +44,7 @@ class SafetensorsFolder:
     def __init__(self, folder: str | Path):
         self._folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, Path] = {}
-        self._open: tuple[Path, Any] | None = None
+        self._locations: dict[str, _Location] = {}
         if (self._folder / SINGLE_NAME).exists():
             self._read_header(self._folder / SINGLE_NAME, None)
         elif (self._folder / INDEX_NAME).exists():
@@ -50,45 +56,34 @@ class SafetensorsFolder:
                 "download the checkpoint's safetensors files (other formats are not read)"
             )
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or the part of it that `index` selects with one slice for each axis, in its stored dtype."""
-        file = self._handle(self._file_of[name])
+    def read(self, name: str, start: int, count: int) -> np.ndarray:
+        """`count` entries of a tensor from entry `start` on, flattened in its stored (row-major) order and dtype."""
+        path, offset, dtype = self._locations[name]
         try:
-            return file.get_tensor(name) if index is None else file.get_slice(name)[index]
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{self._file_of[name]}: {name} cannot be read ({error}); download the file again"
-            ) from None
-
-    def _handle(self, path: Path) -> Any:
-        """Keeps one file open: weights are read file by file as long as layers are."""
-        if self._open is None or self._open[0] != path:
-            try:
-                self._open = (path, safe_open(path, framework="np", backend="pread"))
-            except FileNotFoundError:
-                raise UserError(f"{path} does not exist; download the checkpoint again") from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
-        return self._open[1]
+            values = np.fromfile(path, dtype, count, offset=offset + start * dtype.itemsize)
+        except OSError as error:
+            raise UserError(f"{path}: {name} cannot be read ({error.strerror}); download the file again") from None
+        if len(values) != count:
+            raise UserError(f"{path}: {name} ends early; the file was changed while it was read")
+        return values
 
     def _read_header(self, path: Path, tensors: list[str] | None) -> None:
         """Take up the tensors of one file: those that the index puts there, or all of them."""
-        file = self._handle(path)
-        stored = set(file.keys())
-        if tensors is not None and (absent := sorted(set(tensors) - stored)):
+        header, begin = _checked_header(path)
+        if tensors is not None and (absent := sorted(set(tensors) - header.keys())):
             raise UserError(
                 f"{self._folder / INDEX_NAME} places {some_names(absent)} in {path.name}, which does not hold them; "
                 "download both files again"
             )
-        for name in sorted(stored) if tensors is None else tensors:
-            header = file.get_slice(name)
-            if header.get_dtype() not in _DTYPES:
+        for name in header if tensors is None else tensors:
+            stored = header[name]
+            if stored["dtype"] not in _DTYPES:
                 raise UserError(
-                    f"{path}: {name} is {header.get_dtype()}; only {', '.join(_DTYPES)} are read, "
+                    f"{path}: {name} is {stored['dtype']}; only {', '.join(_DTYPES)} are read, "
                     "so take the unquantised checkpoint"
                 )
-            self.shapes[name] = tuple(header.get_shape())
-            self._file_of[name] = path
+            self.shapes[name] = tuple(stored["shape"])
+            self._locations[name] = _Location(path, begin + stored["data_offsets"][0], _DTYPES[stored["dtype"]])
 
     def _read_index(self) -> dict[str, list[str]]:
         path = self._folder / INDEX_NAME
@@ -96,7 +91,7 @@ class SafetensorsFolder:
             weight_map = json.loads(path.read_text())["weight_map"]
             by_file: dict[str, list[str]] = {}
             for tensor, file in weight_map.items():
-                by_file.setdefault(file, []).append(tensor)
+                by_file.setdefault(str(file), []).append(tensor)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no safetensors index with a weight_map ({error!r})") from None
         if odd := sorted(file for file in by_file if Path(file).name != file):
@@ -104,6 +99,20 @@ class SafetensorsFolder:
         if absent := sorted(file for file in by_file if not (self._folder / file).exists()):
             raise UserError(f"{path} names {some_names(absent)}, absent from the folder; download them")
         return by_file
+
+
+def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The entries of a file that safetensors finds sound, and the offset in bytes where values begin."""
+    try:
+        with safe_open(path, framework="np"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; download the checkpoint again") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    return header, 8 + size
 
 
 def some_names(names: list[str], limit: int = 4) -> str:
