@@ -1,0 +1,166 @@
+"""One update is the same however it is cut and spread."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from distill.losses import Loss
+from distill.optimizer import Optimizer
+from distill.train_state import TrainState
+from distill.train_step import Batch, TrainStep
+from qwen3.config import ModelConfig
+from qwen3.model import Qwen3
+from qwen3.sharding import MeshShape, make_mesh, shardings
+from teacher.targets import Hidden, one_hot, top_k_targets
+
+BATCH, LENGTH = 8, 16
+# A step so long that the change of a weight is its gradient, not the rounding of the weight.
+DESCENT = optax.sgd(1e4)
+
+
+def config(moe: bool) -> ModelConfig:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if moe else {}
+    return ModelConfig(
+        model_type="qwen3_moe" if moe else "qwen3",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=not moe,
+        **experts,
+    )
+
+
+def arrays(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(6, LENGTH + 1, BATCH)
+    index = np.arange(LENGTH)
+    real = index < lengths[:, None]
+    first = np.minimum(lengths // 2, 5)[:, None]
+    segments = np.where(real, np.where(index < first, 1, 2), 0)
+    positions = np.where(index < first, index, index - first)
+    return {
+        "tokens": rng.integers(0, 64, (BATCH, LENGTH)).astype(np.int32),
+        "positions": np.where(real, positions, 0).astype(np.int32),
+        "segment_ids": segments.astype(np.int32),
+        "loss_mask": real & (rng.random((BATCH, LENGTH)) < 0.6),
+        "mode": (rng.random((BATCH, LENGTH)) < 0.5).astype(np.uint8),
+    }
+
+
+def targets(kind: str, model: Qwen3, data: dict[str, np.ndarray]) -> tuple[object, jax.Array | None]:
+    if kind == "one_hot":
+        return jax.device_get(one_hot(data["tokens"])), None
+    hidden = model.hidden(data["tokens"], data["positions"], data["segment_ids"])
+    if kind == "top_k":
+        return jax.device_get(top_k_targets(hidden, model.head, 5)), None
+    return jax.device_get(Hidden(hidden=hidden)), model.head
+
+
+def step(mesh_shape: MeshShape, devices: int, kind: str, moe: bool, microbatches: int, rematerialise: bool = False):
+    """The parameters' change and the metrics of one step of plain gradient descent, which shows every gradient."""
+    mesh = make_mesh(mesh_shape, jax.devices()[:devices])
+    data = arrays()
+    teacher = Qwen3(config(True), jax.random.key(5))
+    what, head = targets(kind, teacher, data)
+    model = Qwen3(config(moe), jax.random.key(1))
+    before = jax.device_get(model)
+    state = TrainState.start(jax.device_put(model, shardings(model, mesh)), DESCENT, mesh)
+    train_step = TrainStep(
+        transformation=DESCENT,
+        loss=Loss(name="reverse_kl" if kind == "hidden" else "forward_kl"),
+        mesh=mesh,
+        rematerialise=rematerialise,
+        teacher_head=head,
+    )
+    rows = BATCH // microbatches
+    batches = [
+        Batch.of(
+            {name: array[first : first + rows] for name, array in data.items()},
+            jax.tree.map(lambda leaf, first=first: leaf[first : first + rows], what),
+        )
+        for first in range(0, BATCH, rows)
+    ]
+    state, result = train_step(state, batches)
+    change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, jax.device_get(state.model))
+    return change, result
+
+
+def assert_same(left, right, tolerance: float) -> None:
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left[0]), jax.tree.leaves(right[0]), strict=True):
+        scale = np.abs(b).max()
+        assert scale > 0, f"{jax.tree_util.keystr(path)} has no gradient: nothing is compared"
+        np.testing.assert_allclose(a, b, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
+    assert left[1].metrics.keys() == right[1].metrics.keys()
+    for name, value in right[1].metrics.items():
+        assert left[1].metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+# float32 sums in another order: a few units in the last place of sums over some hundred terms.
+SUM_ORDER = 2e-5
+
+
+@pytest.mark.parametrize(("kind", "moe"), [("top_k", False), ("hidden", True)], ids=["top_k-dense", "hidden-moe"])
+def test_sharded_equals_unsharded_for_loss_and_every_gradient(kind: str, moe: bool) -> None:
+    alone = step(MeshShape(), 1, kind, moe, 1)
+    spread = step(MeshShape(data=2, fsdp=2, tensor=2), 8, kind, moe, 1)
+    assert_same(spread, alone, SUM_ORDER)
+
+
+@pytest.mark.parametrize("kind", ["one_hot", "hidden"])
+def test_gradient_accumulation_has_one_global_denominator(kind: str) -> None:
+    whole = step(MeshShape(), 1, kind, False, 1)
+    cut = step(MeshShape(), 1, kind, False, 4)
+    assert_same(cut, whole, SUM_ORDER)
+
+
+def test_rematerialisation_changes_nothing() -> None:
+    assert_same(step(MeshShape(), 1, "one_hot", True, 1, True), step(MeshShape(), 1, "one_hot", True, 1), SUM_ORDER)
+
+
+def test_metrics_are_split_by_mode_and_absent_where_a_mode_is() -> None:
+    _, both = step(MeshShape(), 1, "top_k", False, 1)
+    assert {"divergence", "divergence/thinking", "divergence/non_thinking", "teacher_tail_mass"} <= both.metrics.keys()
+    data = arrays()
+    data["mode"] = np.ones_like(data["mode"])
+    model, mesh = Qwen3(config(False), jax.random.key(1)), make_mesh(MeshShape(), jax.devices()[:1])
+    train_step = TrainStep(transformation=optax.sgd(1.0), loss=Loss(), mesh=mesh)
+    batch = Batch.of(data, jax.device_get(one_hot(data["tokens"])))
+    _, result = train_step(TrainState.start(model, optax.sgd(1.0), mesh), [batch])
+    assert "divergence/non_thinking" not in result.metrics
+    assert result.metrics["divergence/thinking"] == pytest.approx(result.metrics["divergence"])
+    assert result.trained_positions == data["loss_mask"].sum()
+    assert result.padding_fraction == pytest.approx(np.mean(data["segment_ids"] == 0))
+
+
+def test_a_step_that_trains_nothing_is_refused() -> None:
+    data = arrays()
+    data["loss_mask"][:] = False
+    model, mesh = Qwen3(config(False), jax.random.key(1)), make_mesh(MeshShape(), jax.devices()[:1])
+    train_step = TrainStep(transformation=optax.sgd(1.0), loss=Loss(), mesh=mesh)
+    with pytest.raises(ValueError, match="no position of the step is trained"):
+        train_step(TrainState.start(model, optax.sgd(1.0), mesh), [Batch.of(data, one_hot(data["tokens"]))])
+
+
+def test_start_does_not_give_away_the_callers_weights() -> None:
+    model, mesh = Qwen3(config(False), jax.random.key(1)), make_mesh(MeshShape(), jax.devices()[:1])
+    data = arrays()
+    train_step = TrainStep(transformation=optax.sgd(1.0), loss=Loss(), mesh=mesh)
+    train_step(TrainState.start(model, optax.sgd(1.0), mesh), [Batch.of(data, one_hot(data["tokens"]))])
+    assert jnp.isfinite(model.head).all()
+
+
+def test_optimizer_state_is_placed_like_the_weights() -> None:
+    mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+    model = Qwen3(config(False), jax.random.key(1))
+    state = TrainState.start(model, Optimizer().transformation(10), mesh)
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == (64, 32)]
+    assert len(moments) == 2
+    assert all(leaf.sharding == state.model.embed.get_value().sharding for leaf in moments)
+    assert not state.model.embed.get_value().sharding.is_fully_replicated
