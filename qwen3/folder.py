@@ -25,6 +25,7 @@ def complete_folder(folder: str | Path) -> Iterator[Path]:
     target = Path(os.path.abspath(folder))
     partial, previous = (target.with_name(f".{target.name}.{state}") for state in ("partial", "previous"))
     try:
+        _restore(target, previous)  # where an earlier process was killed between the two renames below
         _check_replaceable(target)
         for leftover in (partial, previous):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -35,10 +36,16 @@ def complete_folder(folder: str | Path) -> Iterator[Path]:
                 target.rename(previous)
             partial.rename(target)
         finally:
+            _restore(target, previous)
             for leftover in (partial, previous):
                 shutil.rmtree(leftover, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror or error}); name another folder") from None
+
+
+def _restore(target: Path, previous: Path) -> None:
+    if previous.exists() and not target.exists():
+        previous.rename(target)
 
 
 def _check_replaceable(target: Path) -> None:

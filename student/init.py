@@ -92,7 +92,7 @@ class FromScratch:
         param_dtype: Any = jnp.float32,
         compute_dtype: Any = jnp.float32,
     ) -> Qwen3:
-        """Random weights from `key`, the same on any mesh, made where they belong on `mesh`. Raises UserError."""
+        """Random weights from `key`, the same on any mesh up to rounding, made where they belong. Raises UserError."""
         config = self.model_config()
 
         def make(key: Array) -> Qwen3:

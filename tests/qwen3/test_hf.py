@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from qwen3 import hf
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
+from qwen3.folder import complete_folder
 from qwen3.model import Qwen3
 from qwen3.sharding import MeshShape, make_mesh
 
@@ -265,6 +266,15 @@ def test_a_failed_save_leaves_the_old_folder_and_no_other(folder, model, monkeyp
         hf.save(folder, model, max_shard_bytes=3000)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_kill_between_renames_loses_nothing(folder, model):
+    folder.rename(folder.with_name(".model.previous"))
+    folder.with_name(".model.partial").mkdir()
+    with pytest.raises(KeyboardInterrupt), complete_folder(folder):
+        raise KeyboardInterrupt
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert_equal(hf.load(folder), model)
 
 
 def test_a_model_is_replaced_but_nothing_else(folder, model):
