@@ -20,10 +20,12 @@ from kernels_pallas.linear_kl.xla import split_at_ids
 __all__ = ["IMPLEMENTATIONS", "linear_kl_at_ids", "linear_kl_full", "split_at_ids"]
 
 IMPLEMENTATIONS = ("xla", "reference")
-# Bytes of one float32 [block_tokens, block_vocab] array when the caller names no block size; the caches of a CPU
-# want it small, the matrix units of an accelerator large.
-_BLOCK_BYTES = {"cpu": 40 * 2**20}
-_BLOCK_BYTES_ACCELERATOR = 512 * 2**20
+# Default blocks. Logits of one block of tokens are held whole; a CPU wants few of them at a time and walks the
+# vocabulary in pieces that fit its cache, an accelerator's matrix units want large ones.
+_LOGIT_BYTES_CPU = 40 * 2**20
+_LOGIT_BYTES_ACCELERATOR = 512 * 2**20
+_CPU_BLOCK_TOKENS = 256
+_CPU_BLOCK_VOCAB = 4000
 
 
 def linear_kl_full(
@@ -46,15 +48,15 @@ def linear_kl_full(
       weights: mask / denominator. A position of weight 0 adds exactly nothing to the loss or to any gradient, even
         where its hidden states are NaN.
       divergence: which loss.
-      block_tokens: about how many of the B·T tokens to multiply out at a time; blocks are taken along T.
-      block_vocab: how many words at a time. None keeps V whole, which multiplies each logit out once; a smaller block
-        bounds memory further but multiplies the logits out up to three times. Leave it whole where the head is
-        sharded over the vocabulary.
+      block_tokens: about how many of the B·T tokens to work on at a time; blocks are taken along T and are counted
+        over the whole batch, so give (tokens per device) · (data shards) where B is sharded.
+      block_vocab: how many words at a time. None takes what suits a CPU's cache, and V whole elsewhere. Leave it
+        whole (V) where the head is sharded over the vocabulary, or every block is gathered.
       implementation: None (picks "xla"), "xla", or "reference" (materialises [B, T, V]; for tests).
 
-    Peak temporary memory of "xla" is about 3 · block_tokens · block_vocab · 4 bytes (student logits, teacher logits,
-    logit gradients), plus with gradients block_vocab · D · 4 bytes for one block's share of the head's gradient.
-    Accumulation is in float32 (float64 for float64 inputs).
+    Peak temporary memory of "xla" is about 4 bytes · block_tokens · (2·V + 4·block_vocab): the student's and the
+    teacher's logits, and what one block of vocabulary needs; with gradients also block_vocab · D · 4 bytes for its
+    share of the head's gradient. Accumulation is in float32 (float64 for float64 inputs).
 
     Returns:
       The loss sum, in nats, and per-position statistics without gradient, 0 where the weight is 0: `divergence`,
@@ -177,16 +179,28 @@ def _plan(hidden, head, divergence, block_tokens, block_vocab, implementation) -
             raise ValueError(f"{name} {value} must be at least 1, or None for the default")
     batch, length = hidden.shape[:2]
     vocab = head.shape[0]
-    block_vocab = min(block_vocab or vocab, vocab)
+    on_cpu = jax.default_backend() == "cpu"
+    if block_vocab is None:
+        block_vocab = _cache_block(vocab) if on_cpu else vocab
     if block_tokens is None:
-        block_tokens = _BLOCK_BYTES.get(jax.default_backend(), _BLOCK_BYTES_ACCELERATOR) // (4 * block_vocab)
+        block_tokens = (_LOGIT_BYTES_CPU if on_cpu else _LOGIT_BYTES_ACCELERATOR) // (4 * vocab)
+        block_tokens = min(block_tokens, _CPU_BLOCK_TOKENS) if on_cpu else block_tokens
     blocks = -(-length // max(1, block_tokens // batch))
     return _Plan(
         divergence=divergence,
         positions=xla.Blocks(size=length, block=-(-length // blocks)),
-        vocab=xla.Blocks(size=vocab, block=block_vocab),
+        vocab=xla.Blocks(size=vocab, block=min(block_vocab, vocab)),
         implementation=implementation,
     )
+
+
+def _cache_block(vocab: int) -> int:
+    """Nearly equal blocks. A row length that is a multiple of 256 words makes every row of a block start in the same
+    few cache sets, and the product that needs the block transposed takes twice as long."""
+    if vocab <= _CPU_BLOCK_VOCAB:
+        return vocab
+    block = -(-vocab // -(-vocab // _CPU_BLOCK_VOCAB) // 16) * 16
+    return block + 16 if block % 256 == 0 else block
 
 
 def _require_student(hidden: Array, head: Array, weights: Array) -> None:

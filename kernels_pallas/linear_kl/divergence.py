@@ -42,6 +42,11 @@ class Divergence:
         elif self.weight is None or not 0 < self.weight < 1:
             raise ValueError(f"weight {self.weight!r} of {self.name} must lie strictly between 0 and 1, such as 0.5")
 
+    @property
+    def slopes_cancel(self) -> bool:
+        """Whether the slopes of `contribution` sum to zero by construction: those of forward_kl are q - p."""
+        return self.name == "forward_kl"
+
 
 def contribution(
     divergence: Divergence, teacher_logprob: Float[Array, "..."], student_logprob: Float[Array, "..."]

@@ -1,9 +1,9 @@
 """The divergence by blocks of tokens and of vocabulary in plain XLA, so that [tokens, V] never exists.
 
-The CPU's default and every platform's fallback by name. Tokens are taken in blocks along T, so a batch that is sharded
-over B stays where it is. Inside a block of tokens the vocabulary is read up to three times: for the log-sum-exp, for
-the sums over words, and for the gradients, which are formed here and now because the loss is a weighted sum. A block
-of vocabulary that covers V is multiplied out once and kept for all three; smaller ones are multiplied out again.
+The CPU's default. Tokens are taken in blocks along T, so a batch that is sharded over B stays where it is. For a
+block of tokens each logit is multiplied out once and kept until the block is done. The vocabulary is then walked in
+blocks small enough for the cache: to find the log-sum-exp, to add up the slopes where the divergence needs that, and
+to add up the divergence and form the gradients, which can be done here and now because the loss is a weighted sum.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ class Mass:
     def of(cls, logits: Float[Array, "B T V"]) -> "Mass":
         top = logits.max(-1)
         below = jnp.maximum(logits - _finite(top)[..., None], jnp.finfo(logits.dtype).min)
-        total, moment = _sums(jnp.exp(below), jnp.exp(below) * below)
-        return cls(top=top, total=total, moment=moment)
+        mass = jnp.exp(below)
+        return cls(top=top, total=mass.sum(-1), moment=(mass * below).sum(-1))
 
     @classmethod
     def nothing(cls, shape: tuple[int, ...], dtype) -> "Mass":
@@ -100,8 +100,12 @@ class Blocks:
         total = self.slice(array, index, axis) + update.astype(array.dtype)
         return lax.dynamic_update_slice_in_dim(array, total, self.start(index), axis)
 
-    def loop(self, body: Callable, carry):
-        return body(0, carry) if self.count == 1 else lax.fori_loop(0, self.count, body, carry)
+    def scan(self, body: Callable, carry, blocks=None):
+        """`lax.scan` over (index, blocks), without a loop where one block is all there is."""
+        if self.count > 1:
+            return lax.scan(body, carry, (jnp.arange(self.count), blocks))
+        carry, out = body(carry, (0, jax.tree.map(lambda block: block[0], blocks)))
+        return carry, jax.tree.map(lambda block: block[None], out)
 
 
 def full(
@@ -118,50 +122,56 @@ def full(
 ) -> tuple[Float[Array, ""], Stats, Gradients | None]:
     """Every word is a bucket. Arguments and results as in `api.linear_kl_full`."""
 
-    def block(index, live, weight):
+    def block(index, live, weight, by_head):
         h = jnp.where(live[..., None], positions.slice(hidden, index, 1), 0)
         th = jnp.where(live[..., None], positions.slice(teacher_hidden, index, 1), 0)
-        student, teacher = _logits(h, head, vocab), _logits(th, teacher_head, vocab)
-        dtype = _accumulator(hidden)
+        nothing = Mass.nothing(live.shape, _accumulator(hidden))
 
-        def survey(i, carry):
+        def survey(carry, step):
             student_mass, teacher_mass, student_at_top = carry
-            zs, zt = student(i), teacher(i)
+            zs, zt = _logits(h, head, vocab, step[0]), _logits(th, teacher_head, vocab, step[0])
             top = zt.max(-1)
             at_top = jnp.where(zt == top[..., None], zs, -jnp.inf).max(-1)
             at_top = jnp.maximum(
                 jnp.where(teacher_mass.top >= top, student_at_top, -jnp.inf),
                 jnp.where(top >= teacher_mass.top, at_top, -jnp.inf),
             )
-            return student_mass.merge(Mass.of(zs)), teacher_mass.merge(Mass.of(zt)), at_top
+            return (student_mass.merge(Mass.of(zs)), teacher_mass.merge(Mass.of(zt)), at_top), (zs, zt)
 
-        nothing = Mass.nothing(live.shape, dtype)
-        student_mass, teacher_mass, student_at_top = vocab.loop(survey, (nothing, nothing, nothing.top))
-        student_lse, teacher_lse = student_mass.log(), teacher_mass.log()
+        masses, logits = vocab.scan(survey, (nothing, nothing, nothing.top))
+        student_mass, teacher_mass, student_at_top = masses
+        student_lse, teacher_lse = student_mass.log()[..., None], teacher_mass.log()[..., None]
 
-        def logprobs(i):
-            return teacher(i) - teacher_lse[..., None], student(i) - student_lse[..., None]
+        def add_slopes(slope_sum, step):
+            zs, zt = step[1]
+            slope = contribution_and_slope(divergence, zt - teacher_lse, zs - student_lse)[1]
+            return slope_sum + slope.sum(-1), None
 
-        def add_up(i, carry):
-            parts = _sums(*contribution_and_slope(divergence, *logprobs(i)))
-            return tuple(a + b for a, b in zip(carry, parts, strict=True))
+        slope_sum = jnp.zeros(live.shape, student_lse.dtype)
+        if with_gradients and not divergence.slopes_cancel:
+            slope_sum, _ = vocab.scan(add_slopes, slope_sum, logits)
 
-        value, slope_sum = vocab.loop(add_up, (jnp.zeros(live.shape, dtype),) * 2)
+        def finish(carry, step):
+            value_sum, gradients = carry
+            i, (zs, zt) = step
+            lp, lq = zt - teacher_lse, zs - student_lse
+            value, slope = contribution_and_slope(divergence, lp, lq)
+            if with_gradients:
+                dz = weight[..., None] * (slope - jnp.exp(lq) * slope_sum[..., None])
+                gradients = _add_products(gradients, dz, h, head, vocab, i)
+            return (value_sum + value.sum(-1), gradients), None
+
+        start = (jnp.zeros_like(slope_sum), _products_start(h, by_head))
+        (value, gradients), _ = vocab.scan(finish, start, logits)
         stats = {
             "divergence": value,
             "student_entropy": student_mass.entropy(),
             "teacher_entropy": teacher_mass.entropy(),
-            "top1_agreement": (student_at_top >= student_mass.top).astype(dtype),
+            "top1_agreement": (student_at_top >= student_mass.top).astype(value.dtype),
         }
+        return stats, gradients
 
-        def logit_gradient(i):
-            lp, lq = logprobs(i)
-            slope = contribution_and_slope(divergence, lp, lq)[1]
-            return weight[..., None] * (slope - jnp.exp(lq) * slope_sum[..., None])
-
-        return h, stats, logit_gradient
-
-    return _over_positions(block, hidden, head, weights, positions, vocab, with_gradients)
+    return _over_positions(block, hidden, head, weights, positions, with_gradients)
 
 
 def at_ids(
@@ -179,56 +189,49 @@ def at_ids(
 ) -> tuple[Float[Array, ""], Stats, Gradients | None]:
     """The named words and everything else are J + 1 buckets. Arguments and results as in `api.linear_kl_at_ids`."""
 
-    def block(index, live, weight):
+    def block(index, live, weight, by_head):
         dtype = _accumulator(hidden)
         h = jnp.where(live[..., None], positions.slice(hidden, index, 1), 0)
         named = jnp.where(live[..., None], positions.slice(ids, index, 1), -1)
-        present = named >= 0
-        lp = jnp.where(present, positions.slice(teacher_logprobs, index, 1).astype(dtype), -jnp.inf)
+        lp = jnp.where(named < 0, -jnp.inf, positions.slice(teacher_logprobs, index, 1).astype(dtype))
         lp_tail = jnp.where(live, positions.slice(teacher_log_tail, index, 1).astype(dtype), 0)
-        logits = _logits(h, head, vocab)
+        lp = jnp.concatenate([lp, lp_tail[..., None]], -1)
 
-        def split(i):
-            return split_at_ids(logits(i), _local(named, vocab, i))
-
-        def survey(i, carry):
+        def survey(carry, step):
             chosen, rest_mass = carry
-            here, rest = split(i)
-            return jnp.maximum(chosen, here), rest_mass.merge(Mass.of(rest))
+            here, rest = split_at_ids(_logits(h, head, vocab, step[0]), _local(named, vocab, step[0]))
+            return (jnp.maximum(chosen, here), rest_mass.merge(Mass.of(rest))), rest
 
-        nothing = Mass.nothing(live.shape, dtype)
-        chosen, rest_mass = vocab.loop(survey, (jnp.full(named.shape, -jnp.inf, dtype), nothing))
-        student_mass = rest_mass.merge(Mass.of(chosen))
-        lse, rest_lse = student_mass.log(), rest_mass.log()
-        lq, lq_tail = chosen - lse[..., None], rest_lse - lse
+        nothing = (jnp.full(named.shape, -jnp.inf, dtype), Mass.nothing(live.shape, dtype))
+        (chosen, rest_mass), rest_logits = vocab.scan(survey, nothing)
+        student_mass, rest_lse = rest_mass.merge(Mass.of(chosen)), rest_mass.log()
+        lq = jnp.concatenate([chosen, rest_lse[..., None]], -1) - student_mass.log()[..., None]
+        value, slope = contribution_and_slope(divergence, lp, lq)
+        gradient = weight[..., None] * (slope - jnp.exp(lq) * slope.sum(-1, keepdims=True))
 
-        values, slopes = contribution_and_slope(
-            divergence, jnp.concatenate([lp, lp_tail[..., None]], -1), jnp.concatenate([lq, lq_tail[..., None]], -1)
-        )
-        slope_sum = slopes.sum(-1)
-        teacher_top = lp.max(-1, keepdims=True)
-        student_at_top = jnp.where(present & (lp == teacher_top), chosen, -jnp.inf).max(-1)
+        def finish(gradients, step):
+            i, rest = step
+            # Unnamed words share the tail's gradient by their part of the tail. Dividing by the tail's own mass,
+            # not by the whole vocabulary's, stays exact where that mass underflows.
+            dz = gradient[..., -1:] * jnp.exp(rest - _finite(rest_lse)[..., None])
+            dz = _put(dz, _local(named, vocab, i), gradient[..., :-1])
+            return _add_products(gradients, dz, h, head, vocab, i), None
+
+        gradients = _products_start(h, by_head)
+        if with_gradients:
+            gradients, _ = vocab.scan(finish, gradients, rest_logits)
+        first = (lp[..., :-1] == lp[..., :-1].max(-1, keepdims=True)) & (named >= 0)
         stats = {
-            "divergence": values.sum(-1),
+            "divergence": value.sum(-1),
             "student_entropy": student_mass.entropy(),
-            "teacher_entropy": Mass.of(jnp.concatenate([lp, lp_tail[..., None]], -1)).entropy(),
-            "top1_agreement": (student_at_top >= student_mass.top).astype(dtype),
+            "teacher_entropy": Mass.of(lp).entropy(),
+            "top1_agreement": (jnp.where(first, chosen, -jnp.inf).max(-1) >= student_mass.top).astype(dtype),
             "teacher_tail_mass": jnp.exp(lp_tail),
-            "student_support_mass": jnp.exp(lq).sum(-1),
+            "student_support_mass": jnp.exp(lq[..., :-1]).sum(-1),
         }
-        # Inside the tail the student's words share its gradient in proportion to their mass, so the tail's own
-        # share is taken with the log-sum-exp of the rest, which stays exact when the tail's mass underflows.
-        tail_gradient = weight * (slopes[..., -1] - jnp.exp(lq_tail) * slope_sum)
-        named_gradient = weight[..., None] * (slopes[..., :-1] - jnp.exp(lq) * slope_sum[..., None])
+        return stats, gradients
 
-        def logit_gradient(i):
-            rest = split(i)[1]
-            spread = tail_gradient[..., None] * jnp.exp(rest - _finite(rest_lse)[..., None])
-            return _put(spread, _local(named, vocab, i), named_gradient)
-
-        return h, stats, logit_gradient
-
-    return _over_positions(block, hidden, head, weights, positions, vocab, with_gradients)
+    return _over_positions(block, hidden, head, weights, positions, with_gradients)
 
 
 def split_at_ids(
@@ -258,71 +261,53 @@ def _local(ids: Array, vocab: Blocks, index) -> Array:
     return jnp.where(ids // vocab.block == index, ids - vocab.start(index), -1)
 
 
-def _over_positions(block, hidden, head, weights, positions: Blocks, vocab: Blocks, with_gradients: bool):
-    """Run `block(index, live, weight) -> (hidden, stats, logit_gradient(i))` over T and add up what it finds."""
+def _over_positions(block, hidden, head, weights, positions: Blocks, with_gradients: bool):
+    """Run `block(index, live, weight, by_head) -> (stats, (by_hidden, by_head))` over T and put it together."""
     dtype = _accumulator(hidden)
 
-    def run(index, gradients):
+    def run(index, by_head):
         weight = jnp.where(positions.fresh(index), positions.slice(weights, index, 1), 0).astype(dtype)
-        live = weight != 0
-        h, stats, logit_gradient = block(index, live, weight)
-        if with_gradients:
-            gradients = _add_gradients(gradients, h, head, logit_gradient, index, positions, vocab)
-        return {name: jnp.where(live, value, 0) for name, value in stats.items()}, gradients
+        stats, gradients = block(index, weight != 0, weight, by_head)
+        return {name: jnp.where(weight == 0, 0, value) for name, value in stats.items()}, gradients
 
-    def body(index, carry):
-        stats, gradients = carry
-        found, gradients = run(index, gradients)
-        return {name: positions.add(stats[name], value, index, 1) for name, value in found.items()}, gradients
+    def body(carry, step):
+        index, _ = step
+        stats, by_hidden, by_head = carry
+        found, gradients = run(index, by_head)
+        stats = {name: positions.add(stats[name], value, index, 1) for name, value in found.items()}
+        if gradients is not None:
+            by_hidden, by_head = positions.add(by_hidden, gradients[0], index, 1), gradients[1]
+        return (stats, by_hidden, by_head), None
 
-    gradients = (jnp.zeros_like(hidden), jnp.zeros(head.shape, dtype)) if with_gradients else None
-    names = jax.eval_shape(lambda: run(0, gradients)[0])
-    stats, gradients = positions.loop(body, ({name: jnp.zeros(weights.shape, dtype) for name in names}, gradients))
-    # A weight of 0 is a position without a divergence, and the stats hold 0 there.
+    by_hidden, by_head = (jnp.zeros_like(hidden), jnp.zeros(head.shape, dtype)) if with_gradients else (None, None)
+    names = jax.eval_shape(lambda: run(0, by_head)[0])
+    start = ({name: jnp.zeros(weights.shape, dtype) for name in names}, by_hidden, by_head)
+    (stats, by_hidden, by_head), _ = positions.scan(body, start)
     loss = (weights.astype(dtype) * stats["divergence"]).sum()
-    if gradients is None:
-        return loss, stats, None
-    return loss, stats, Gradients(hidden=gradients[0], head=gradients[1].astype(head.dtype))
+    return loss, stats, Gradients(hidden=by_hidden, head=by_head.astype(head.dtype)) if with_gradients else None
 
 
-def _add_gradients(gradients, h, head, logit_gradient, index, positions: Blocks, vocab: Blocks):
-    dtype = _accumulator(h)
-
-    def body(i, carry):
-        by_hidden, by_head = carry
-        # The operands of both products in the model's own dtype, as matrix units want them; sums in float32.
-        dz = logit_gradient(i).astype(h.dtype)
-        rows = vocab.slice(head, i, 0)
-        by_hidden += jnp.einsum("BTV,VD->BTD", dz, rows, preferred_element_type=dtype)
-        by_head = vocab.add(by_head, jnp.einsum("BTV,BTD->VD", dz, h, preferred_element_type=dtype), i, 0)
-        return by_hidden, by_head
-
-    by_hidden, by_head = vocab.loop(body, (jnp.zeros(h.shape, dtype), gradients[1]))
-    return positions.add(gradients[0], by_hidden, index, 1), by_head
+def _products_start(hidden: Array, by_head: Array | None):
+    return None if by_head is None else (jnp.zeros(hidden.shape, _accumulator(hidden)), by_head)
 
 
-def _logits(hidden: Array, head: Array, vocab: Blocks) -> Callable[[Int[Array, ""] | int], Float[Array, "B T V"]]:
-    """A reader of one vocabulary block of logits; -inf at words that an earlier block has already counted."""
+def _add_products(gradients, dz: Array, hidden: Array, head: Array, vocab: Blocks, index):
+    """Add one vocabulary block's share to the gradients by hidden states and head.
 
-    def multiply(i):
-        z = jnp.einsum("BTD,VD->BTV", hidden, vocab.slice(head, i, 0), preferred_element_type=_accumulator(hidden))
-        return z if vocab.size % vocab.block == 0 else jnp.where(vocab.fresh(i), z, -jnp.inf)
+    Both products take their operands in the model's own dtype, as matrix units want them, and sum in float32.
+    """
+    by_hidden, by_head = gradients
+    dz, dtype = dz.astype(hidden.dtype), _accumulator(hidden)
+    by_hidden += jnp.einsum("BTV,VD->BTD", dz, vocab.slice(head, index, 0), preferred_element_type=dtype)
+    update = jnp.einsum("BTV,BTD->VD", dz, hidden, preferred_element_type=dtype)
+    return by_hidden, vocab.add(by_head, update, index, 0)
 
-    if vocab.count > 1:
-        return multiply
-    whole = multiply(0)
-    return lambda i: whole
 
-
-def _sums(*terms: Array) -> tuple[Array, ...]:
-    """Sums over the last axis in a single pass: one reduction reads its operands once, where XLA's CPU compiler
-    would otherwise compute the exponentials again for each."""
-    zero = jnp.zeros((), terms[0].dtype)
-
-    def combine(a, b):
-        return tuple(x + y for x, y in zip(a, b, strict=True))
-
-    return tuple(lax.reduce(terms, (zero,) * len(terms), combine, dimensions=(terms[0].ndim - 1,)))
+def _logits(hidden: Array, head: Array, vocab: Blocks, index) -> Float[Array, "B T V"]:
+    """One vocabulary block of logits; -inf at words that an earlier block has already counted."""
+    rows = vocab.slice(head, index, 0)
+    logits = jnp.einsum("BTD,VD->BTV", hidden, rows, preferred_element_type=_accumulator(hidden))
+    return logits if vocab.size % vocab.block == 0 else jnp.where(vocab.fresh(index), logits, -jnp.inf)
 
 
 def _finite(x: Array) -> Array:
