@@ -57,7 +57,7 @@ def make_request(prompt, sample_index=0, mode=THINKING, **params):
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: Qwen3(config, jax.random.key(0)) for name, config in CONFIGS.items()}
+    return {name: jax.jit(Qwen3, static_argnums=0)(config, jax.random.key(0)) for name, config in CONFIGS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +141,9 @@ def mixed_requests():
     params = [
         {},
         {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
-        {"top_p": 0.8},
         {"thinking_budget": 3},
-        {"min_p": 0.1},
+        {"top_p": 0.8},
+        {"temperature": 0.6, "top_k": 7},
     ]
     return [
         make_request(prompt, sample_index, **fields)
@@ -169,7 +169,7 @@ def test_a_rollout_does_not_depend_on_its_company(models, engine):
 
 def test_a_mixture_of_experts_does_not_mix_rows(models):
     engine = make_engine(CONFIGS["moe"])
-    requests = mixed_requests()[:6]
+    requests = [make_request(prompt, sample_index) for prompt in PROMPTS[:3] for sample_index in range(2)]
     together = engine.generate(models["moe"], requests, seed=0, policy_step=5)
     for request, wanted in zip(requests[::-1], together[::-1], strict=True):
         alone = engine.generate(models["moe"], [request], seed=0, policy_step=5)[0]
@@ -218,13 +218,19 @@ def greedy_path(models):
     return free.generate(models["dense"], [request], seed=0, policy_step=0)[0].response.tolist()
 
 
-@pytest.mark.parametrize("distance", [-1, 0, 1, 5])
-def test_budget_around_the_end_of_thinking(models, greedy_path, distance):
-    """The end stands at index `end`, so thinking took end + 1 tokens: that budget is just enough."""
+@pytest.fixture(scope="module")
+def ending(greedy_path):
+    """Where the greedy path ends its thinking, and an engine that takes that token for the end."""
     end = first_appearance(greedy_path, 6)
-    budget = end + 1 + distance
     text = (151, greedy_path[end], 153)
-    engine = make_engine(stop_ids=(), stop_thinking_ids=text, think_end_id=greedy_path[end])
+    return end, make_engine(stop_ids=(), stop_thinking_ids=text, think_end_id=greedy_path[end])
+
+
+@pytest.mark.parametrize("distance", [-1, 0, 1, 5])
+def test_budget_around_the_end_of_thinking(models, greedy_path, ending, distance):
+    """The end stands at index `end`, so thinking took end + 1 tokens: that budget is just enough."""
+    end, engine = ending
+    budget, text = end + 1 + distance, engine.stop_thinking_ids
     request = make_request(PROMPTS[2], temperature=0, thinking_budget=budget)
     rollout = engine.generate(models["dense"], [request], seed=0, policy_step=0)[0]
     response, mask = rollout.response.tolist(), rollout.loss_mask[len(PROMPTS[2]) - 1 : -1]
@@ -283,7 +289,7 @@ def test_other_requests_and_weights_compile_nothing(models):
     engine = make_engine(max_new_tokens=16)
     engine.generate(models["dense"], [make_request(PROMPTS[0], max_new_tokens=3)], seed=0, policy_step=0)
     assert compiled
-    other = Qwen3(CONFIGS["dense"], jax.random.key(9))
+    other = jax.tree.map(lambda x: x * 2, models["dense"])
     compiled.clear()
     for step in range(3):
         requests = [make_request(prompt, step, max_new_tokens=10 + step, thinking_budget=step) for prompt in PROMPTS]
