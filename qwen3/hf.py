@@ -209,16 +209,20 @@ def _aligned_empty(shape: list[int], dtype: Any) -> np.ndarray:
 def _host_tensors(order: list[tuple[Leaf, Tensor]], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """Names and values in PyTorch's shape; from the devices comes one layer of one parameter at a time."""
     for (leaf, _), group in itertools.groupby(order, key=lambda pair: (pair[0], pair[1].layer)):
-        value = leaf.param.get_value()
         tensors = [tensor for _, tensor in group]
-        if tensors[0].lead:
-            value = jax.lax.dynamic_index_in_dim(value, tensors[0].lead[0], keepdims=False)
-        block = np.asarray(value)
+        block = _host_block(leaf.param.get_value(), tensors[0].lead[:1])
         for tensor in tensors:
             weight = block[tensor.lead[1:]]
             if tensor.inputs is not None:
                 weight = weight.reshape(tensor.shape[::-1]).T
             yield tensor.name, np.array(weight, dtype, order="C")
+
+
+def _host_block(value: jax.Array, layer: tuple[int, ...]) -> np.ndarray:
+    """A parameter, or one layer of it, on the host; where it lies in host memory in one piece, a view of that."""
+    if len(value.devices()) == 1 and next(iter(value.devices())).platform == "cpu":
+        return np.asarray(value)[layer]
+    return np.asarray(jax.lax.dynamic_index_in_dim(value, layer[0], keepdims=False) if layer else value)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
