@@ -1,0 +1,127 @@
+"""The losses by name: what each kind of target gives, and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill.losses import Loss, distillation_loss
+from qwen3.errors import UserError
+from teacher.targets import Hidden, at_ids_targets, one_hot, top_k_targets
+
+B, T, D, V = 2, 6, 8, 31
+LOSSES = [
+    Loss(name="forward_kl"),
+    Loss(name="reverse_kl"),
+    Loss(name="jsd", weight=0.5),
+    Loss(name="skew_kl", weight=0.1),
+]
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    keys = jax.random.split(jax.random.key(0), 5)
+    hidden, teacher_hidden = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (B, T, D))
+    head, teacher_head = jax.random.normal(keys[2], (V, D)), jax.random.normal(keys[3], (V, D))
+    mask = jnp.ones((B, T)).at[:, -1].set(0)
+    return hidden, head, teacher_hidden, teacher_head, mask / mask.sum()
+
+
+@pytest.mark.parametrize("loss", LOSSES[1:3], ids=lambda loss: loss.name)
+def test_every_kind_of_target_gives_the_same_answer_where_it_names_every_word(arrays, loss):
+    hidden, head, teacher_hidden, teacher_head, weights = arrays
+    every_word = jnp.broadcast_to(jnp.arange(V), (B, T, V))
+    answers = [
+        jax.jit(
+            jax.value_and_grad(
+                lambda hidden, head, targets=targets, options=options: distillation_loss(
+                    hidden, head, targets, weights, loss, **options
+                ),
+                (0, 1),
+                has_aux=True,
+            )
+        )(hidden, head)
+        for targets, options in [
+            (Hidden(hidden=teacher_hidden), {"teacher_head": teacher_head}),
+            (top_k_targets(teacher_hidden, teacher_head, V), {}),
+            (at_ids_targets(teacher_hidden, teacher_head, every_word), {}),
+        ]
+    ]
+    for (value, stats), gradients in answers[1:]:
+        # The same sums in float32 by two routes.
+        np.testing.assert_allclose(value, answers[0][0][0], rtol=1e-5)
+        for name in ("divergence", "student_entropy", "teacher_entropy", "top1_agreement"):
+            np.testing.assert_allclose(stats[name], answers[0][0][1][name], rtol=1e-4, atol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, answers[0][1])
+
+
+def test_forward_kl_to_the_data_is_the_cross_entropy(arrays):
+    hidden, head, _, _, weights = arrays
+    tokens = jax.random.randint(jax.random.key(9), (B, T), 0, V)
+
+    def ours(hidden, head):
+        return distillation_loss(hidden, head, one_hot(tokens), weights, Loss(name="forward_kl"))
+
+    def textbook(hidden, head):
+        logprobs = jax.nn.log_softmax(hidden[:, :-1] @ head.T)
+        return -jnp.take_along_axis(logprobs, tokens[:, 1:, None], -1).mean()
+
+    (value, stats), gradients = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(hidden, head)
+    expected, expected_gradients = jax.value_and_grad(textbook, (0, 1))(hidden, head)
+    # float32 sums of another order
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, expected_gradients)
+    right = (hidden @ head.T).argmax(-1)[:, :-1] == tokens[:, 1:]
+    np.testing.assert_array_equal(stats["top1_agreement"][:, :-1], right)
+
+
+@pytest.mark.parametrize("loss", LOSSES[:2], ids=lambda loss: loss.name)
+def test_top_k_with_its_tail_never_exceeds_the_whole_divergence(arrays, loss):
+    hidden, head, teacher_hidden, teacher_head, weights = arrays
+    whole, _ = distillation_loss(hidden, head, Hidden(hidden=teacher_hidden), weights, loss, teacher_head=teacher_head)
+    few, more = (
+        distillation_loss(hidden, head, top_k_targets(teacher_hidden, teacher_head, k), weights, loss)[0]
+        for k in (1, 16)
+    )
+    assert 0 <= few <= more <= whole
+
+
+def test_a_statistic_that_targets_cannot_give_is_absent(arrays):
+    hidden, head, teacher_hidden, teacher_head, weights = arrays
+    _, whole = distillation_loss(
+        hidden, head, Hidden(hidden=teacher_hidden), weights, LOSSES[0], teacher_head=teacher_head
+    )
+    top = top_k_targets(teacher_hidden, teacher_head, 4)
+    _, coarse = distillation_loss(hidden, head, top, weights, LOSSES[0])
+    assert set(coarse) - set(whole) == {"teacher_tail_mass", "student_support_mass"}
+    live = np.asarray(weights) > 0
+    # float32
+    np.testing.assert_allclose(coarse["teacher_tail_mass"][live], np.exp(top.log_tail)[live], rtol=1e-5)
+    student = jnp.take_along_axis(jax.nn.softmax(hidden @ head.T), top.ids, -1).sum(-1)
+    np.testing.assert_allclose(coarse["student_support_mass"][live], student[live], rtol=1e-5)
+    np.testing.assert_allclose(coarse["student_entropy"], whole["student_entropy"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "kl"}, "name 'kl' is not a divergence; use one of forward_kl, reverse_kl, jsd, skew_kl"),
+        ({"name": "jsd"}, "weight None of jsd must lie strictly between 0 and 1"),
+        ({"name": "skew_kl", "weight": 1.0}, "weight 1.0 of skew_kl must lie strictly between 0 and 1"),
+        ({"name": "reverse_kl", "weight": 0.5}, "weight 0.5 has no meaning for reverse_kl"),
+    ],
+)
+def test_a_loss_that_means_nothing_is_a_users_error(fields, message):
+    with pytest.raises(UserError, match=message):
+        Loss(**fields)
+
+
+def test_targets_and_teacher_head_must_go_together(arrays):
+    hidden, head, teacher_hidden, teacher_head, weights = arrays
+    with pytest.raises(ValueError, match="teacher_head is None; Hidden targets need"):
+        distillation_loss(hidden, head, Hidden(hidden=teacher_hidden), weights, LOSSES[0])
+    top = top_k_targets(teacher_hidden, teacher_head, 4)
+    with pytest.raises(ValueError, match="teacher_head is given with TopK targets"):
+        distillation_loss(hidden, head, top, weights, LOSSES[0], teacher_head=teacher_head)
+    with pytest.raises(ValueError, match="targets is a dict"):
+        distillation_loss(hidden, head, {}, weights, LOSSES[0])
