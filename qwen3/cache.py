@@ -1,9 +1,9 @@
 """Keys and values of what a batch has read so far, and the two ways a decoder uses them: prefill and one-token steps.
 
-Layers of a shallow model are taken out of their stacks once per call and unrolled, each with a cache of its own that
-the loop updates in place. A scan over stacked layers inside a decoding loop would copy weights and caches at every
-token; it is used for deep models only, where taking the layers out would copy gigabytes of weights and unrolling
-would compile for minutes.
+Layers of a shallow model are taken out of their stacks once per call and unrolled, each with a cache of its own: a
+scan over stacked layers copies every layer's weights at every token, which makes small batches on CPU almost half as
+fast. Deep models are scanned: taking their layers out would hold their weights twice, and unrolling them would compile
+for minutes. Either way the decoding loop updates caches in place.
 """
 
 from typing import NamedTuple
@@ -94,31 +94,41 @@ def step(
     visible = (jnp.arange(cache[0].k.shape[-1]) <= positions[:, None])[:, None, None]
     real = jnp.ones((tokens.shape[0], 1), bool)
 
-    def run(x: Array, layer: Layer, kv: KeyValue) -> tuple[Array, KeyValue]:
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeyValue]:
-            longer = KeyValue(kv.k.at[rows, :, :, positions].set(k[:, 0]), kv.v.at[rows, :, positions].set(v[:, 0]))
-            return _attend_cache(q, longer, visible), longer
+    def run(x: Array, layer: Layer, kv: KeyValue, place: tuple[Array, ...]) -> tuple[Array, KeyValue]:
+        """One layer, whose cache stands at index `place` of `kv`."""
 
-        x, kept, _ = layer(x, rot, real, attend)
-        return x, kept
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeyValue]:
+            longer = KeyValue(
+                kv.k.at[*place, rows, :, :, positions].set(k[:, 0], mode="promise_in_bounds"),
+                kv.v.at[*place, rows, :, positions].set(v[:, 0], mode="promise_in_bounds"),
+            )
+            return _attend_cache(q, KeyValue(longer.k[place], longer.v[place]), visible), longer
+
+        x, longer, _ = layer(x, rot, real, attend)
+        return x, longer
+
+    def scanned(carry: tuple[Array, KeyValue], unit: tuple[Layer, Array]) -> tuple[tuple[Array, KeyValue], None]:
+        # The stack's cache is carried, not scanned over: scanning would rewrite all of it for one token.
+        (x, kv), (layer, index) = carry, unit
+        return run(x, layer, kv, (index,)), None
 
     x = model.embed_tokens(tokens[:, None])
-    longer: list[KeyValue] = []
+    caches: list[KeyValue] = []
     for layer, kv in zip(layers, cache, strict=True):
         if unroll:
-            x, kept = run(x, layer, kv)
+            x, longer = run(x, layer, kv, ())
         else:
-            x, kept = jax.lax.scan(lambda x, unit: run(x, *unit), x, (layer, kv))
-        longer.append(kept)
-    return model.final(x)[:, 0], tuple(longer)
+            (x, longer), _ = jax.lax.scan(scanned, (x, kv), (layer, jnp.arange(kv.k.shape[0])))
+        caches.append(longer)
+    return model.final(x)[:, 0], tuple(caches)
 
 
 def _attend_cache(q: Float[Array, "B 1 N H"], kv: KeyValue, visible: Bool[Array, "B 1 1 S"]) -> Float[Array, "B 1 N H"]:
     """Each row's query over its visible slots. The division by the softmax's sum waits until S is summed out."""
     batch, _, heads, size = q.shape
-    grouped = (q * size**-0.5).reshape(batch, kv.k.shape[1], -1, size)
+    grouped = q.reshape(batch, kv.k.shape[1], -1, size)
     scores = jnp.einsum("BKGH,BKHS->BKGS", grouped, kv.k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores, _MASKED)
+    scores = jnp.where(visible, scores * size**-0.5, _MASKED)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(kv.v.dtype), kv.v, preferred_element_type=jnp.float32)
     out = out / jnp.sum(weights, axis=-1, keepdims=True)

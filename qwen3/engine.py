@@ -163,9 +163,13 @@ class Engine:
 
         Raises:
             UserError: A request that the engine's sizes cannot hold, naming its prompt.
+            ValueError: A model of another architecture, or a seed or step that is no unsigned 32-bit number.
         """
         if model.config != self.config:
             raise ValueError("model.config differs from the engine's; make an engine for each architecture")
+        for field, value in (("seed", seed), ("policy_step", policy_step)):
+            if not 0 <= value < 2**32:
+                raise ValueError(f"{field} is {value}; it must be in 0..{2**32 - 1}")
         for request in requests:
             self._check(request)
         plan = Plan.of([request.params for request in requests], self.config.vocab_size)

@@ -356,3 +356,10 @@ def test_engines_that_cannot_work_are_refused(fields, message):
 def test_a_model_of_another_architecture_is_refused(models, engine):
     with pytest.raises(ValueError, match=r"model\.config differs"):
         engine.generate(models["moe"], [make_request((1,))], seed=0, policy_step=0)
+
+
+@pytest.mark.parametrize("field", ["seed", "policy_step"])
+@pytest.mark.parametrize("value", [-1, 2**32])
+def test_seeds_that_would_wrap_around_are_refused(models, engine, field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}; it must be in 0..4294967295"):
+        engine.generate(models["dense"], [], **({"seed": 0, "policy_step": 0} | {field: value}))
