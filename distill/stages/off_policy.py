@@ -43,7 +43,7 @@ class OffPolicy:
     """Teacher entries kept per token; the mass of all others is kept as one number."""
     loss: Loss = dataclasses.field(default_factory=Loss)
     microbatches_per_step: int = 1
-    training: Training = dataclasses.field(default_factory=lambda: Training(steps=1000))
+    training: Training = dataclasses.field(default_factory=lambda: Training(steps=1000, row_length=34_816))
     start_from: str | None = None
     """Stage whose student this one starts from; None for the stage before."""
     targets_of: str | None = None

@@ -40,7 +40,7 @@ class OnPolicy:
     """How the student samples in non-thinking mode."""
     max_prompt_tokens: int = 2_048
     loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
-    training: Training = dataclasses.field(default_factory=lambda: Training(steps=200))
+    training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=34_816))
     """A step has as many microbatches as its packed rollouts fill."""
     samples_every_steps: int = 25
     """Steps between rollouts that are kept for people to read."""

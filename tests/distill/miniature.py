@@ -1,0 +1,107 @@
+"""A whole run in miniature: a tokenizer, a teacher and a student small enough that every stage takes seconds."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from distill.evaluate import Evaluation
+from distill.experiment import Experiment, Teacher
+from distill.losses import Loss
+from distill.optimizer import Optimizer
+from distill.stages import OffPolicy, OnPolicy, Sft
+from distill.stages.loop import Training
+from distill.tasks import Arithmetic, ChainSum, Products
+from qwen3.chat import ChatTokenizer
+from qwen3.sampling import SamplingParams
+from qwen3.tokenizer import train_byte_level_bpe
+from student.export import export
+from student.init import FromScratch
+
+_SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+}
+DENSE = {"architectures": ["Qwen3ForCausalLM"], **_SHAPE}
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    **_SHAPE,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+
+
+def task() -> Arithmetic:
+    return Arithmetic(
+        chain_sum=ChainSum(min_terms=2, max_terms=3), products=Products(min_digits=2, max_digits=3, weight=0.5)
+    )
+
+
+def make_teacher(folder: Path) -> str:
+    """An untrained mixture-of-experts teacher with a tokenizer of the task's texts, as a Hugging Face folder."""
+    problems = task().problems("train", 300, seed=0)
+    tokenizer = folder / "tokenizer"
+    train_byte_level_bpe((f"{p.prompt}\n{p.solution}\n{p.answer}" for p in problems), 320, tokenizer)
+    model = FromScratch(architecture=MOE, tokenizer=str(tokenizer)).build(jax.random.key(7))
+    export(folder / "teacher", model, ChatTokenizer.from_folder(tokenizer), dtype=jnp.float32)
+    return str(folder / "teacher")
+
+
+def _training(steps: int | None, row_length: int = 128) -> Training:
+    return Training(
+        steps=steps,
+        rows=4,
+        row_length=row_length,
+        optimizer=Optimizer(learning_rate=1e-3),
+        rematerialise=False,
+        checkpoint_every_steps=2,
+    )
+
+
+def experiment(teacher: str) -> Experiment:
+    """All three stages and a comparison, over a student from scratch."""
+    sampling = {
+        "thinking": SamplingParams(max_new_tokens=24, thinking_budget=8),
+        "non_thinking": SamplingParams(max_new_tokens=8),
+        "max_prompt_tokens": 80,
+    }
+    off_policy = OffPolicy(prompts=20, top_k=8, batch_size=8, training=_training(4), **sampling)
+    return Experiment(
+        name="miniature",
+        description="A run in miniature.",
+        student=FromScratch(architecture=DENSE, tokenizer=teacher),
+        teacher=Teacher(path=teacher, dtype="float32"),
+        tasks={"arithmetic": task()},
+        stages={
+            "pretraining": Sft(problems=40, form="raw", training=_training(3)),
+            "off_policy": off_policy,
+            "on_policy": OnPolicy(
+                prompts_per_step=8,
+                samples_every_steps=2,
+                loss=Loss(name="reverse_kl"),
+                training=_training(5),
+                **sampling,
+            ),
+            "same_outputs": dataclasses.replace(
+                off_policy,
+                training=_training(None),
+                start_from="off_policy",
+                targets_of="off_policy",
+                flops_of="on_policy",
+            ),
+        },
+        export_stage="on_policy",
+        evaluation=Evaluation(problems=6, samples_per_problem=2, pass_at=(2,), batch_size=8, **sampling),
+        compute_dtype="float32",
+        export_dtype="float32",
+    )
