@@ -61,7 +61,9 @@ def loss_and_gradients(model, batch):
     """Mean cross-entropy of the next token, one denominator for all rows, plus the load-balancing loss."""
 
     def loss(model):
-        output = model(batch["tokens"], batch["positions"], batch["segments"], rematerialise=not model.config.num_experts)
+        output = model(
+            batch["tokens"], batch["positions"], batch["segments"], rematerialise=not model.config.num_experts
+        )
         logprobs = jax.nn.log_softmax(output.hidden @ model.head.T)[:, :-1]
         following = batch["tokens"][:, 1:, None]
         mask = (batch["segments"][:, 1:] == batch["segments"][:, :-1]) & (batch["segments"][:, 1:] != 0)
