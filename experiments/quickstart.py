@@ -3,8 +3,8 @@
     make quickstart            or: python -m distill.run experiments/quickstart.py
 
 A Qwen3-MoE teacher that the repository carries solves sums, differences and products step by step. A dense student,
-several times smaller, first reads worked problems as plain text (a stand-in for a base model), then learns from what
-the teacher wrote (off-policy), then from its own attempts, judged by the teacher token by token (on-policy).
+several times smaller and so far only a base model (experiments/quickstart_student.py), first learns from what the
+teacher wrote (off-policy), then from its own attempts, judged by the teacher token by token (on-policy).
 
 Two comparisons start from the same off-policy student and may spend what the on-policy stage has cost in FLOPs,
 teacher included: `same_outputs` trains on with the outputs that it has, `fresh_outputs` on new teacher outputs for as
@@ -18,7 +18,7 @@ from distill.evaluate import Evaluation
 from distill.experiment import Experiment, Teacher
 from distill.losses import Loss
 from distill.optimizer import Optimizer
-from distill.stages import OffPolicy, OnPolicy, Sft
+from distill.stages import OffPolicy, OnPolicy
 from distill.stages.loop import Training
 from experiments.quickstart_task import (
     MAX_PROMPT_TOKENS,
@@ -28,37 +28,23 @@ from experiments.quickstart_task import (
     qwen3_non_thinking,
     qwen3_thinking,
 )
-from student.init import FromScratch
+from student.init import FromCheckpoint
 
 TEACHER = str(Path(__file__).parent / "quickstart_teacher")
-
-ARCHITECTURE = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 160,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 256,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-}
+STUDENT = str(Path(__file__).parent / "quickstart_student")
 
 PROMPTS_PER_STEP = 64
-ON_POLICY_STEPS = 200
+ON_POLICY_STEPS = 120
 
 
 def config() -> Experiment:
     return Experiment(
         name="quickstart",
         description="A small Qwen3-MoE makes a dense student good at sums and products, in minutes on a CPU.",
-        student=FromScratch(architecture=ARCHITECTURE, tokenizer=TEACHER),
+        student=FromCheckpoint(path=STUDENT),
         teacher=Teacher(path=TEACHER, dtype="float32"),
         tasks={"arithmetic": arithmetic()},
         stages={
-            "pretraining": Sft(problems=4_000, form="raw", training=_training(steps=200, learning_rate=3e-3)),
             "off_policy": OffPolicy(
                 prompts=512,
                 top_k=16,
@@ -92,13 +78,13 @@ def config() -> Experiment:
         },
         export_stage="on_policy",
         evaluation=Evaluation(
-            problems=250,
+            problems=200,
             samples_per_problem=4,
             pass_at=(4,),
             thinking=qwen3_thinking(),
             non_thinking=qwen3_non_thinking(),
             max_prompt_tokens=MAX_PROMPT_TOKENS,
-            batch_size=250,
+            batch_size=200,
         ),
         compute_dtype="float32",
         export_dtype="float32",
@@ -117,8 +103,8 @@ def _teacher_writes() -> dict[str, Any]:
 def _training(*, steps: int | None, learning_rate: float) -> Training:
     return Training(
         steps=steps,
-        rows=24,
-        row_length=256,
+        rows=48,
+        row_length=144,
         optimizer=Optimizer(learning_rate=learning_rate, b2=0.98, warmup_fraction=0.05, final_fraction=0.05),
         rematerialise=False,
         checkpoint_every_steps=50,

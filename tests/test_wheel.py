@@ -1,5 +1,6 @@
 """The built wheel is whole: it runs where the repository is not, on what a user brings."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.distill import miniature
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels_pallas", "qwen3", "teacher", "student", "distill", "experiments")
@@ -60,6 +63,52 @@ def test_packages_come_from_the_wheel(user_python: Path, tmp_path: Path) -> None
     files = [Path(line) for line in _run([user_python, "-c", listing], cwd=tmp_path).split()]
     assert len(files) == len(PACKAGES)
     assert all(file.is_relative_to(user_python.parents[1]) for file in files), files
+
+
+USERS_EXPERIMENT = """
+from distill.evaluate import Evaluation
+from distill.experiment import Experiment, Teacher
+from distill.losses import Loss
+from distill.stages import OffPolicy, OnPolicy
+from distill.stages.loop import Training
+from distill.tasks import PromptFile
+from qwen3.sampling import SamplingParams
+from student.init import FromCheckpoint
+
+SHORT = dict(thinking=SamplingParams(max_new_tokens=16), non_thinking=SamplingParams(max_new_tokens=8),
+             max_prompt_tokens=80)
+TRAINING = Training(steps=2, rows=4, row_length=96)
+
+
+def config():
+    return Experiment(
+        name="mine",
+        description="A user's own.",
+        student=FromCheckpoint(path="models/teacher"),
+        teacher=Teacher(path="models/teacher", dtype="float32"),
+        tasks={"mine": PromptFile(path="prompts.jsonl", verifier="integer", held_out_fraction=0.2)},
+        stages={
+            "off_policy": OffPolicy(prompts=8, top_k=4, batch_size=8, training=TRAINING, **SHORT),
+            "on_policy": OnPolicy(prompts_per_step=4, loss=Loss(name="jsd", weight=0.5), training=TRAINING, **SHORT),
+        },
+        evaluation=Evaluation(problems=4, samples_per_problem=2, pass_at=(2,), batch_size=8, **SHORT),
+    )
+"""
+
+
+def test_a_users_own_experiment_models_and_prompts_run_outside_the_repository(
+    user_python: Path, tmp_path: Path
+) -> None:
+    miniature.make_teacher(tmp_path / "models")
+    problems = miniature.task().problems("train", 60, seed=0)
+    lines = [json.dumps({"prompt": problem.prompt, "answer": problem.answer}) for problem in problems]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    (tmp_path / "my_experiment.py").write_text(USERS_EXPERIMENT)
+    out = _run([user_python, "-m", "distill.run", "my_experiment.py"], cwd=tmp_path)
+    assert "report runs/mine/report.html" in out
+    report = json.loads((tmp_path / "runs" / "mine" / "report.json").read_text())
+    assert {row["model"] for row in report["rows"]} == {"student_initial", "off_policy", "on_policy", "teacher"}
+    assert (tmp_path / "runs" / "mine" / "export" / "model.safetensors").exists()
 
 
 def _run(command: list[str | Path], cwd: Path | None = None) -> str:

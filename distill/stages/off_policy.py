@@ -22,6 +22,9 @@ from teacher.scoring import Scorer
 from teacher.store import TargetStore, TargetStoreWriter
 from teacher.targets import TopK
 
+_SAMPLED_RECORDS = 512
+"""Records from which the cost of a packed row is estimated."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OffPolicy:
@@ -78,11 +81,10 @@ class OffPolicy:
         assert self.flops_of is not None
         other = context.costs[self.flops_of]
         budget = other.student_train_flops + other.student_sample_flops + other.teacher_flops - spent.teacher_flops
-        lengths = [len(store[index].rollout.tokens) for index in range(len(store))]
-        epoch = (1 + BACKWARD) * forward_flops(model.config).of(lengths)
-        rows = self.training.rows * self.microbatches_per_step
-        steps_of_epoch = rows_needed(lengths, self.training.row_length) / rows
-        steps = int(budget / epoch * steps_of_epoch)
+        lengths = [len(store[index].rollout.tokens) for index in range(min(len(store), _SAMPLED_RECORDS))]
+        rows_of_sample = rows_needed(lengths, self.training.row_length)
+        flops_of_row = (1 + BACKWARD) * forward_flops(model.config).of(lengths) / rows_of_sample
+        steps = int(budget / (flops_of_row * self.training.rows * self.microbatches_per_step))
         if steps < 1:
             raise UserError(
                 f"flops_of {self.flops_of!r}: writing the targets took {spent.teacher_flops:.3g} FLOPs, which leaves "
