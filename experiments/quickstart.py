@@ -33,8 +33,8 @@ from student.init import FromCheckpoint
 TEACHER = str(Path(__file__).parent / "quickstart_teacher")
 STUDENT = str(Path(__file__).parent / "quickstart_student")
 
-PROMPTS_PER_STEP = 64
-ON_POLICY_STEPS = 120
+PROMPTS_PER_STEP = 80
+ON_POLICY_STEPS = 180
 
 
 def config() -> Experiment:
@@ -57,7 +57,7 @@ def config() -> Experiment:
                 non_thinking=policy_non_thinking(),
                 max_prompt_tokens=MAX_PROMPT_TOKENS,
                 loss=Loss(name="reverse_kl"),
-                training=_training(steps=ON_POLICY_STEPS, learning_rate=2e-3),
+                training=_training(steps=ON_POLICY_STEPS, learning_rate=1e-3),
             ),
             "same_outputs": OffPolicy(
                 top_k=16,

@@ -43,7 +43,7 @@ def config() -> Experiment:
                 problems=10_000,
                 form="raw",
                 training=Training(
-                    steps=300,
+                    steps=1800,
                     rows=32,
                     row_length=144,
                     optimizer=Optimizer(learning_rate=3e-3, b2=0.98, warmup_fraction=0.05, final_fraction=0.05),

@@ -60,7 +60,8 @@ def launch(file: Path, runs: Path, *more: str, kill_after: int | None = None) ->
         "JAX_COMPILATION_CACHE_DIR": str(file.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    environment = {**os.environ, **cache, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    environment = {**os.environ, **cache, "PYTHONPATH": str(ROOT), "XLA_FLAGS": one_device}
     start = ["-m", "distill.run"] if kill_after is None else ["-c", KILLED, str(kill_after)]
     command = [sys.executable, *start, str(file), "--runs", str(runs), *more]
     return subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, text=True, check=False)
