@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from distill.data.packing import pack_rollouts, rollout_example, rows_needed
@@ -94,6 +95,8 @@ class _OwnRollouts:
         rollouts = self._engine.generate(model, self._requests(problems), seed=self._seed, policy_step=step)
         sampled = time.monotonic()
         batches = self._scored(rollouts)
+        # Without waiting, the teacher's time would be counted as the student's.
+        jax.block_until_ready([batch.targets for batch in batches])
         scored = time.monotonic()
 
         written = sum(len(rollout.response) for rollout in rollouts)
