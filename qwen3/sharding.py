@@ -1,6 +1,7 @@
 """Which mesh axis holds which logical axis of a weight: one table for teacher and student, dense and MoE."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -105,3 +106,10 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data-parallel axes."""
     return NamedSharding(mesh, BATCH)
+
+
+def check_rows(field: str, rows: int, mesh: Mesh) -> None:
+    """Refuses a number of rows that the data-parallel devices cannot share equally, naming `field`."""
+    shares = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    if rows % shares:
+        raise UserError(f"{field} is {rows}, but rows are spread over {shares} devices; use a multiple of {shares}")

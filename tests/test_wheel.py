@@ -77,7 +77,7 @@ from student.init import FromCheckpoint
 
 SHORT = dict(thinking=SamplingParams(max_new_tokens=16), non_thinking=SamplingParams(max_new_tokens=8),
              max_prompt_tokens=80)
-TRAINING = Training(steps=2, rows=4, row_length=96)
+TRAINING = Training(steps=2, rows=8, row_length=96)
 
 
 def config():

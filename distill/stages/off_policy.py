@@ -18,6 +18,7 @@ from qwen3.errors import UserError
 from qwen3.model import Qwen3
 from qwen3.rollout import THINKING
 from qwen3.sampling import SamplingParams, non_thinking_params, thinking_params
+from qwen3.sharding import check_rows
 from teacher.scoring import Scorer
 from teacher.store import TargetStore, TargetStoreWriter
 from teacher.targets import TopK
@@ -62,6 +63,8 @@ class OffPolicy:
             raise UserError("give either training.steps or flops_of: one of them must say how long to train")
 
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
+        check_rows("batch_size", self.batch_size, context.mesh)
+        check_rows("training.rows", self.training.rows, context.mesh)
         spent = Spent()
         if self.targets_of is None:
             store = _write_store(self, name, context, spent)

@@ -203,7 +203,21 @@ def test_unknown_field_on_the_command_line_names_the_nearest(
 
 
 def test_value_out_of_range_on_the_command_line(capsys: pytest.CaptureFixture[str], experiment_file: Path) -> None:
-    assert "training.steps is 0" in refused(capsys, str(experiment_file), "--stages.on-policy.training.steps", "0")
+    with pytest.raises(SystemExit) as exit_status:
+        main([str(experiment_file), "--stages.on-policy.training.steps", "0"])
+    assert exit_status.value.code == 2
+    # The command-line library wraps its messages to the terminal's width.
+    assert "training.steps is 0; it must be at least 1" in " ".join(capsys.readouterr().err.split())
+
+
+def test_rows_that_the_devices_cannot_share(
+    capsys: pytest.CaptureFixture[str], experiment_file: Path, tmp_path: Path
+) -> None:
+    line = refused(
+        capsys, str(experiment_file), "--runs", str(tmp_path), "--evaluation.problems", "1", "--mesh.data", "8",
+        "--evaluation.samples-per-problem", "2", "--stages.pretraining.training.rows", "5",
+    )  # fmt: skip
+    assert "training.rows is 5, but rows are spread over 8 devices; use a multiple of 8" in line
 
 
 def test_missing_teacher_leaves_nothing_half_written(
