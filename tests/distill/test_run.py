@@ -23,13 +23,13 @@ from tests.distill import miniature
 def config():
     return miniature.experiment({teacher!r})
 """
-# Kills its own process, without warning, right after the given number of train steps.
+# Signals its own process right after the given number of train steps; SIGKILL comes without warning.
 KILLED = """
-import os, signal, sys
+import os, sys
 from distill.train_step import TrainStep
 from distill.run import main
 
-left, call = int(sys.argv[1]), TrainStep.__call__
+left, number, call = int(sys.argv[1]), int(sys.argv[2]), TrainStep.__call__
 
 
 def counted(self, state, batches):
@@ -37,12 +37,12 @@ def counted(self, state, batches):
     result = call(self, state, batches)
     left -= 1
     if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
     return result
 
 
 TrainStep.__call__ = counted
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[3:]))
 """
 
 
@@ -54,7 +54,9 @@ def experiment_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def launch(file: Path, runs: Path, *more: str, kill_after: int | None = None) -> subprocess.CompletedProcess[str]:
+def launch(
+    file: Path, runs: Path, *more: str, kill_after: int | None = None, number: int = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own on one device; compiled programs are shared between launches."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(file.parent / "compiled"),
@@ -62,7 +64,7 @@ def launch(file: Path, runs: Path, *more: str, kill_after: int | None = None) ->
     }
     one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     environment = {**os.environ, **cache, "PYTHONPATH": str(ROOT), "XLA_FLAGS": one_device}
-    start = ["-m", "distill.run"] if kill_after is None else ["-c", KILLED, str(kill_after)]
+    start = ["-m", "distill.run"] if kill_after is None else ["-c", KILLED, str(kill_after), str(int(number))]
     command = [sys.executable, *start, str(file), "--runs", str(runs), *more]
     return subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, text=True, check=False)
 
@@ -144,6 +146,14 @@ def test_killed_in_every_stage_it_ends_in_the_same_losses_and_weights(
         assert np.array_equal(tensor, theirs[name]), name
     rows = [json.loads((folder / "report.json").read_text())["rows"] for folder in (resumed, finished)]
     assert rows[0] == rows[1]
+
+
+def test_sigterm_saves_and_exits_with_0(experiment_file: Path, finished: Path, tmp_path: Path) -> None:
+    stopped = launch(experiment_file, tmp_path, kill_after=1, number=signal.SIGTERM)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "saved after step 1 of 3" in " ".join(stopped.stdout.split())
+    # Checkpoints come every second step; this one is there because of the signal.
+    assert (tmp_path / "miniature" / "checkpoints" / "pretraining" / "1").is_dir()
 
 
 def test_the_same_command_again_changes_nothing(experiment_file: Path, finished: Path) -> None:
