@@ -14,7 +14,6 @@ many prompts as the on-policy stage saw. What to expect stands in the README.
 from pathlib import Path
 from typing import Any
 
-from distill.evaluate import Evaluation
 from distill.experiment import Experiment, Teacher
 from distill.losses import Loss
 from distill.optimizer import Optimizer
@@ -23,6 +22,7 @@ from distill.stages.loop import Training
 from experiments.quickstart_task import (
     MAX_PROMPT_TOKENS,
     arithmetic,
+    evaluation,
     policy_non_thinking,
     policy_thinking,
     qwen3_non_thinking,
@@ -77,15 +77,7 @@ def config() -> Experiment:
             ),
         },
         export_stage="on_policy",
-        evaluation=Evaluation(
-            problems=200,
-            samples_per_problem=4,
-            pass_at=(4,),
-            thinking=qwen3_thinking(),
-            non_thinking=qwen3_non_thinking(),
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
-            batch_size=200,
-        ),
+        evaluation=evaluation(),
         compute_dtype="float32",
         export_dtype="float32",
     )

@@ -9,12 +9,11 @@ experiments/quickstart_student/README.md.
 
 from pathlib import Path
 
-from distill.evaluate import Evaluation
 from distill.experiment import Experiment
 from distill.optimizer import Optimizer
 from distill.stages import Sft
 from distill.stages.loop import Training
-from experiments.quickstart_task import MAX_PROMPT_TOKENS, arithmetic, qwen3_non_thinking, qwen3_thinking
+from experiments.quickstart_task import arithmetic, evaluation
 from student.init import FromScratch
 
 ARCHITECTURE = {
@@ -51,15 +50,7 @@ def config() -> Experiment:
                 ),
             ),
         },
-        evaluation=Evaluation(
-            problems=200,
-            samples_per_problem=4,
-            pass_at=(4,),
-            thinking=qwen3_thinking(),
-            non_thinking=qwen3_non_thinking(),
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
-            batch_size=200,
-        ),
+        evaluation=evaluation(),
         compute_dtype="float32",
         export_dtype="float32",
     )

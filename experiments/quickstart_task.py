@@ -1,5 +1,6 @@
-"""The task that the quickstart's teacher was made for and its student learns."""
+"""What the quickstart's teacher was made for and its student learns, and how both are judged."""
 
+from distill.evaluate import Evaluation
 from distill.tasks import Arithmetic, ChainSum, Products
 from qwen3.sampling import SamplingParams, non_thinking_params, thinking_params
 
@@ -31,3 +32,16 @@ def policy_thinking() -> SamplingParams:
 
 def policy_non_thinking() -> SamplingParams:
     return SamplingParams(max_new_tokens=ANSWER_TOKENS)
+
+
+def evaluation(problems: int = 200) -> Evaluation:
+    """Four samples a problem at the settings that Qwen3's authors recommend for each mode."""
+    return Evaluation(
+        problems=problems,
+        samples_per_problem=4,
+        pass_at=(4,),
+        thinking=qwen3_thinking(),
+        non_thinking=qwen3_non_thinking(),
+        max_prompt_tokens=MAX_PROMPT_TOKENS,
+        batch_size=problems,
+    )

@@ -9,13 +9,12 @@ The result stands in experiments/quickstart_teacher/README.md.
 
 from pathlib import Path
 
-from distill.evaluate import Evaluation
 from distill.experiment import Experiment
 from distill.optimizer import Optimizer
 from distill.rollouts import ModeMix
 from distill.stages import Sft
 from distill.stages.loop import Training
-from experiments.quickstart_task import MAX_PROMPT_TOKENS, arithmetic, qwen3_non_thinking, qwen3_thinking
+from experiments.quickstart_task import arithmetic, evaluation
 from student.init import FromScratch
 
 ARCHITECTURE = {
@@ -56,15 +55,7 @@ def config() -> Experiment:
                 ),
             ),
         },
-        evaluation=Evaluation(
-            problems=250,
-            samples_per_problem=4,
-            pass_at=(4,),
-            thinking=qwen3_thinking(),
-            non_thinking=qwen3_non_thinking(),
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
-            batch_size=250,
-        ),
+        evaluation=evaluation(250),
         compute_dtype="float32",
         export_dtype="float32",
     )
