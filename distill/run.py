@@ -1,13 +1,17 @@
 """The command line: `python -m distill.run experiments/NAME.py [--field.path VALUE …]`."""
 
 import argparse
+import contextlib
 import importlib.util
+import io
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from distill.execute import execute
 from distill.experiment import Experiment
@@ -112,14 +116,34 @@ def load_experiment(path: Path) -> Experiment:
 
 
 def _override(experiment: Experiment, fields: Sequence[str], path: Path) -> Experiment:
-    return tyro.cli(
-        Experiment,
-        default=experiment,
-        args=fields,
-        prog=f"python -m distill.run {path}",
-        description=experiment.description,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    prog = f"python -m distill.run {path}"
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            return tyro.cli(
+                Experiment,
+                default=experiment,
+                args=fields,
+                prog=prog,
+                description=experiment.description,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_in_one_line(refusal.getvalue())}; all fields: {prog} --help") from None
+
+
+def _in_one_line(box: str) -> str:
+    """What tyro's box of several lines says: its first part, and the nearest option where it suggests some.
+
+    On a UTF-8 terminal the box has a frame with the title in it, else only rules below the title and between parts.
+    """
+    _, *rows = (row.strip("│ ") for row in Text.from_ansi(box).plain.strip().splitlines())
+    parts = [list(part) for is_rule, part in itertools.groupby(rows, lambda row: not row.strip("─-╰╯")) if not is_rule]
+    said = " ".join(parts[0]).removeprefix("Error parsing ").rstrip(".")
+    near = next((row for before, row in itertools.pairwise(rows) if before == "Perhaps you meant:"), None)
+    return said if near is None else f"{said}; perhaps you meant {near.split()[0]}"
 
 
 def _list(folder: Path, console: Console) -> None:
