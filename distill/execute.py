@@ -23,11 +23,13 @@ from distill.stages.context import RunContext, StopRequest, TeacherModel
 from distill.stages.loop import Spent, trained_model
 from distill.tasks.mixture import TaskMixture
 from qwen3 import hf
+from qwen3.adapter import adapter_parameters
 from qwen3.chat import ChatTokenizer
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
 from qwen3.sharding import make_mesh
 from student.export import export
+from student.init import FromCheckpoint
 from teacher.fingerprint import fingerprint
 
 
@@ -80,7 +82,8 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             rows=rows,
             stages=list(costs.values()),
             lineage=experiment.lineage(),
-            student_parameters=_parameters(student),
+            student_parameters=_parameters(student) - adapter_parameters(student),
+            adapter_parameters=adapter_parameters(student) or None,
             teacher_parameters=_parameters(context.load_teacher().model) if experiment.teacher else None,
             wall_seconds=seconds,
             provenance={"seed": experiment.seed, "teacher": experiment.teacher.path if experiment.teacher else None},
@@ -174,7 +177,16 @@ def _export(experiment: Experiment, model: Qwen3, context: RunContext) -> None:
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
     }
-    export(context.directory / "export", model, context.tokenizer, generation, dtype=jnp.dtype(experiment.export_dtype))
+    student = experiment.student
+    base = student.path if experiment.export_adapter and isinstance(student, FromCheckpoint) else None
+    export(
+        context.directory / "export",
+        model,
+        context.tokenizer,
+        generation,
+        dtype=jnp.dtype(experiment.export_dtype),
+        adapters_of=base,
+    )
 
 
 def _parameters(model: Qwen3) -> int:

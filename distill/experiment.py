@@ -50,9 +50,11 @@ class Experiment:
     """Stage whose student is exported; None for the last one."""
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     compute_dtype: Dtype = "bfloat16"
-    """What the student computes in; its weights and the optimiser's state are float32 whatever this says."""
+    """What the student computes in; trained weights and the optimiser's state are float32 whatever this says."""
     export_dtype: Dtype = "bfloat16"
     """What the exported weights are stored in."""
+    export_adapter: bool = False
+    """Export the student's adapters alone, for PEFT to load onto their base, instead of a whole model."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class Experiment:
             self._check_references(name, stage, names[:index])
             if self.teacher is None and stage.kind != "Sft":
                 raise UserError(f"stages.{name} needs a teacher; give the experiment one")
+        if self.export_adapter and not (isinstance(self.student, FromCheckpoint) and self.student.lora):
+            raise UserError("export_adapter is True, but the student has no adapters; give student.lora, or leave it")
         if self.export_stage is not None and self.export_stage not in self.stages:
             raise UserError(_unknown_stage("export_stage", self.export_stage, names))
 
