@@ -29,7 +29,6 @@ from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
 from qwen3.sharding import make_mesh
 from student.export import export
-from student.init import FromCheckpoint
 from teacher.fingerprint import fingerprint
 
 
@@ -45,6 +44,8 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
         teacher_tokenizer = ChatTokenizer.from_folder(
             experiment.teacher.path if experiment.teacher else experiment.student.tokenizer_folder
         )
+        if experiment.adapted_base is not None:
+            run.check_base(fingerprint(experiment.adapted_base))
         student = _student(experiment, teacher_tokenizer, mesh)
         costs: dict[str, StageCost] = {}
         context = RunContext(
@@ -177,15 +178,13 @@ def _export(experiment: Experiment, model: Qwen3, context: RunContext) -> None:
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
     }
-    student = experiment.student
-    base = student.path if experiment.export_adapter and isinstance(student, FromCheckpoint) else None
     export(
         context.directory / "export",
         model,
         context.tokenizer,
         generation,
         dtype=jnp.dtype(experiment.export_dtype),
-        adapters_of=base,
+        adapters_of=experiment.adapted_base if experiment.export_adapter else None,
     )
 
 

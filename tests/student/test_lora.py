@@ -165,7 +165,5 @@ def test_values_out_of_range_are_named(fields: dict[str, Any], message: str) -> 
 
 
 def test_experts_get_no_adapters(folders: dict[str, Path]) -> None:
-    with pytest.raises(
-        UserError, match=r"has up_proj, which are experts .* use q_proj, k_proj, v_proj, o_proj"
-    ):
+    with pytest.raises(UserError, match=r"has up_proj, which are experts .* use q_proj, k_proj, v_proj, o_proj"):
         FromCheckpoint(path=str(folders["moe"]), lora=Lora(targets=("q_proj", "up_proj"))).build(jax.random.key(0))
