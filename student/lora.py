@@ -31,12 +31,13 @@ class Lora:
     """Adapters of rank R beside projections of every layer; nothing else is trained, saved or given moments."""
 
     rank: int = 16
+    """R: an adapter of a projection [in, out] has R · (in + out) weights."""
     alpha: float = 32.0
     """What an adapter computes is scaled by alpha / rank."""
     targets: tuple[Target, ...] = _TARGETS
     """Projections that get adapters, by their names in Hugging Face models. Experts' own get none."""
     base_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """What the frozen weights are kept in; released checkpoints are bfloat16, so that nothing is lost by it."""
+    """What the frozen weights are kept in; nothing is lost where the folder holds bfloat16, as released ones do."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
