@@ -23,6 +23,7 @@ from distill.stages.context import RunContext, StopRequest, TeacherModel
 from distill.stages.loop import Spent, trained_model
 from distill.tasks.mixture import TaskMixture
 from qwen3 import hf
+from qwen3.adapter import adapter_parameters
 from qwen3.chat import ChatTokenizer
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
@@ -43,6 +44,8 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
         teacher_tokenizer = ChatTokenizer.from_folder(
             experiment.teacher.path if experiment.teacher else experiment.student.tokenizer_folder
         )
+        if experiment.adapted_base is not None:
+            run.check_base(fingerprint(experiment.adapted_base))
         student = _student(experiment, teacher_tokenizer, mesh)
         costs: dict[str, StageCost] = {}
         context = RunContext(
@@ -80,7 +83,8 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             rows=rows,
             stages=list(costs.values()),
             lineage=experiment.lineage(),
-            student_parameters=_parameters(student),
+            student_parameters=_parameters(student) - adapter_parameters(student),
+            adapter_parameters=adapter_parameters(student) or None,
             teacher_parameters=_parameters(context.load_teacher().model) if experiment.teacher else None,
             wall_seconds=seconds,
             provenance={"seed": experiment.seed, "teacher": experiment.teacher.path if experiment.teacher else None},
@@ -174,7 +178,14 @@ def _export(experiment: Experiment, model: Qwen3, context: RunContext) -> None:
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
     }
-    export(context.directory / "export", model, context.tokenizer, generation, dtype=jnp.dtype(experiment.export_dtype))
+    export(
+        context.directory / "export",
+        model,
+        context.tokenizer,
+        generation,
+        dtype=jnp.dtype(experiment.export_dtype),
+        adapters_of=experiment.adapted_base if experiment.export_adapter else None,
+    )
 
 
 def _parameters(model: Qwen3) -> int:

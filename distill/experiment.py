@@ -50,9 +50,11 @@ class Experiment:
     """Stage whose student is exported; None for the last one."""
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     compute_dtype: Dtype = "bfloat16"
-    """What the student computes in; its weights and the optimiser's state are float32 whatever this says."""
+    """What the student computes in; trained weights and the optimiser's state are float32 whatever this says."""
     export_dtype: Dtype = "bfloat16"
     """What the exported weights are stored in."""
+    export_adapter: bool = False
+    """Export the student's adapters alone, for PEFT to load onto their base, instead of a whole model."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class Experiment:
             self._check_references(name, stage, names[:index])
             if self.teacher is None and stage.kind != "Sft":
                 raise UserError(f"stages.{name} needs a teacher; give the experiment one")
+        if self.export_adapter and self.adapted_base is None:
+            raise UserError("export_adapter is True, but the student has no adapters; give student.lora, or leave it")
         if self.export_stage is not None and self.export_stage not in self.stages:
             raise UserError(_unknown_stage("export_stage", self.export_stage, names))
 
@@ -82,6 +86,11 @@ class Experiment:
             source = self.stages[stage.targets_of]
             if not isinstance(source, OffPolicy) or source.targets_of is not None:
                 raise UserError(f"stages.{name}.targets_of is {stage.targets_of!r}, which writes no targets of its own")
+
+    @property
+    def adapted_base(self) -> str | None:
+        """The folder of the weights that stay frozen beside adapters; None where there are no adapters."""
+        return self.student.path if isinstance(self.student, FromCheckpoint) and self.student.lora else None
 
     def start_of(self, name: str) -> str | None:
         """The stage whose student stage `name` starts from; None for the initial student."""

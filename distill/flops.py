@@ -1,7 +1,6 @@
 """Analytic FLOPs of the model: what stages cost, independent of how fast this machine is today.
 
-A multiply-add counts as two. Embedding look-ups, norms and the softmax are left out, recomputation is not counted,
-and a backward pass costs twice its forward pass.
+A multiply-add counts as two. Embedding look-ups, norms and the softmax are left out, recomputation is not counted.
 """
 
 import dataclasses
@@ -11,8 +10,8 @@ from qwen3.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardFlops:
-    """FLOPs of one forward pass: a constant per token, and one that grows with the tokens attended to."""
+class Flops:
+    """FLOPs of going over tokens once: a constant per token, and one that grows with the tokens attended to."""
 
     per_token: float
     """Projections, feed-forward (active experts and router) and the head."""
@@ -24,7 +23,8 @@ class ForwardFlops:
         return sum(self.per_token * n + self.per_attended_token * n * (n + 1) / 2 for n in lengths)
 
 
-def forward_flops(config: ModelConfig) -> ForwardFlops:
+def forward_flops(config: ModelConfig, adapter_parameters: int = 0) -> Flops:
+    """One forward pass of a model, with adapters of that many parameters."""
     width, heads, kv, size = (
         config.hidden_size,
         config.num_attention_heads,
@@ -39,11 +39,19 @@ def forward_flops(config: ModelConfig) -> ForwardFlops:
             feed_forward += count * 2 * width * (expert + config.num_experts)
         else:
             feed_forward += count * 2 * width * 3 * config.intermediate_size
-    return ForwardFlops(
-        per_token=config.num_hidden_layers * attention + feed_forward + 2 * width * config.vocab_size,
+    projections = config.num_hidden_layers * attention + feed_forward + 2 * width * config.vocab_size
+    return Flops(
+        per_token=projections + 2 * adapter_parameters,
         per_attended_token=config.num_hidden_layers * 4 * heads * size,
     )
 
 
-BACKWARD = 2
-"""Cost of a backward pass in forward passes."""
+def training_flops(config: ModelConfig, adapter_parameters: int = 0) -> Flops:
+    """One forward and one backward pass.
+
+    Backward, a product costs twice its forward pass, once for each operand's gradient; a frozen weight's is not
+    needed. With adapters all weights but theirs are frozen; without (0), none is.
+    """
+    whole = forward_flops(config, adapter_parameters)
+    spared = forward_flops(config).per_token if adapter_parameters else 0
+    return Flops(per_token=3 * whole.per_token - spared, per_attended_token=3 * whole.per_attended_token)

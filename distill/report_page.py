@@ -98,6 +98,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     facts = []
     if report.student_parameters is not None:
         facts.append(("Student", f"{parameters(report.student_parameters)} parameters"))
+    if report.adapter_parameters is not None:
+        facts.append(("Trained", f"{parameters(report.adapter_parameters)} parameters, in adapters"))
     if report.teacher_parameters is not None:
         facts.append(("Teacher", f"{parameters(report.teacher_parameters)} parameters"))
     if report.stages:

@@ -70,6 +70,9 @@ class Report:
     lineage: Sequence[str] = ()
     """Stages that the exported student went through; the others are comparisons. Empty: all of them."""
     student_parameters: int | None = None
+    """Of the student as it is exported: merged adapters add none."""
+    adapter_parameters: int | None = None
+    """What was trained where the student has adapters; None: all of it."""
     teacher_parameters: int | None = None
     wall_seconds: float | None = None
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)

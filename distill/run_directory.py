@@ -62,6 +62,20 @@ class RunDirectory:
     def keep_cost(self, name: str, cost: Mapping[str, Any]) -> None:
         self._write("stages", name, cost)
 
+    def check_base(self, fingerprint: str) -> None:
+        """Keep who the frozen base of a student with adapters is, whose checkpoints hold the adapters only.
+
+        Raises UserError where it was another one when the run began.
+        """
+        known = self._read("student", "base")
+        if known is None:
+            self._write("student", "base", fingerprint)
+        elif known != fingerprint:
+            raise UserError(
+                f"{self.path} holds adapters of other weights than student.path now does; put those back, or give "
+                "this run another --name"
+            )
+
     def _read(self, kind: str, name: str) -> Any:
         file = self.path / kind / f"{name}.json"
         return json.loads(file.read_text()) if file.exists() else None

@@ -1,4 +1,7 @@
-"""What training carries from step to step: weights, optimiser state, step number. Nothing else is trained."""
+"""What training carries from step to step: weights, optimiser state, step number. Nothing else is trained.
+
+Where the model has adapters, its other weights are frozen: they have no optimiser state, no step copies or gives away
+their buffers, and checkpoints leave them out, since the base's folder holds them."""
 
 import dataclasses
 from typing import Any
@@ -9,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from qwen3.adapter import joined, trained_and_frozen
 from qwen3.model import Qwen3
 from qwen3.sharding import shardings
 
@@ -24,14 +28,24 @@ class TrainState:
     def start(cls, model: Qwen3, transformation: optax.GradientTransformation, mesh: Mesh) -> "TrainState":
         """Step 0 of a stage that begins with `model`; the optimiser's moments are placed like the weights.
 
-        The weights are copied, since train steps give away the buffers of the state that they are called with.
+        The trained weights are copied, since train steps give away their buffers.
         """
+        trained, frozen = trained_and_frozen(model)
 
-        def begin(model: Qwen3) -> TrainState:
-            return cls(step=jnp.zeros((), jnp.int32), model=model, optimizer=transformation.init(model))
+        def begin(trained: Qwen3) -> TrainState:
+            return cls(step=jnp.zeros((), jnp.int32), model=trained, optimizer=transformation.init(trained))
 
-        placed = jax.jit(begin, out_shardings=shardings(jax.eval_shape(begin, model), mesh))
-        return placed(jax.tree.map(jnp.copy, model))
+        placed = jax.jit(begin, out_shardings=shardings(jax.eval_shape(begin, trained), mesh))
+        return placed(jax.tree.map(jnp.copy, trained)).joined(jax.device_put(frozen, shardings(frozen, mesh)))
+
+    def split(self) -> tuple["TrainState", Qwen3]:
+        """The state with None in the place of frozen weights, and the frozen weights."""
+        trained, frozen = trained_and_frozen(self.model)
+        return dataclasses.replace(self, model=trained), frozen
+
+    def joined(self, frozen: Qwen3) -> "TrainState":
+        """The state that `split` has split."""
+        return dataclasses.replace(self, model=joined(self.model, frozen))
 
 
 def abstract_state(state: TrainState) -> Any:

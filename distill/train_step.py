@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from distill.losses import Loss, distillation_loss
 from distill.train_state import TrainState
+from qwen3.adapter import joined
 from qwen3.model import Qwen3
 from qwen3.moe import load_balancing_loss
 from qwen3.rollout import NON_THINKING, THINKING
@@ -94,7 +95,7 @@ class TrainStep:
         self._apply = jax.jit(apply, donate_argnums=0)
 
     def __call__(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, StepResult]:
-        """Update `state` (whose buffers are given away) on `batches`, all of one shape.
+        """Update `state` on `batches`, all of one shape; all its buffers but those of frozen weights are given away.
 
         Whether `loss` and `gradient_norm` are finite is for the caller to judge. Raises ValueError where nothing
         is trained.
@@ -106,11 +107,14 @@ class TrainStep:
         places = sum(batch.tokens.size for batch in batches)
         denominator = jnp.asarray(trained, jnp.float32)
         sums = None
+        trained_state, frozen = state.split()
         for batch in batches:
-            sums = self._accumulate(state.model, sums, self._place(batch), denominator, self._teacher_head)
-        state, measured = self._apply(state, sums)
+            sums = self._accumulate(
+                trained_state.model, frozen, sums, self._place(batch), denominator, self._teacher_head
+            )
+        trained_state, measured = self._apply(trained_state, sums)
         metrics = _means({name: float(value) for name, value in jax.device_get(measured).items()})
-        return state, StepResult(
+        return trained_state.joined(frozen), StepResult(
             metrics=metrics, trained_positions=trained, tokens=real, padding_fraction=1 - real / places
         )
 
@@ -122,7 +126,10 @@ class TrainStep:
 def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool) -> Callable[..., _Sums]:
     """Adds one microbatch's gradients and metrics to the sums; shared by all stages with this loss."""
 
-    def objective(model: Qwen3, batch: Batch, denominator: Array, head: Array | None) -> tuple[Array, dict[str, Array]]:
+    def objective(
+        trained: Qwen3, frozen: Qwen3, batch: Batch, denominator: Array, head: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
+        model = joined(trained, frozen)
         out = model(batch.tokens, batch.positions, batch.segment_ids, rematerialise=rematerialise)
         weights = batch.loss_mask.astype(jnp.float32) / denominator
         total, stats = distillation_loss(out.hidden, model.head, batch.targets, weights, loss, teacher_head=head)
@@ -134,13 +141,15 @@ def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool) -> Callable[.
             total = total + model.config.router_aux_loss_coef * balance
         return total, metrics
 
-    def accumulate(model: Qwen3, sums: _Sums | None, batch: Batch, denominator: Array, head: Array | None) -> _Sums:
-        (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(model, batch, denominator, head)
+    def accumulate(
+        trained: Qwen3, frozen: Qwen3, sums: _Sums | None, batch: Batch, denominator: Array, head: Array | None
+    ) -> _Sums:
+        (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(trained, frozen, batch, denominator, head)
         gradients = jax.lax.with_sharding_constraint(gradients, shardings(gradients, mesh))
         new = _Sums(gradients=gradients, metrics=metrics)
         return new if sums is None else jax.tree.map(jnp.add, sums, new)
 
-    return jax.jit(accumulate, donate_argnums=1)
+    return jax.jit(accumulate, donate_argnums=2)
 
 
 def _by_mode(stats: Mapping[str, Float[Array, "B T"]], batch: Batch) -> dict[str, Array]:

@@ -59,6 +59,8 @@ def load(
 def save(folder: str | Path, model: Qwen3, *, dtype: Any = None, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write weights, config.json and generation_config.json as transformers, vLLM and llama.cpp read them.
 
+    Adapters are merged into the weights that they stand beside.
+
     Experts are stored one by one; weights of more than `max_shard_bytes` go into shards with an index, and one shard
     is in host memory at a time. The folder appears under its name once it is complete. `dtype` None keeps the dtype.
 
@@ -211,6 +213,9 @@ def _host_tensors(order: list[tuple[Leaf, Tensor]], dtype: np.dtype) -> Iterator
     for (leaf, _), group in itertools.groupby(order, key=lambda pair: (pair[0], pair[1].layer)):
         tensors = [tensor for _, tensor in group]
         block = _host_block(leaf.param.get_value(), tensors[0].lead[:1])
+        if leaf.adapter is not None:
+            a, b = (_host_block(part.get_value(), tensors[0].lead[:1]) for part in (leaf.adapter.a, leaf.adapter.b))
+            block = block.astype(np.float32) + leaf.adapter.scale * np.tensordot(a, b, 1)
         for tensor in tensors:
             weight = block[tensor.lead[1:]]
             if tensor.inputs is not None:

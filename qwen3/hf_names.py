@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from qwen3.adapter import Adapter
 from qwen3.model import Qwen3
 
 # Attribute -> (name, how many leading axes are inputs: PyTorch has them last and flattened; 0 is a vector, None a
@@ -85,6 +86,21 @@ class Leaf:
     @property
     def param(self) -> nnx.Param:
         return getattr(self.owner, self.attribute)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What is added to a projection (see `qwen3.adapter`), stacked over layers as the parameter is."""
+        return getattr(self.owner, "adapters", {}).get(self.attribute)
+
+    @property
+    def inputs(self) -> int | None:
+        """How many of its axes, those of layers and experts apart, are inputs; 0 for a vector, None for a table."""
+        return self.tensors[0].inputs
+
+    @property
+    def module_name(self) -> str:
+        """The last part of the module's name, such as q_proj."""
+        return self.tensors[0].name.split(".")[-2]
 
 
 def leaves_of(model: Qwen3) -> list[Leaf]:

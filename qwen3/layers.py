@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from qwen3.adapter import Adapter
 from qwen3.config import ModelConfig
 from qwen3.rope import Rotation, rotate
 
@@ -62,15 +63,16 @@ class Attention(nnx.Module):
         self.o_bias = constant(0, (width,), ("norm",), dtype) if has_output_bias else None
         self.q_norm = constant(1, (size,), ("norm",), dtype) if config.qk_norm else None
         self.k_norm = constant(1, (size,), ("norm",), dtype) if config.qk_norm else None
+        self.adapters: dict[str, Adapter] = nnx.data({})
 
     def __call__(self, x: Float[Array, "B T D"], rot: Rotation, attend: Attend) -> tuple[Float[Array, "B T D"], Any]:
-        q = _project("BTD,DNH->BTNH", x, self.q, self.q_bias)
-        k = _project("BTD,DKH->BTKH", x, self.k, self.k_bias)
-        v = _project("BTD,DKH->BTKH", x, self.v, self.v_bias)
+        q = _project("BTD,DNH->BTNH", x, self.q, self.q_bias, self.adapters.get("q"))
+        k = _project("BTD,DKH->BTKH", x, self.k, self.k_bias, self.adapters.get("k"))
+        v = _project("BTD,DKH->BTKH", x, self.v, self.v_bias, self.adapters.get("v"))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.epsilon), rms_norm(k, self.k_norm, self.epsilon)
         out, kept = attend(rotate(q, rot), rotate(k, rot), v)
-        return _project("BTNH,NHD->BTD", out, self.o, self.o_bias), kept
+        return _project("BTNH,NHD->BTD", out, self.o, self.o_bias, self.adapters.get("o")), kept
 
 
 class Mlp(nnx.Module):
@@ -82,12 +84,17 @@ class Mlp(nnx.Module):
         self.gate = weight(keys[0], (width, inner), ("embed", "mlp"), scale, dtype)
         self.up = weight(keys[1], (width, inner), ("embed", "mlp"), scale, dtype)
         self.down = weight(keys[2], (inner, width), ("mlp", "embed"), scale, dtype)
+        self.adapters: dict[str, Adapter] = nnx.data({})
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        hidden = jax.nn.silu(_project("BTD,DF->BTF", x, self.gate)) * _project("BTD,DF->BTF", x, self.up)
-        return _project("BTF,FD->BTD", hidden, self.down)
+        gate = _project("BTD,DF->BTF", x, self.gate, adapter=self.adapters.get("gate"))
+        up = _project("BTD,DF->BTF", x, self.up, adapter=self.adapters.get("up"))
+        return _project("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down, adapter=self.adapters.get("down"))
 
 
-def _project(equation: str, x: Array, kernel: nnx.Param, bias: nnx.Param | None = None) -> Array:
+def _project(
+    equation: str, x: Array, kernel: nnx.Param, bias: nnx.Param | None = None, adapter: Adapter | None = None
+) -> Array:
     out = jnp.einsum(equation, x, kernel[...].astype(x.dtype))
-    return out if bias is None else out + bias[...].astype(x.dtype)
+    out = out if bias is None else out + bias[...].astype(x.dtype)
+    return out if adapter is None else out + adapter(x)

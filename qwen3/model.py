@@ -2,7 +2,7 @@
 
 One alphabet names dimensions throughout the project: B batch, T query, S key, D model, N query heads,
 K key/value heads, G = N/K, H head, F feed-forward, E experts, X experts per token, V vocabulary, L layers,
-M tokens (B·T), J teacher entries per token.
+M tokens (B·T), J teacher entries per token, R rank of an adapter.
 """
 
 from typing import Any, NamedTuple

@@ -2,17 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from qwen3.errors import UserError
 
+Tree = TypeVar("Tree")
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 RULES: Mapping[str, str | None] = MappingProxyType(
@@ -27,6 +29,7 @@ RULES: Mapping[str, str | None] = MappingProxyType(
         "experts": "expert",
         "expert_mlp": "tensor",
         "router": None,
+        "rank": None,
         "norm": None,
     }
 )
@@ -101,6 +104,13 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return leaf.replace(NamedSharding(mesh, partition_spec(stacked, shape, mesh)))
 
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
+def make_placed(make: Callable[[Array], Tree], key: Array, mesh: Mesh | None) -> Tree:
+    """What `make` draws from `key`, every part made where the table puts it; on the default device without a mesh."""
+    if mesh is None:
+        return jax.jit(make)(key)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,4 +1,6 @@
-"""A trained student as a folder that transformers, vLLM and llama.cpp load: weights, tokenizer, template, defaults."""
+"""A trained student as a folder that transformers, vLLM and llama.cpp load: weights, tokenizer, template, defaults.
+
+Or its adapters alone, as a folder that PEFT and vLLM load onto their base."""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +11,7 @@ from qwen3 import hf
 from qwen3.chat import ChatTokenizer, check_vocabulary
 from qwen3.folder import complete_folder
 from qwen3.model import Qwen3
+from student.lora import save_adapters
 
 
 def export(
@@ -18,6 +21,7 @@ def export(
     generation: Mapping[str, Any] | None = None,
     *,
     dtype: Any = None,
+    adapters_of: str | Path | None = None,
 ) -> None:
     """Write model and tokenizer; the folder appears under its name once it is complete.
 
@@ -26,6 +30,8 @@ def export(
         generation: Sampling defaults for generation_config.json in transformers' names, such as temperature and
             top_p. End and padding tokens are the tokenizer's unless given here.
         dtype: What weights are stored as; None keeps the model's dtype.
+        adapters_of: The folder of the base: write the adapters alone, as PEFT loads them, instead of a whole model
+            with the adapters merged.
 
     Raises:
         UserError: The folder cannot be written, or the tokenizer has more entries than the model.
@@ -35,7 +41,10 @@ def export(
     if model.config.bos_token_id is not None:
         ends["bos_token_id"] = model.config.bos_token_id
     with complete_folder(folder) as partial:
-        hf.save(partial, model, dtype=dtype)
+        if adapters_of is None:
+            hf.save(partial, model, dtype=dtype)
+        else:
+            save_adapters(partial, model, adapters_of, dtype)
         tokenizer.save(partial)
         content = json.dumps(ends | dict(generation or {}), indent=2)
         (partial / "generation_config.json").write_text(content + "\n")

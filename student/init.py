@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -16,7 +15,8 @@ from qwen3.chat import ChatTokenizer, check_vocabulary
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
-from qwen3.sharding import shardings
+from qwen3.sharding import make_placed
+from student.lora import Lora
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class FromCheckpoint:
 
     path: str
     """The folder."""
+    lora: Lora | None = None
+    """Train adapters beside these weights instead of the weights; None trains the weights."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -46,10 +48,20 @@ class FromCheckpoint:
         param_dtype: Any = jnp.float32,
         compute_dtype: Any = jnp.float32,
     ) -> Qwen3:
-        """The loaded student; `key` is not needed. Raises UserError as `qwen3.hf.load` does, or where the tokenizer
-        has more entries than the model."""
-        check_vocabulary(ChatTokenizer.from_folder(self.path), self.model_config().vocab_size)
-        return hf.load(self.path, param_dtype=param_dtype, compute_dtype=compute_dtype, mesh=mesh)
+        """The loaded student; only adapters need `key`, and they alone have `param_dtype` where there are any.
+
+        Raises UserError as `qwen3.hf.load` does, or where the tokenizer has more entries than the model or the model
+        lacks what `lora` names.
+        """
+        config = self.model_config()
+        check_vocabulary(ChatTokenizer.from_folder(self.path), config.vocab_size)
+        if self.lora is None:
+            return hf.load(self.path, param_dtype=param_dtype, compute_dtype=compute_dtype, mesh=mesh)
+        self.lora.check(config)
+        base_dtype = jnp.dtype(self.lora.base_dtype)
+        model = hf.load(self.path, param_dtype=base_dtype, compute_dtype=compute_dtype, mesh=mesh)
+        self.lora.attach(model, key, mesh, param_dtype)
+        return model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,9 +110,7 @@ class FromScratch:
         def make(key: Array) -> Qwen3:
             return Qwen3(config, key, param_dtype=param_dtype, compute_dtype=compute_dtype)
 
-        if mesh is None:
-            return jax.jit(make)(key)
-        return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
+        return make_placed(make, key, mesh)
 
     def _raw(self) -> dict[str, Any]:
         if not isinstance(self.architecture, str):

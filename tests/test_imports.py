@@ -24,7 +24,7 @@ MAY_IMPORT = {
 # Within distill, each reaches those after it and none before it, through other modules too.
 CHAIN = ("distill.run", "distill.experiment", "distill.stages", "distill.train_step", "distill.losses")
 # Only the suite's environment has these.
-TEST_ONLY = {"accelerate", "hypothesis", "pytest", "torch", "transformers"}
+TEST_ONLY = {"accelerate", "hypothesis", "peft", "pytest", "torch", "transformers"}
 
 
 def module_files(root: Path) -> dict[str, Path]:

@@ -113,7 +113,7 @@ def train(
     with Checkpointer(context.directory / "checkpoints" / name) as checkpoints:
         done = checkpoints.latest_step() or 0
         if done:
-            state, metadata = checkpoints.restore(abstract_state(state))
+            state, metadata = _restored(checkpoints, state)
             spent = Spent(**metadata["spent"])
             if done < steps:
                 data.restore(metadata["data"])
@@ -152,7 +152,8 @@ def train(
                 bar.advance(tokens=result.tokens, values={"loss": result.metrics["loss"]})
                 last = step + 1 == steps
                 if last or context.stop.requested or (step + 1) % training.checkpoint_every_steps == 0:
-                    checkpoints.save(step + 1, state, {"spent": dataclasses.asdict(spent), "data": data.state()})
+                    metadata = {"spent": dataclasses.asdict(spent), "data": data.state()}
+                    checkpoints.save(step + 1, state.split()[0], metadata)
                 if context.stop.requested:
                     checkpoints.wait()
                     raise Interrupted(f"stage {name}: saved after step {step + 1} of {steps}")
@@ -164,4 +165,11 @@ def trained_model(name: str, start: Qwen3, training: Training, context: RunConte
     # The schedule is no part of the state, so any number of steps gives the right structure.
     state = TrainState.start(start, training.optimizer.transformation(1), context.mesh)
     with Checkpointer(context.directory / "checkpoints" / name) as checkpoints:
-        return checkpoints.restore(abstract_state(state))[0].model
+        return _restored(checkpoints, state)[0].model
+
+
+def _restored(checkpoints: Checkpointer, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The latest checkpoint, placed and completed with frozen weights as `state` is, and its metadata."""
+    saved, frozen = state.split()
+    trained, metadata = checkpoints.restore(abstract_state(saved))
+    return trained.joined(frozen), metadata

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from distill.data.packing import packed_batches, rows_needed, scored_example
-from distill.flops import BACKWARD, forward_flops
+from distill.flops import forward_flops, training_flops
 from distill.losses import Loss
 from distill.rollouts import ModeMix, prompt_ids
 from distill.stages.context import Interrupted, RunContext, Stopwatch
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.stages.packed import documents_flops
 from distill.train_step import Batch
+from qwen3.adapter import adapter_parameters
 from qwen3.engine import Request
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
@@ -86,7 +87,7 @@ class OffPolicy:
         budget = other.student_train_flops + other.student_sample_flops + other.teacher_flops - spent.teacher_flops
         lengths = [len(store[index].rollout.tokens) for index in range(min(len(store), _SAMPLED_RECORDS))]
         rows_of_sample = rows_needed(lengths, self.training.row_length)
-        flops_of_row = (1 + BACKWARD) * forward_flops(model.config).of(lengths) / rows_of_sample
+        flops_of_row = training_flops(model.config, adapter_parameters(model)).of(lengths) / rows_of_sample
         steps = int(budget / (flops_of_row * self.training.rows * self.microbatches_per_step))
         if steps < 1:
             raise UserError(
@@ -176,12 +177,12 @@ class _StoredTargets:
             to_example=scored_example,
         )
         self._microbatches = stage.microbatches_per_step
-        self._flops = forward_flops(model.config)
+        self._flops = training_flops(model.config, adapter_parameters(model))
 
     def step_data(self, step: int, model: Qwen3, spent: Spent) -> StepData:
         del step, model, spent
         arrays = [next(self._batches) for _ in range(self._microbatches)]
-        flops = (1 + BACKWARD) * sum(documents_flops(self._flops, batch) for batch in arrays)
+        flops = sum(documents_flops(self._flops, batch) for batch in arrays)
         batches = [
             Batch.of(
                 batch,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from distill.data.packing import pack_rollouts, rollout_example, rows_needed
-from distill.flops import BACKWARD, forward_flops
+from distill.flops import forward_flops, training_flops
 from distill.losses import Loss
 from distill.rollouts import ModeMix, prompt_ids
 from distill.samples import judge
@@ -17,6 +17,7 @@ from distill.stages.context import RunContext
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.tasks import Problem
 from distill.train_step import Batch
+from qwen3.adapter import adapter_parameters
 from qwen3.engine import Request
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
@@ -84,7 +85,8 @@ class _OwnRollouts:
             max_prompt_tokens=stage.max_prompt_tokens,
             sampling=(stage.thinking, stage.non_thinking),
         )
-        self._student_flops = forward_flops(model.config)
+        self._sample_flops = forward_flops(model.config, adapter_parameters(model))
+        self._train_flops = training_flops(model.config, adapter_parameters(model))
         self._teacher_flops = forward_flops(context.load_teacher().model.config)
 
     def step_data(self, step: int, model: Qwen3, spent: Spent) -> StepData:
@@ -101,15 +103,14 @@ class _OwnRollouts:
 
         written = sum(len(rollout.response) for rollout in rollouts)
         lengths = [len(rollout.tokens) for rollout in rollouts]
-        student_flops = self._student_flops.of(lengths)
         spent.tokens_sampled += written
-        spent.student_sample_flops += student_flops
+        spent.student_sample_flops += self._sample_flops.of(lengths)
         spent.teacher_flops += self._teacher_flops.of(lengths)
         spent.student_sample_seconds += sampled - started
         spent.teacher_score_seconds += scored - sampled
         return StepData(
             batches=batches,
-            train_flops=(1 + BACKWARD) * student_flops,
+            train_flops=self._train_flops.of(lengths),
             metrics=self._judged(step, problems, rollouts)
             | {"sample_tokens_per_second": written / (sampled - started)},
         )

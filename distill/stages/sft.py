@@ -7,13 +7,14 @@ from typing import Any, ClassVar, Literal
 import jax
 
 from distill.data.packing import packed_batches, rollout_example
-from distill.flops import BACKWARD, forward_flops
+from distill.flops import training_flops
 from distill.losses import Loss
 from distill.rollouts import ModeMix, raw_document, worked_document
 from distill.stages.context import RunContext
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.stages.packed import documents_flops
 from distill.train_step import Batch
+from qwen3.adapter import adapter_parameters
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
 from teacher.targets import one_hot
@@ -78,7 +79,7 @@ class _WorkedDocuments:
             to_example=rollout_example,
         )
         self._microbatches = stage.microbatches_per_step
-        self._flops = forward_flops(model.config)
+        self._flops = training_flops(model.config, adapter_parameters(model))
         self._one_hot = jax.jit(one_hot)
 
     def step_data(self, step: int, model: Qwen3, spent: Spent) -> StepData:
@@ -86,7 +87,7 @@ class _WorkedDocuments:
         arrays = [next(self._batches) for _ in range(self._microbatches)]
         return StepData(
             batches=[Batch.of(batch, self._one_hot(batch["tokens"])) for batch in arrays],
-            train_flops=(1 + BACKWARD) * sum(documents_flops(self._flops, batch) for batch in arrays),
+            train_flops=sum(documents_flops(self._flops, batch) for batch in arrays),
         )
 
     def state(self) -> Mapping[str, Any]:

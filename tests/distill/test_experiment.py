@@ -55,6 +55,7 @@ def test_references_to_stages(experiment: Experiment, stage: str, fields: dict[s
         ({"stages": {"a b": Sft()}}, "stages has 'a b'"),
         ({"export_stage": "on_polcy"}, "perhaps you meant 'on_policy'"),
         ({"teacher": None}, "needs a teacher"),
+        ({"export_adapter": True}, "export_adapter is True, but the student has no adapters"),
     ],
 )
 def test_fields_out_of_range(experiment: Experiment, fields: dict[str, Any], message: str) -> None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distill.flops import forward_flops
+from distill.flops import forward_flops, training_flops
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
 
@@ -50,3 +50,16 @@ def test_documents_cost_their_causal_triangle() -> None:
     flops = forward_flops(config)
     assert flops.of([3]) == 3 * flops.per_token + 6 * flops.per_attended_token
     assert flops.of([2, 1]) < flops.of([3])
+
+
+def test_frozen_weights_have_no_gradient_to_pay_for() -> None:
+    config = ModelConfig(
+        model_type="qwen3", vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=4, max_position_embeddings=8,
+    )  # fmt: skip
+    base, adapters = forward_flops(config), 10
+    assert training_flops(config).of([3]) == 3 * base.of([3])
+    assert forward_flops(config, adapters).of([3]) == base.of([3]) + 2 * adapters * 3
+    attended = training_flops(config, adapters).per_attended_token
+    assert attended == 3 * base.per_attended_token
+    assert training_flops(config, adapters).per_token == 2 * base.per_token + 3 * 2 * adapters

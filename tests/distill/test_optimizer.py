@@ -8,6 +8,7 @@ from distill.optimizer import Optimizer
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
+from student.lora import Lora
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -25,13 +26,15 @@ def test_a_single_step_without_warmup_has_a_learning_rate() -> None:
     assert float(Optimizer(learning_rate=1e-3, warmup_fraction=0).learning_rates(1)(0)) == pytest.approx(1e-3)
 
 
-def test_decay_spares_norms_and_biases() -> None:
+def test_decay_spares_norms_and_biases_but_not_adapters() -> None:
     config = ModelConfig(
         model_type="qwen2", vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=32, qk_norm=False,
         attention_bias=True,
     )  # fmt: skip
-    model = jax.tree.map(lambda leaf: leaf + 1, Qwen3(config, jax.random.key(0)))
+    model = Qwen3(config, jax.random.key(0))
+    Lora(rank=2, targets=("q_proj",)).attach(model, jax.random.key(1))
+    model = jax.tree.map(lambda leaf: leaf + 1, model)
     transformation = Optimizer(learning_rate=1.0, weight_decay=0.5, warmup_fraction=0).transformation(1)
     zeros = jax.tree.map(lambda leaf: leaf * 0, model)
     updates, _ = transformation.update(zeros, transformation.init(model), model)

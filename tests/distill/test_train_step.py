@@ -10,9 +10,11 @@ from distill.losses import Loss
 from distill.optimizer import Optimizer
 from distill.train_state import TrainState
 from distill.train_step import Batch, TrainStep
+from qwen3.adapter import adapter_parameters, trained_and_frozen
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
 from qwen3.sharding import MeshShape, make_mesh, shardings
+from student.lora import Lora
 from teacher.targets import Hidden, one_hot, top_k_targets
 
 BATCH, LENGTH = 8, 16
@@ -63,13 +65,30 @@ def targets(kind: str, model: Qwen3, data: dict[str, np.ndarray]) -> tuple[objec
     return jax.device_get(Hidden(hidden=hidden)), model.head
 
 
-def step(mesh_shape: MeshShape, devices: int, kind: str, moe: bool, microbatches: int, rematerialise: bool = False):
-    """The parameters' change and the metrics of one step of plain gradient descent, which shows every gradient."""
+def with_adapters(model: Qwen3) -> Qwen3:
+    """The model with adapters on all its projections, their B not 0, so that A has a gradient too."""
+    Lora(rank=4).attach(model, jax.random.key(2))
+    for adapter in (*model.stacks[0].attention.adapters.values(), *model.stacks[0].ffn.adapters.values()):
+        adapter.b[...] = 0.02 * jax.random.normal(jax.random.key(3), adapter.b.shape)
+    return model
+
+
+def step(
+    mesh_shape: MeshShape,
+    devices: int,
+    kind: str,
+    moe: bool,
+    microbatches: int,
+    rematerialise: bool = False,
+    lora: bool = False,
+):
+    """The trained weights' change and the metrics of one step of plain gradient descent, which shows every gradient."""
     mesh = make_mesh(mesh_shape, jax.devices()[:devices])
     data = arrays()
     teacher = Qwen3(config(True), jax.random.key(5))
     what, head = targets(kind, teacher, data)
     model = Qwen3(config(moe), jax.random.key(1))
+    model = with_adapters(model) if lora else model
     before = jax.device_get(model)
     state = TrainState.start(jax.device_put(model, shardings(model, mesh)), DESCENT, mesh)
     train_step = TrainStep(
@@ -89,7 +108,9 @@ def step(mesh_shape: MeshShape, devices: int, kind: str, moe: bool, microbatches
     ]
     state, result = train_step(state, batches)
     change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, jax.device_get(state.model))
-    return change, result
+    trained, frozen = trained_and_frozen(change)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen))
+    return trained, result
 
 
 def assert_same(left, right, tolerance: float) -> None:
@@ -106,10 +127,14 @@ def assert_same(left, right, tolerance: float) -> None:
 SUM_ORDER = 2e-5
 
 
-@pytest.mark.parametrize(("kind", "moe"), [("top_k", False), ("hidden", True)], ids=["top_k-dense", "hidden-moe"])
-def test_sharded_equals_unsharded_for_loss_and_every_gradient(kind: str, moe: bool) -> None:
-    alone = step(MeshShape(), 1, kind, moe, 1)
-    spread = step(MeshShape(data=2, fsdp=2, tensor=2), 8, kind, moe, 1)
+@pytest.mark.parametrize(
+    ("kind", "moe", "lora"),
+    [("top_k", False, False), ("hidden", True, False), ("hidden", False, True)],
+    ids=["top_k-dense", "hidden-moe", "hidden-adapters"],
+)
+def test_sharded_equals_unsharded_for_loss_and_every_gradient(kind: str, moe: bool, lora: bool) -> None:
+    alone = step(MeshShape(), 1, kind, moe, 1, lora=lora)
+    spread = step(MeshShape(data=2, fsdp=2, tensor=2), 8, kind, moe, 1, lora=lora)
     assert_same(spread, alone, SUM_ORDER)
 
 
@@ -154,6 +179,22 @@ def test_start_does_not_give_away_the_callers_weights() -> None:
     train_step = TrainStep(transformation=optax.sgd(1.0), loss=Loss(), mesh=mesh)
     train_step(TrainState.start(model, optax.sgd(1.0), mesh), [Batch.of(data, one_hot(data["tokens"]))])
     assert jnp.isfinite(model.head).all()
+
+
+def test_frozen_weights_have_no_moments_and_keep_their_buffers() -> None:
+    model, mesh = with_adapters(Qwen3(config(False), jax.random.key(1))), make_mesh(MeshShape(), jax.devices()[:1])
+    adapters = adapter_parameters(model)
+    decaying = Optimizer(learning_rate=1e-2, weight_decay=0.1).transformation(10)
+    start = TrainState.start(jax.device_put(model, shardings(model, mesh)), decaying, mesh)
+    assert sum(leaf.size for leaf in jax.tree.leaves(start.optimizer) if leaf.ndim) == 2 * adapters
+    assert sum(leaf.size for leaf in jax.tree.leaves(start.split()[0].model)) == adapters
+    embed = start.model.embed.get_value()
+    data = arrays()
+    train_step = TrainStep(transformation=decaying, loss=Loss(), mesh=mesh)
+    after, _ = train_step(start, [Batch.of(data, one_hot(data["tokens"]))])
+    assert after.model.embed.get_value() is embed
+    for before, now in zip(*(jax.tree.leaves(trained_and_frozen(m)[1]) for m in (model, after.model)), strict=True):
+        np.testing.assert_array_equal(now, before)
 
 
 def test_optimizer_state_is_placed_like_the_weights() -> None:
