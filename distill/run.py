@@ -15,6 +15,7 @@ from rich.text import Text
 
 from distill.execute import execute
 from distill.experiment import Experiment
+from distill.host_memory import keep_freed_memory
 from distill.progress import Progress, duration
 from distill.report import terminal_table
 from distill.results import headline
@@ -156,4 +157,5 @@ def _list(folder: Path, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

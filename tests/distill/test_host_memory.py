@@ -1,0 +1,34 @@
+"""A repeated program finds the scratch memory of the run before."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# Prints how many pages the kernel had to clear for one more run of a program with 64 MiB of scratch memory.
+SCRIPT = """
+import resource, sys
+import jax, jax.numpy as jnp
+from distill.host_memory import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+program = jax.jit(lambda x: (x @ x.T) @ x)
+x = jnp.ones((4096, 8))
+for _ in range(3):
+    program(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+program(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(memory: str) -> int:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, memory], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+def test_a_program_that_runs_again_needs_no_new_pages() -> None:
+    assert page_faults("keep") < page_faults("give back") / 10
