@@ -11,6 +11,7 @@ from rich.console import Console
 
 from distill.execute import execute
 from distill.experiment import Experiment
+from distill.host_memory import retain_freed_memory
 from distill.progress import Progress, duration
 from distill.report import terminal_table
 from distill.results import headline
@@ -34,6 +35,7 @@ Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with all saved; 2 something
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    retain_freed_memory()
     console = Console()
     try:
         return _main(sys.argv[1:] if arguments is None else list(arguments), console)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import tyro
 
+from distill.host_memory import retain_freed_memory
 from distill.losses import Loss
 from distill.train_state import TrainState
 from distill.train_step import Batch, TrainStep
@@ -131,4 +132,5 @@ def _batch(tokens: np.ndarray, scorer: Scorer, on_policy: bool) -> Batch:
 
 
 if __name__ == "__main__":
+    retain_freed_memory()
     main(tyro.cli(Arguments, description=__doc__))

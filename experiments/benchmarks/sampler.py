@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import tyro
 
+from distill.host_memory import retain_freed_memory
 from experiments.benchmarks.machine import machine, peak_rss_mb
 from experiments.benchmarks.sizes import NEW_TOKENS, PROMPT_TOKENS, SIZES
 from qwen3.engine import Engine, Request
@@ -84,4 +85,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    retain_freed_memory()
     main(tyro.cli(Arguments, description=__doc__))
