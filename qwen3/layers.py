@@ -4,6 +4,7 @@ A weight's shape, logical axes and initialiser stand together where it is made. 
 `nnx.Param`, which gradients and optimiser state inherit, so `qwen3.sharding` can place all of them from one table.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -95,6 +96,29 @@ class Mlp(nnx.Module):
 def _project(
     equation: str, x: Array, kernel: nnx.Param, bias: nnx.Param | None = None, adapter: Adapter | None = None
 ) -> Array:
-    out = jnp.einsum(equation, x, kernel[...].astype(x.dtype))
+    out = _product(equation, x, kernel[...].astype(x.dtype))
     out = out if bias is None else out + bias[...].astype(x.dtype)
     return out if adapter is None else out + adapter(x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(equation: str, x: Array, kernel: Array) -> Array:
+    """`jnp.einsum`, whose own derivative by `kernel` comes out transposed: on CPU that takes twice as long."""
+    return jnp.einsum(equation, x, kernel)
+
+
+def _product_forward(equation: str, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(equation, x, kernel), (x, kernel)
+
+
+def _product_backward(equation: str, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    operands, out = equation.split("->")
+    left, right = operands.split(",")
+    return (
+        jnp.einsum(f"{out},{right}->{left}", cotangent, kernel),
+        jnp.einsum(f"{left},{out}->{right}", x, cotangent),
+    )
+
+
+_product.defvjp(_product_forward, _product_backward)

@@ -18,6 +18,10 @@ from qwen3.layers import Attend, Attention, Mlp, constant, rms_norm, weight
 from qwen3.moe import Moe, RouterStats
 from qwen3.rope import Rotation, rotation
 
+# Deepest model whose layers are unrolled on CPU, where a scan copies what each layer keeps for the backward pass into
+# and out of stacked buffers and fills those with zeros first. Deeper models would take minutes to compile.
+_UNROLLED_LAYERS = 12
+
 
 class Output(NamedTuple):
     hidden: Float[Array, "B T D"]
@@ -104,10 +108,14 @@ class Qwen3(nnx.Module):
         x = self.embed_tokens(tokens)
         loads = []
         for stack in self.stacks:
-            x, stats = jax.lax.scan(jax.checkpoint(body) if rematerialise else body, x, stack)
+            x, stats = jax.lax.scan(jax.checkpoint(body) if rematerialise else body, x, stack, unroll=self._unrolled)
             loads += [] if stats is None else [stats]
         router = jax.tree.map(lambda *parts: jnp.concatenate(parts), *loads) if loads else None
         return Output(self.final(x), router)
+
+    @property
+    def _unrolled(self) -> bool:
+        return jax.default_backend() == "cpu" and self.config.num_hidden_layers <= _UNROLLED_LAYERS
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return jnp.take(self.embed[...], tokens, axis=0).astype(self.compute_dtype)

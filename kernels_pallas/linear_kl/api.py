@@ -22,10 +22,10 @@ __all__ = ["IMPLEMENTATIONS", "linear_kl_at_ids", "linear_kl_full", "split_at_id
 IMPLEMENTATIONS = ("xla", "reference")
 # Default blocks. Logits of one block of tokens are held whole; a CPU wants few of them at a time and walks the
 # vocabulary in pieces that fit its cache, an accelerator's matrix units want large ones.
-_LOGIT_BYTES_CPU = 40 * 2**20
+_LOGIT_BYTES_CPU = 80 * 2**20
 _LOGIT_BYTES_ACCELERATOR = 512 * 2**20
 _CPU_BLOCK_TOKENS = 256
-_CPU_BLOCK_VOCAB = 4000
+_CPU_BLOCK_VOCAB = 4096
 
 
 def linear_kl_full(
@@ -54,9 +54,10 @@ def linear_kl_full(
         whole (V) where the head is sharded over the vocabulary, or every block is gathered.
       implementation: None (picks "xla"), "xla", or "reference" (materialises [B, T, V]; for tests).
 
-    Peak temporary memory of "xla" is about 4 bytes · block_tokens · (2·V + 4·block_vocab): the student's and the
-    teacher's logits, and what one block of vocabulary needs; with gradients also block_vocab · D · 4 bytes for its
-    share of the head's gradient. Accumulation is in float32 (float64 for float64 inputs).
+    Peak temporary memory of "xla", in bytes beside arguments and results, with M tokens in a block and the vocabulary
+    rounded up to W words in whole blocks: at most 4·M·(2·W + 8·block_vocab) + 4·block_vocab·(D + Dt). These are the
+    student's and the teacher's logits, what is made of one block of them, and one block of each head. Accumulation is
+    in float32 (float64 for float64 inputs, which doubles the memory).
 
     Returns:
       The loss sum, in nats, and per-position statistics without gradient, 0 where the weight is 0: `divergence`,
@@ -97,6 +98,9 @@ def linear_kl_at_ids(
       teacher_logprobs: the teacher's log-probabilities of them over the whole vocabulary (not renormalised).
       teacher_log_tail: the logarithm of its mass on all other words; -inf where there is none.
       Others as in `linear_kl_full`.
+
+    Peak temporary memory of "xla", counted as there: 4·M·(W + 4·block_vocab) + 4·block_vocab·D bytes, W being the
+    student's logits alone.
 
     Returns:
       As `linear_kl_full`, with `student_entropy` exact over the vocabulary, `teacher_entropy` that of the J + 1
@@ -195,12 +199,10 @@ def _plan(hidden, head, divergence, block_tokens, block_vocab, implementation) -
 
 
 def _cache_block(vocab: int) -> int:
-    """Nearly equal blocks. A row length that is a multiple of 256 words makes every row of a block start in the same
-    few cache sets, and the product that needs the block transposed takes twice as long."""
+    """Nearly equal blocks of whole cache lines."""
     if vocab <= _CPU_BLOCK_VOCAB:
         return vocab
-    block = -(-vocab // -(-vocab // _CPU_BLOCK_VOCAB) // 16) * 16
-    return block + 16 if block % 256 == 0 else block
+    return -(-vocab // -(-vocab // _CPU_BLOCK_VOCAB) // 16) * 16
 
 
 def _require_student(hidden: Array, head: Array, weights: Array) -> None:
