@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from qwen3 import hf
 from qwen3.chat import ChatTokenizer, check_vocabulary
 from qwen3.folder import complete_folder
@@ -34,6 +36,9 @@ def export(
     ends = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     if model.config.bos_token_id is not None:
         ends["bos_token_id"] = model.config.bos_token_id
+    if jax.process_index() != 0:
+        hf.save(folder, model, dtype=dtype)  # writes nothing here, but the first process needs this one's part
+        return
     with complete_folder(folder) as partial:
         hf.save(partial, model, dtype=dtype)
         tokenizer.save(partial)
