@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from distill.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
+from distill.processes import require_same
 from distill.results import EvaluationRow
 from distill.rollouts import prompt_ids
 from distill.samples import judge
@@ -81,12 +82,13 @@ class Evaluator:
             for problem in self._problems
             for sample in range(evaluation.samples_per_problem)
         ]
+        require_same(f"the requests that evaluate {name}", lambda: repr(requests).encode())
         title = f"evaluating {name}, {mode.replace('_', '-')}"
         with context.progress.task(title, len(requests), unit="responses") as bar:
 
             def on_progress(rollouts: int, tokens: int) -> None:
                 bar.advance(rollouts, tokens=tokens)
-                if context.stop.requested:
+                if context.stop.agreed():
                     raise Interrupted(f"evaluation of {name}: it starts again with the next run")
 
             rollouts = self._engine.generate(

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from distill import selftest
 from distill.evaluate import Evaluator
 from distill.experiment import Experiment
-from distill.metrics import MetricsWriter
+from distill.metrics import MetricsWriter, NoMetrics
+from distill.processes import first_says, is_first
 from distill.progress import Progress
 from distill.report import Report, StageCost, write_report
 from distill.results import STUDENT_INITIAL, TEACHER, EvaluationRow, record_json
@@ -38,7 +39,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
     Raises UserError for what the user can mend and Interrupted where the run was asked to stop and has saved.
     """
     started = time.monotonic()
-    with RunDirectory.claim(directory, experiment) as run, MetricsWriter(directory) as metrics:
+    with RunDirectory.claim(directory, experiment) as run, _metrics(directory) as metrics:
         metrics.config(experiment.to_json())
         mesh = make_mesh(experiment.mesh)
         teacher_tokenizer = ChatTokenizer.from_folder(
@@ -76,7 +77,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             known = run.evaluation(TEACHER)
             rows += known or _evaluated(TEACHER, teacher, Evaluator(experiment.evaluation, context, teacher), run)
         _export(experiment, models[experiment.lineage()[-1]], context)
-        seconds = _wall_seconds(directory, time.monotonic() - started)
+        seconds = first_says(lambda: _wall_seconds(directory, time.monotonic() - started))
         report = Report(
             experiment=experiment.name,
             description=experiment.description,
@@ -89,8 +90,13 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             wall_seconds=seconds,
             provenance={"seed": experiment.seed, "teacher": experiment.teacher.path if experiment.teacher else None},
         )
-        write_report(directory, report)
+        if is_first():
+            write_report(directory, report)
         return report
+
+
+def _metrics(directory: Path) -> MetricsWriter:
+    return MetricsWriter(directory) if is_first() else NoMetrics()
 
 
 def _student(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh) -> Qwen3:

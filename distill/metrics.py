@@ -164,6 +164,24 @@ class MetricsWriter:
         return self._events[stage]
 
 
+class NoMetrics(MetricsWriter):
+    """Writes nothing: for the processes of a job beside the one that writes."""
+
+    def __init__(self) -> None: ...
+
+    def resume_at(self, stage: str, step: int) -> None: ...
+
+    def scalars(self, step: int, values: Mapping[str, SupportsFloat], *, stage: str) -> None: ...
+
+    def text(self, tag: str, step: int, markdown: str, *, stage: str) -> None: ...
+
+    def samples(self, step: int, samples: Sequence[RolloutSample], *, stage: str) -> None: ...
+
+    def config(self, config: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def require_finite(step: int, values: Mapping[str, SupportsFloat], *, stage: str) -> None:
     """Stops a run whose loss or gradient has become useless.
 

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tyro
@@ -16,6 +16,7 @@ from rich.text import Text
 from distill.execute import execute
 from distill.experiment import Experiment
 from distill.host_memory import keep_freed_memory
+from distill.processes import Cluster, is_first, where
 from distill.progress import Progress, duration
 from distill.report import terminal_table
 from distill.results import headline
@@ -29,30 +30,38 @@ Run a distillation experiment, or go on with one that was stopped.
   python -m distill.run experiments/NAME.py              run one; the same command again continues it
   python -m distill.run experiments/NAME.py --help       all its fields with their values
   python -m distill.run experiments/NAME.py --seed 1 --name NAME-1 --stages.on-policy.training.steps 300
+
+On several hosts, start the same command once on each, over a file system that all of them share. Under srun and on
+GKE's TPU slices the processes find one another; elsewhere say who they are (--coordinator, --processes, --process).
 """
 _EPILOGUE = """\
 Everything goes into RUNS/NAME: config.json, tensorboard/ (tensorboard --logdir RUNS), checkpoints/, targets/,
 rollouts.jsonl, report.html, report.json, and export/, the student as a Hugging Face folder.
-Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with all saved; 2 something for you to mend, said in one line.
+Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with all saved; 2 something for you to mend, said in one line;
+1 one of several processes has died, and the others have ended with it.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    console = Console()
+    return _reported(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _reported(work: Callable[[], int]) -> int:
+    """The status of `work`; what the user can mend is said in one line, and the status is 2."""
     try:
-        return _main(sys.argv[1:] if arguments is None else list(arguments), console)
+        return work()
     except UserError as error:
         message = str(error)
     except OSError as error:
         if error.filename is None and error.strerror is None:
             raise
         message = f"{error.filename or 'disk'}: {error.strerror}"
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error{where()}: {message}", file=sys.stderr)
     return 2
 
 
-def _main(arguments: list[str], console: Console) -> int:
+def _main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m distill.run",
         description=_DESCRIPTION,
@@ -63,18 +72,29 @@ def _main(arguments: list[str], console: Console) -> int:
     )
     parser.add_argument("experiment", nargs="?", help="an experiment file, or a folder of them to list")
     parser.add_argument("--runs", default="runs", help="folder that holds the run directories (default: runs)")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, or auto: jax finds it")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many processes run the experiment together")
+    parser.add_argument("--process", type=int, metavar="I", help="which of them this one is, 0 to N-1")
     own, fields = parser.parse_known_args(arguments)
     if own.experiment is None or own.experiment.startswith("-"):
         parser.print_help()
         return 0 if not arguments or "--help" in arguments or "-h" in arguments else 2
     path = Path(own.experiment)
     if path.is_dir():
-        _list(path, console)
+        _list(path, Console())
         return 0
     experiment = _override(load_experiment(path), fields, path)
-    directory = Path(own.runs) / experiment.name
+    cluster = Cluster.named(own.coordinator, own.processes, own.process)
+    if cluster is None:
+        return _run(experiment, own.runs)
+    return cluster.run(lambda: _reported(lambda: _run(experiment, own.runs)))
+
+
+def _run(experiment: Experiment, runs: str) -> int:
+    console = Console() if is_first() else Console(quiet=True, force_terminal=False)
+    directory = Path(runs) / experiment.name
     console.print(f"[bold]{experiment.name}[/bold]  {experiment.description}", highlight=False)
-    console.print(f"run directory {directory}   tensorboard --logdir {own.runs}", highlight=False, style="dim")
+    console.print(f"run directory {directory}   tensorboard --logdir {runs}", highlight=False, style="dim")
     try:
         with StopRequest().listening() as stop, Progress(console) as progress:
             report = execute(experiment, directory, progress, stop)

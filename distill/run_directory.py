@@ -1,15 +1,16 @@
-"""The run directory: one run of one experiment, claimed by one process, refused to a changed experiment."""
+"""The run directory: one run of one experiment, claimed by it alone, refused to a changed experiment."""
 
+import contextlib
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from distill.environment import environment
 from distill.evaluate import row_from_json
 from distill.experiment import Experiment, differing_fields
+from distill.processes import first_says, is_first, require_same
 from distill.records import write_atomically
 from distill.results import EvaluationRow, StageCost
 from qwen3.errors import UserError
@@ -24,12 +25,21 @@ class RunDirectory:
         self.path = path
 
     @classmethod
-    @contextmanager
+    @contextlib.contextmanager
     def claim(cls, path: Path, experiment: Experiment) -> Iterator["RunDirectory"]:
-        """Create or continue the directory; no other process can claim it meanwhile.
+        """Create or continue the directory; no other run can claim it meanwhile.
 
-        Raises UserError where it cannot be written, another process runs in it, or it belongs to another experiment.
+        Of processes that run together the first one holds it, and writes to it. Raises UserError in all of them where
+        it cannot be written, another run is in it, or it belongs to another experiment.
         """
+        wanted = json.loads(json.dumps(experiment.to_json()))
+        require_same("the experiment's fields", json.dumps(wanted).encode)
+        with contextlib.ExitStack() as held:
+            first_says(lambda: cls._claim(path, wanted, held))
+            yield cls(path)
+
+    @staticmethod
+    def _claim(path: Path, wanted: Any, held: contextlib.ExitStack) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / ".lock").open("w")
@@ -37,14 +47,13 @@ class RunDirectory:
             raise UserError(
                 f"run directory {path} cannot be written ({error.strerror}); choose another with --runs"
             ) from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"another process is running in {path}; wait for it or stop it") from None
-            _check_config(path / "config.json", experiment)
-            write_atomically(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-            yield cls(path)
+        held.enter_context(lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is running in {path}; wait for it or stop it") from None
+        _check_config(path / "config.json", wanted)
+        write_atomically(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
     def evaluation(self, name: str) -> list[EvaluationRow] | None:
         """The rows of a model that has been evaluated, else None."""
@@ -78,15 +87,16 @@ class RunDirectory:
 
     def _read(self, kind: str, name: str) -> Any:
         file = self.path / kind / f"{name}.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return first_says(lambda: json.loads(file.read_text()) if file.exists() else None)
 
     def _write(self, kind: str, name: str, value: Any) -> None:
+        if not is_first():
+            return
         (self.path / kind).mkdir(exist_ok=True)
         write_atomically(self.path / kind / f"{name}.json", json.dumps(value, indent=2) + "\n")
 
 
-def _check_config(file: Path, experiment: Experiment) -> None:
-    wanted = json.loads(json.dumps(experiment.to_json()))
+def _check_config(file: Path, wanted: Any) -> None:
     if not file.exists():
         write_atomically(file, json.dumps(wanted, indent=2) + "\n")
         return

@@ -23,7 +23,7 @@ from qwen3.adapter import joined
 from qwen3.model import Qwen3
 from qwen3.moe import load_balancing_loss
 from qwen3.rollout import NON_THINKING, THINKING
-from qwen3.sharding import batch_sharding, shardings
+from qwen3.sharding import batch_sharding, place, shardings
 
 MODE_CODES = {THINKING: 1, NON_THINKING: 0}
 
@@ -105,7 +105,7 @@ class TrainStep:
             raise ValueError("no position of the step is trained: loss_mask is False everywhere")
         real = int(sum(np.sum(batch.segment_ids != 0) for batch in batches))
         places = sum(batch.tokens.size for batch in batches)
-        denominator = jnp.asarray(trained, jnp.float32)
+        denominator = np.float32(trained)
         sums = None
         trained_state, frozen = state.split()
         for batch in batches:
@@ -119,7 +119,7 @@ class TrainStep:
         )
 
     def _place(self, batch: Batch) -> Batch:
-        return jax.device_put(batch, batch_sharding(self._mesh))
+        return place(batch, batch_sharding(self._mesh))
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from qwen3.errors import UserError
 from qwen3.model import Layer, Qwen3
 from qwen3.rollout import THINKING, Mode, Rollout
 from qwen3.sampling import Plan, RowParams, SamplingParams, choose_tokens
-from qwen3.sharding import BATCH, batch_sharding
+from qwen3.sharding import BATCH, batch_sharding, fetch, place
 
 _SEGMENT_TOKENS = 64
 _MOST_SEGMENTS = 4
@@ -181,7 +181,7 @@ class Engine:
             rows = _place(self._rows(batch, stop_width), model)
             hidden, cache = self._prefill(model, rows.tokens, rows.lengths, unroll=self.unroll)
             written = self._decode(model, hidden, cache, rows, np.uint32(seed), np.uint32(policy_step), plan=plan)
-            done = self._rollouts(batch, jax.device_get(written), policy_step)
+            done = self._rollouts(batch, fetch(written), policy_step)
             rollouts += done
             if on_progress is not None:
                 on_progress(len(done), sum(len(rollout.response) for rollout in done))
@@ -359,4 +359,4 @@ def _place(rows: _Rows, model: Qwen3) -> _Rows:
         return rows
     spread = batch_sharding(sharding.mesh)
     parts = math.prod(sharding.mesh.shape[axis] for axis in BATCH[0])
-    return jax.device_put(rows, spread) if rows.lengths.shape[0] % parts == 0 else rows
+    return place(rows, spread) if rows.lengths.shape[0] % parts == 0 else rows

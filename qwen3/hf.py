@@ -1,5 +1,6 @@
 """Hugging Face checkpoints to `Qwen3` and back, without ever holding a second copy of the weights."""
 
+import collections
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from qwen3.folder import complete_folder
 from qwen3.hf_names import HEAD_NAME, Leaf, Tensor, leaves_of
 from qwen3.model import Qwen3
 from qwen3.safetensors_folder import SafetensorsFolder, some_names, split_shards, write_index
-from qwen3.sharding import shardings
+from qwen3.sharding import fetch, shardings
 
 _Bounds = tuple[tuple[int, int], ...]
 _PIECE_ENTRIES = 2 * 2**20  # of a tensor read at once: enough for the disk, too little to show in memory
@@ -63,6 +64,7 @@ def save(folder: str | Path, model: Qwen3, *, dtype: Any = None, max_shard_bytes
 
     Experts are stored one by one; weights of more than `max_shard_bytes` go into shards with an index, and one shard
     is in host memory at a time. The folder appears under its name once it is complete. `dtype` None keeps the dtype.
+    Of several processes that share the model all call this, and the first one writes.
 
     Raises:
         UserError: The folder cannot be written.
@@ -73,8 +75,11 @@ def save(folder: str | Path, model: Qwen3, *, dtype: Any = None, max_shard_bytes
     )
     shapes = {tensor.name: tensor.shape for _, tensor in order}
     shards = split_shards(shapes, dtype.itemsize, max_shard_bytes)
+    tensors = _host_tensors(order, dtype)
+    if jax.process_index() != 0:
+        collections.deque(tensors, maxlen=0)  # takes part in fetching what lies on this host's devices
+        return
     with complete_folder(folder) as partial:
-        tensors = _host_tensors(order, dtype)
         for file, names in shards.items():
             shard = dict(itertools.islice(tensors, len(names)))
             try:
@@ -227,7 +232,7 @@ def _host_block(value: jax.Array, layer: tuple[int, ...]) -> np.ndarray:
     """A parameter, or one layer of it, on the host; where it lies in host memory in one piece, a view of that."""
     if len(value.devices()) == 1 and next(iter(value.devices())).platform == "cpu":
         return np.asarray(value)[layer]
-    return np.asarray(jax.lax.dynamic_index_in_dim(value, layer[0], keepdims=False) if layer else value)
+    return fetch(jax.lax.dynamic_index_in_dim(value, layer[0], keepdims=False) if layer else value)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -116,6 +117,32 @@ def make_placed(make: Callable[[Array], Tree], key: Array, mesh: Mesh | None) ->
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data-parallel axes."""
     return NamedSharding(mesh, BATCH)
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Every leaf on `sharding`. Where several processes share the mesh, each gives the same host arrays and puts its
+    own parts on its own devices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def put(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Every leaf as a NumPy array, whole in every process; parts that lie on other hosts pass through the devices."""
+
+    def get(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return leaf
+
+    return jax.device_get(jax.tree.map(get, tree))
 
 
 def check_rows(field: str, rows: int, mesh: Mesh) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from qwen3 import hf
 from qwen3.chat import ChatTokenizer, check_vocabulary
 from qwen3.folder import complete_folder
@@ -40,11 +42,18 @@ def export(
     ends = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     if model.config.bos_token_id is not None:
         ends["bos_token_id"] = model.config.bos_token_id
-    with complete_folder(folder) as partial:
+
+    def save_weights(folder: Path) -> None:
         if adapters_of is None:
-            hf.save(partial, model, dtype=dtype)
+            hf.save(folder, model, dtype=dtype)
         else:
-            save_adapters(partial, model, adapters_of, dtype)
+            save_adapters(folder, model, adapters_of, dtype)
+
+    if jax.process_index() != 0:
+        save_weights(Path(folder))  # writes nothing here, but the first process needs this one's part
+        return
+    with complete_folder(folder) as partial:
+        save_weights(partial)
         tokenizer.save(partial)
         content = json.dumps(ends | dict(generation or {}), indent=2)
         (partial / "generation_config.json").write_text(content + "\n")

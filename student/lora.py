@@ -19,7 +19,7 @@ from qwen3.config import ModelConfig
 from qwen3.errors import UserError
 from qwen3.hf_names import Leaf, leaves_of
 from qwen3.model import Qwen3
-from qwen3.sharding import make_placed
+from qwen3.sharding import fetch, make_placed
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _TARGETS: tuple[Target, ...] = get_args(Target)
@@ -79,7 +79,8 @@ class Lora:
 def save_adapters(folder: Path, model: Qwen3, base: str | Path, dtype: Any) -> None:
     """Write adapter_config.json and adapter_model.safetensors into a folder, as PEFT and vLLM read them.
 
-    `base` is the folder of the frozen weights, to which the configuration points by its absolute path.
+    `base` is the folder of the frozen weights, to which the configuration points by its absolute path. Of several
+    processes that share the model all call this, and the first one writes.
     Raises UserError where the folder cannot be written, ValueError where the model has no adapters.
     """
     adapters = {leaf: leaf.adapter for leaf in leaves_of(model) if leaf.adapter is not None}
@@ -88,6 +89,8 @@ def save_adapters(folder: Path, model: Qwen3, base: str | Path, dtype: Any) -> N
     tensors: dict[str, np.ndarray] = {}
     for leaf, adapter in adapters.items():
         tensors |= _peft_tensors(leaf, adapter, np.dtype(dtype))
+    if jax.process_index() != 0:
+        return
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -109,7 +112,7 @@ def save_adapters(folder: Path, model: Qwen3, base: str | Path, dtype: Any) -> N
 
 def _peft_tensors(leaf: Leaf, adapter: Adapter, dtype: np.dtype) -> dict[str, np.ndarray]:
     """The factors of one parameter's adapters, layer by layer, as PyTorch stores them: [R, in] and [out, R]."""
-    a, b = (np.asarray(weight[...]) for weight in (adapter.a, adapter.b))
+    a, b = (fetch(weight.get_value()) for weight in (adapter.a, adapter.b))
     tensors = {}
     for tensor in leaf.tensors:
         stem = f"base_model.model.{tensor.name.removesuffix('.weight')}"

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3.model import Qwen3
 from qwen3.rollout import Rollout
-from qwen3.sharding import batch_sharding
+from qwen3.sharding import batch_sharding, fetch, place
 from teacher.scored_rollout import ScoredRollout
 from teacher.targets import Hidden, TopK, top_k_targets
 
@@ -36,7 +36,7 @@ class Scorer:
         self, tokens: Int[np.ndarray, "B T"], positions: Int[np.ndarray, "B T"], segment_ids: Int[np.ndarray, "B T"]
     ) -> Hidden:
         """Final hidden states: with `head` they are the exact distribution at every position."""
-        return self._hidden(self._model, *jax.device_put((tokens, positions, segment_ids), self._placement))
+        return self._hidden(self._model, *place((tokens, positions, segment_ids), self._placement))
 
     def score_rollouts(
         self, rollouts: list[Rollout], *, k: int, rows: int, length: int, pad_id: int
@@ -54,8 +54,8 @@ class Scorer:
             tokens[row, : len(rollout.tokens)] = rollout.tokens
             segment_ids[row, : len(rollout.tokens)] = 1
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-        placed = jax.device_put((tokens, positions, segment_ids), self._placement)
-        targets = jax.device_get(self._top_k(self._model, *placed, k))
+        placed = place((tokens, positions, segment_ids), self._placement)
+        targets = fetch(self._top_k(self._model, *placed, k))
         return [
             ScoredRollout(
                 rollout=rollout,

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill.metrics import MetricsWriter
+from distill.processes import any_process
 from distill.progress import Progress
 from distill.records import write_atomically
 from distill.results import StageCost
@@ -30,15 +31,19 @@ class StopRequest:
     """Turns SIGTERM and the first SIGINT into a request that stages answer between two steps."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
+
+    def agreed(self) -> bool:
+        """Whether this process was asked to stop, or any that runs with it: all of them ask at the same places."""
+        return any_process(self._requested)
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         def note(number: int, frame: object) -> None:
             del frame
-            if self.requested and number == signal.SIGINT:
+            if self._requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.requested = True
+            self._requested = True
 
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

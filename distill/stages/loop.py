@@ -1,16 +1,20 @@
 """The training loop of every stage: batches in, updates, metrics, checkpoints, and going on where it stopped."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from distill.checkpoint import Checkpointer
 from distill.losses import Loss
 from distill.metrics import require_finite
 from distill.optimizer import Optimizer
+from distill.processes import require_same
 from distill.stages.context import Interrupted, RunContext
 from distill.train_state import TrainState, abstract_state
 from distill.train_step import Batch, TrainStep
@@ -130,6 +134,9 @@ def train(
         with context.progress.task(name, steps, completed_steps=done) as bar:
             for step in range(done, steps):
                 produced = data.step_data(step, state.model, spent)
+                require_same(
+                    f"the data of stage {name}, step {step + 1},", functools.partial(_host_bytes, produced.batches)
+                )
                 started = time.monotonic()
                 state, result = train_step(state, produced.batches)
                 seconds = time.monotonic() - started
@@ -150,14 +157,20 @@ def train(
                     stage=name,
                 )
                 bar.advance(tokens=result.tokens, values={"loss": result.metrics["loss"]})
-                last = step + 1 == steps
-                if last or context.stop.requested or (step + 1) % training.checkpoint_every_steps == 0:
+                last, stop = step + 1 == steps, context.stop.agreed()
+                if last or stop or (step + 1) % training.checkpoint_every_steps == 0:
                     metadata = {"spent": dataclasses.asdict(spent), "data": data.state()}
                     checkpoints.save(step + 1, state.split()[0], metadata)
-                if context.stop.requested:
+                if stop:
                     checkpoints.wait()
                     raise Interrupted(f"stage {name}: saved after step {step + 1} of {steps}")
     return state.model, spent
+
+
+def _host_bytes(batches: Sequence[Batch]) -> bytes:
+    """What this process has made of the batches; what is on the devices already is one for all."""
+    leaves = jax.tree.leaves(list(batches))
+    return b"".join(np.asarray(leaf).tobytes() for leaf in leaves if not isinstance(leaf, jax.Array))
 
 
 def trained_model(name: str, start: Qwen3, training: Training, context: RunContext) -> Qwen3:

@@ -1,13 +1,16 @@
 """Off-policy distillation: the teacher writes in both modes, a store keeps what it said, the student learns it."""
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from distill.data.packing import packed_batches, rows_needed, scored_example
 from distill.flops import forward_flops, training_flops
 from distill.losses import Loss
+from distill.processes import first_says, require_same
 from distill.rollouts import ModeMix, prompt_ids
 from distill.stages.context import Interrupted, RunContext, Stopwatch
 from distill.stages.loop import Spent, StepData, Training, train
@@ -20,6 +23,7 @@ from qwen3.model import Qwen3
 from qwen3.rollout import THINKING
 from qwen3.sampling import SamplingParams, non_thinking_params, thinking_params
 from qwen3.sharding import check_rows
+from teacher.scored_rollout import ScoredRollout
 from teacher.scoring import Scorer
 from teacher.store import TargetStore, TargetStoreWriter
 from teacher.targets import TopK
@@ -119,9 +123,15 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
         "teacher": teacher.fingerprint, "top_k": stage.top_k, "seed": seed, "prompts": prompts, "sampling": sampling,
         "batch_size": stage.batch_size,
     }  # fmt: skip
-    writer = TargetStoreWriter(directory, identity)
+    require_same(f"the prompts of stage {name}", prompts.encode)
+
+    def begin() -> dict[str, Any]:
+        writer = TargetStoreWriter(directory, identity)
+        return {"finished": writer.finished, "shards": sorted(writer.completed_shards())}
+
+    begun = first_says(begin)
     watch = Stopwatch(directory / "seconds.json")
-    if not writer.finished:
+    if not begun["finished"]:
         engine = context.engine(
             teacher.model,
             batch_size=stage.batch_size,
@@ -131,7 +141,7 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
         scorer = Scorer(teacher.model, context.mesh)
         length = stage.max_prompt_tokens + engine.max_new_tokens
         firsts = range(0, len(requests), stage.batch_size)
-        done = writer.completed_shards()
+        done = begun["shards"]
         written = min(len(requests), len(done) * stage.batch_size)
         title = f"{name}: teacher writes"
         with context.progress.task(title, len(requests), completed_steps=written, unit="rollouts") as bar:
@@ -146,12 +156,11 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
                     records = scorer.score_rollouts(
                         rollouts, k=stage.top_k, rows=stage.batch_size, length=length, pad_id=context.tokenizer.pad_id
                     )
-                writer.write_shard(shard, records)
-                watch.save()
+                first_says(functools.partial(_write_shard, directory, identity, shard, records, watch))
                 bar.advance(len(rollouts), tokens=sum(len(rollout.response) for rollout in rollouts))
-                if context.stop.requested and first != firsts[-1]:
+                if context.stop.agreed() and first != firsts[-1]:
                     raise Interrupted(f"stage {name}: the teacher has written {first + len(rollouts)} rollouts")
-        writer.finish()
+        first_says(lambda: TargetStoreWriter(directory, identity).finish())
     store = TargetStore.open(directory, identity)
     flops = forward_flops(teacher.model.config)
     for index in range(len(store)):
@@ -162,6 +171,13 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     spent.teacher_write_seconds = watch.seconds.get("write", 0.0)
     spent.teacher_score_seconds = watch.seconds.get("score", 0.0)
     return store
+
+
+def _write_shard(
+    directory: Path, identity: Mapping[str, Any], shard: int, records: Sequence[ScoredRollout], watch: Stopwatch
+) -> None:
+    TargetStoreWriter(directory, identity).write_shard(shard, records)
+    watch.save()
 
 
 class _StoredTargets:

@@ -1,6 +1,9 @@
 """A whole run in miniature: a tokenizer, a teacher and a student small enough that every stage takes seconds."""
 
 import dataclasses
+import os
+import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -19,6 +22,28 @@ from qwen3.tokenizer import train_byte_level_bpe
 from student.export import export
 from student.init import FromScratch
 
+ROOT = Path(__file__).parents[2]
+# Signals its own process right after the given number of train steps; SIGKILL comes without warning.
+KILLED = """
+import os, sys
+from distill.train_step import TrainStep
+from distill.run import main
+
+left, number, call = int(sys.argv[1]), int(sys.argv[2]), TrainStep.__call__
+
+
+def counted(self, state, batches):
+    global left
+    result = call(self, state, batches)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), number)
+    return result
+
+
+TrainStep.__call__ = counted
+sys.exit(main(sys.argv[3:]))
+"""
 _SHAPE = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -105,3 +130,21 @@ def experiment(teacher: str) -> Experiment:
         compute_dtype="float32",
         export_dtype="float32",
     )
+
+
+def launch_command(
+    file: Path, runs: Path, *more: str, devices: int, kill_after: int | None = None, number: int = signal.SIGKILL
+) -> tuple[list[str], dict[str, str]]:
+    """The command that runs `file`'s experiment in a process of its own, and its environment.
+
+    Compiled programs are shared between launches. With `kill_after` the process sends itself signal `number` after so
+    many train steps.
+    """
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(file.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    start = ["-m", "distill.run"] if kill_after is None else ["-c", KILLED, str(kill_after), str(int(number))]
+    command = [sys.executable, *start, str(file), "--runs", str(runs), *more]
+    return command, {**os.environ, **cache, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}

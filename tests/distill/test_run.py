@@ -1,10 +1,8 @@
 """The whole of it in miniature: from the command line to the report, killed in every stage, and refused bad input."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +21,6 @@ from tests.distill import miniature
 def config():
     return miniature.experiment({teacher!r})
 """
-# Signals its own process right after the given number of train steps; SIGKILL comes without warning.
-KILLED = """
-import os, sys
-from distill.train_step import TrainStep
-from distill.run import main
-
-left, number, call = int(sys.argv[1]), int(sys.argv[2]), TrainStep.__call__
-
-
-def counted(self, state, batches):
-    global left
-    result = call(self, state, batches)
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), number)
-    return result
-
-
-TrainStep.__call__ = counted
-sys.exit(main(sys.argv[3:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +35,7 @@ def launch(
     file: Path, runs: Path, *more: str, kill_after: int | None = None, number: int = signal.SIGKILL
 ) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own on one device; compiled programs are shared between launches."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(file.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    environment = {**os.environ, **cache, "PYTHONPATH": str(ROOT), "XLA_FLAGS": one_device}
-    start = ["-m", "distill.run"] if kill_after is None else ["-c", KILLED, str(kill_after), str(int(number))]
-    command = [sys.executable, *start, str(file), "--runs", str(runs), *more]
+    command, environment = miniature.launch_command(file, runs, *more, devices=1, kill_after=kill_after, number=number)
     return subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, text=True, check=False)
 
 

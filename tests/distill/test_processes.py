@@ -1,0 +1,194 @@
+"""Two processes with two devices each do what one process with four does, stop together and die together."""
+
+import json
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from distill.lifelines import Lifelines
+from distill.processes import Cluster
+from qwen3.errors import UserError
+from teacher.store import TargetStore
+from tests.distill import miniature
+
+# The mesh puts halves of every matrix into different processes, and experts on different devices of one.
+EXPERIMENT = """
+import dataclasses
+
+from qwen3.sharding import MeshShape
+from tests.distill import miniature
+
+
+def config():
+    whole = miniature.experiment({teacher!r})
+    return dataclasses.replace(
+        whole,
+        stages={{name: whole.stages[name] for name in ("off_policy", "on_policy")}},
+        evaluation=dataclasses.replace(whole.evaluation, modes=("thinking",)),
+        mesh=MeshShape(fsdp=2, expert=2),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def experiment_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    file = folder / "my_experiment.py"
+    file.write_text(EXPERIMENT.format(teacher=miniature.make_teacher(folder)))
+    return file
+
+
+def launch_two(file: Path, runs: Path, **signalled: Any) -> list[tuple[int, str, str]]:
+    """Status, output and errors of processes 0 and 1; `signalled` says what happens to process 1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    launched = []
+    for process, how in enumerate(({}, signalled)):
+        cluster = ("--coordinator", address, "--processes", "2", "--process", str(process))
+        command, environment = miniature.launch_command(file, runs, *cluster, devices=2, **how)
+        launched.append(
+            subprocess.Popen(
+                command, cwd=file.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    outputs: dict[int, tuple[str, str]] = {}
+    readers = [
+        threading.Thread(target=lambda i=i, p=p: outputs.update({i: p.communicate()})) for i, p in enumerate(launched)
+    ]
+    for reader in readers:
+        reader.start()
+    try:
+        while len([process for process in launched if process.poll() is None]) == 2:
+            time.sleep(0.1)
+        # Whatever ended the first of them, the other must not be left waiting.
+        for reader in readers:
+            reader.join(timeout=30)
+        assert all(process.poll() is not None for process in launched), "one process outlived the other by 30 s"
+    finally:
+        for process in launched:
+            process.kill()
+    return [(process.returncode, *outputs[i]) for i, process in enumerate(launched)]
+
+
+def scalars(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {
+        (record["stage"], record["step"]): {
+            name: value for name, value in record["scalars"].items() if not name.endswith("_tokens_per_second")
+        }
+        for record in records
+    }
+
+
+def test_two_processes_stopped_then_killed_end_where_one_process_does(experiment_file: Path, tmp_path: Path) -> None:
+    command, environment = miniature.launch_command(experiment_file, tmp_path / "one", devices=4)
+    alone = subprocess.run(
+        command, cwd=experiment_file.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert alone.returncode == 0, alone.stderr
+    two = tmp_path / "two"
+
+    # SIGTERM reaches one process; both save the step and end.
+    for status, _, errors in launch_two(experiment_file, two, kill_after=1, number=signal.SIGTERM):
+        assert status == 0, errors
+    assert (two / "miniature" / "checkpoints" / "off_policy" / "1").is_dir()
+
+    # One dies in the second stage without a word; the other says so in one line.
+    (status, _, errors), (killed, _, _) = launch_two(experiment_file, two, kill_after=6)
+    assert killed == -signal.SIGKILL
+    assert status == 1, errors
+    (line,) = [line for line in errors.splitlines() if line]
+    assert line.startswith("error (process 0 of 2): process 1 has ended")
+
+    for status, _, errors in launch_two(experiment_file, two):
+        assert status == 0, errors
+    one, resumed = tmp_path / "one" / "miniature", two / "miniature"
+
+    stores = [TargetStore.open(folder / "targets" / "off_policy") for folder in (one, resumed)]
+    assert all(np.array_equal(a.rollout.tokens, b.rollout.tokens) for a, b in zip(*stores, strict=True))
+    assert (one / "rollouts.jsonl").read_bytes() == (resumed / "rollouts.jsonl").read_bytes()
+    ours, theirs = scalars(resumed), scalars(one)
+    assert ours.keys() == theirs.keys()
+    for step, values in theirs.items():
+        # Between processes sums are added in another order; divergences near 0 are differences of such sums.
+        assert ours[step] == pytest.approx(values, rel=1e-5, abs=1e-6), step
+    weights = [load_file(folder / "export" / "model.safetensors") for folder in (one, resumed)]
+    for name, tensor in weights[0].items():
+        # Adam divides by the gradient's size, so an update of 1e-3 may feel the last bits of a tiny gradient.
+        np.testing.assert_allclose(weights[1][name], tensor, atol=1e-4, err_msg=name)
+    rows = [json.loads((folder / "report.json").read_text())["rows"] for folder in (one, resumed)]
+    assert rows[0] == rows[1]
+    assert json.loads((resumed / "environment.json").read_text())["processes"] == 2
+    assert (resumed / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # in sbatch, outside srun
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "slice-0-0.distill,slice-0-1.distill"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_launchers_are_recognised(environment: dict[str, str], several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_STEP_NUM_TASKS", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Cluster.named(None, None, None) == (Cluster() if several else None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((None, 2, 0), "need --coordinator"),
+        (("host:8000", None, 0), "needs --processes N and --process I"),
+        (("host", 2, 0), "must be HOST:PORT"),
+        (("host:8000", 2, 2), "must lie in 0..1"),
+    ],
+)
+def test_cluster_options_that_do_not_make_sense(options: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Cluster.named(*options)
+
+
+def test_options_of_a_single_process_join_nothing() -> None:
+    assert Cluster.named("host:8000", 1, 0) is None
+
+
+def test_lifelines_tell_of_a_death_but_not_of_a_farewell() -> None:
+    lines = [Lifelines(process, 3) for process in range(3)]
+    port = lines[0].listen()
+    deaths: list[tuple[int, int]] = []
+    told = threading.Event()
+
+    def on_death(watcher: Lifelines, which: int) -> None:
+        deaths.append((lines.index(watcher), which))
+        told.set()
+
+    threads = [threading.Thread(target=line.tie, args=("127.0.0.1", port, on_death)) for line in lines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    lines[2].unwatch()
+    lines[1].hang_up()
+    assert told.wait(timeout=10)
+    lines[0].hang_up()
+    time.sleep(0.2)
+    # Process 2 has said that it is done with watching, and hears nothing of process 0.
+    assert (0, 1) in deaths
+    assert 2 not in [watcher for watcher, _ in deaths]
