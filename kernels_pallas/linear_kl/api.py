@@ -22,7 +22,7 @@ __all__ = ["IMPLEMENTATIONS", "linear_kl_at_ids", "linear_kl_full", "split_at_id
 IMPLEMENTATIONS = ("xla", "reference")
 # Default blocks. Logits of one block of tokens are held whole; a CPU wants few of them at a time and walks the
 # vocabulary in pieces that fit its cache, an accelerator's matrix units want large ones.
-_LOGIT_BYTES_CPU = 80 * 2**20
+_LOGIT_BYTES_CPU = 56 * 2**20
 _LOGIT_BYTES_ACCELERATOR = 512 * 2**20
 _CPU_BLOCK_TOKENS = 256
 _CPU_BLOCK_VOCAB = 4096
