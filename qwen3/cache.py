@@ -1,39 +1,54 @@
-"""Keys and values of what a batch has read so far, and the two ways a decoder uses them: prefill and one-token steps.
+"""Keys and values of what sequences have read so far, in pages, and the two ways a decoder uses them: prefill of whole
+prompts and one-token steps.
 
-Layers of a shallow model are taken out of their stacks once per call and unrolled, each with a cache of its own: a
-scan over stacked layers copies every layer's weights at every token, which makes small batches on CPU almost half as
-fast. Deep models are scanned: taking their layers out would hold their weights twice, and unrolling them would compile
-for minutes. Either way the decoding loop updates caches in place.
+Layers of a shallow model are taken out of their stacks once per call and unrolled: a scan over stacked layers copies
+every layer's weights at every token, which makes small batches on CPU almost half as fast. Deep models are scanned:
+taking their layers out would hold their weights twice, and unrolling them would compile for minutes. Either way pages
+are updated in place.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import attention
+from kernels_pallas.paged_attention import paged_attention
+from qwen3.config import ModelConfig
 from qwen3.model import Layer, Qwen3
 from qwen3.rope import rotation
+from qwen3.sharding import BATCH
 
 UNROLL_LAYERS = 12
 """Deepest model whose layers are unrolled in the decoding loop."""
-_MASKED = -1e30
 
 
-class KeyValue(NamedTuple):
-    """One layer's cache; with a leading L, that of a stack of layers.
+class Pages(NamedTuple):
+    """The pages of all layers, s tokens each: page p of layer l stands at l·P + p. Page 0 takes what nobody reads.
 
-    Slots are minor in the keys and second in the values, so that both products of a step are plain batched matrix
-    products of rows: on CPU four times as fast as over [B, S, K, H].
+    On a mesh every share of the rows has P pages of its own, and page numbers count within the share.
     """
 
-    k: Float[Array, "B K H S"]
-    v: Float[Array, "B K S H"]
+    k: Float[Array, "K L*P H s"]
+    v: Float[Array, "K L*P s H"]
 
 
-Cache = tuple[KeyValue, ...]
-"""One entry a layer where layers are unrolled, else one a stack."""
+_PAGES = Pages(*(PartitionSpec("tensor", *BATCH),) * 2)
+_ROWS = PartitionSpec(*BATCH)
+_ROWS_OF_HEADS = PartitionSpec(*BATCH, None, "tensor")
+
+
+def make_pages(config: ModelConfig, dtype: Any, *, pages: int, page_size: int, mesh: Mesh | None) -> Pages:
+    """Empty pages, `pages` a layer in all shares together."""
+    heads, size, count = config.num_key_value_heads, config.head_dim, config.num_hidden_layers * pages
+    place = None if mesh is None else NamedSharding(mesh, _PAGES.k)
+    return Pages(
+        jnp.zeros((heads, count, size, page_size), dtype, device=place),
+        jnp.zeros((heads, count, page_size, size), dtype, device=place),
+    )
 
 
 def layers_of(model: Qwen3, *, unroll: bool) -> tuple[Layer, ...]:
@@ -45,91 +60,132 @@ def layers_of(model: Qwen3, *, unroll: bool) -> tuple[Layer, ...]:
 
 
 def prefill(
-    model: Qwen3, tokens: Int[Array, "B P"], lengths: Int[Array, "B"], *, unroll: bool
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Read right-padded prompts. Returns the final hidden state of each row's last token, and a cache with S = P."""
+    model: Qwen3,
+    pages: Pages,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    page_table: Int[Array, "B p"],
+    *,
+    mesh: Mesh | None,
+) -> Pages:
+    """Read right-padded rows into the pages that `page_table` names for them: p·s is T or more, whole pages are
+    written, and entries behind a row's last page are 0."""
     index = jnp.arange(tokens.shape[1])
     segments = (index[None] < lengths[:, None]).astype(jnp.int32)
     rot = rotation(model.config, jnp.broadcast_to(index, tokens.shape))
+    write = _per_share(_write_prompts, mesh, (_PAGES, _ROWS_OF_HEADS, _ROWS_OF_HEADS, _ROWS), _PAGES)
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeyValue]:
-        return attention(q, k, v, segments), KeyValue(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+    def body(carry: tuple[Array, Pages], unit: tuple[Layer, Array]) -> tuple[tuple[Array, Pages], None]:
+        (x, pages), (layer, first) = carry, unit
 
-    def body(x: Array, layer: Layer) -> tuple[Array, KeyValue]:
-        x, kept, _ = layer(x, rot, segments != 0, attend)
-        return x, kept
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Pages]:
+            return attention(q, k, v, segments), write(pages, k, v, page_table + first)
 
-    x = model.embed_tokens(tokens)
-    caches: list[KeyValue] = []
+        x, pages, _ = layer(x, rot, segments != 0, attend)
+        return (x, pages), None
+
+    carry, firsts = (model.embed_tokens(tokens), pages), _first_pages(model, pages, mesh)
     for stack, (_, count) in zip(model.stacks, model.config.layer_runs(), strict=True):
-        x, kept = jax.lax.scan(body, x, stack)
-        caches += [KeyValue(kept.k[i], kept.v[i]) for i in range(count)] if unroll else [kept]
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return model.final(last)[:, 0], tuple(caches)
-
-
-def grow(cache: Cache, slots: int) -> Cache:
-    """The same cache with S = `slots`."""
-
-    def pad(x: Array, axis: int) -> Array:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, slots - x.shape[axis])
-        return jnp.pad(x, widths)
-
-    return tuple(KeyValue(pad(kv.k, -1), pad(kv.v, -2)) for kv in cache)
+        carry, _ = jax.lax.scan(body, carry, (stack, firsts[:count]))
+        firsts = firsts[count:]
+    return carry[1]
 
 
 def step(
     model: Qwen3,
     layers: tuple[Layer, ...],
-    cache: Cache,
+    pages: Pages,
+    page_table: Int[Array, "B p"],
     tokens: Int[Array, "B"],
     positions: Int[Array, "B"],
     *,
+    mesh: Mesh | None,
     unroll: bool,
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Read one token a row, written to slot `positions`. Returns final hidden states and the longer cache."""
+) -> tuple[Float[Array, "B D"], Pages]:
+    """Read one token a row, which stands at `positions` below p·s. Returns final hidden states and the pages."""
     rot = rotation(model.config, positions[:, None])
-    rows = jnp.arange(tokens.shape[0])
-    visible = (jnp.arange(cache[0].k.shape[-1]) <= positions[:, None])[:, None, None]
     real = jnp.ones((tokens.shape[0], 1), bool)
+    read = _per_share(
+        _read_token,
+        mesh,
+        (_PAGES, _ROWS_OF_HEADS, _ROWS_OF_HEADS, _ROWS_OF_HEADS, _ROWS, _ROWS),
+        (_ROWS_OF_HEADS, _PAGES),
+    )
 
-    def run(x: Array, layer: Layer, kv: KeyValue, place: tuple[Array, ...]) -> tuple[Array, KeyValue]:
-        """One layer, whose cache stands at index `place` of `kv`."""
+    def body(carry: tuple[Array, Pages], unit: tuple[Layer, Array]) -> tuple[tuple[Array, Pages], None]:
+        (x, pages), (layer, first) = carry, unit
+        x, pages, _ = layer(x, rot, real, lambda q, k, v: read(pages, q, k, v, page_table + first, positions))
+        return (x, pages), None
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeyValue]:
-            longer = KeyValue(
-                kv.k.at[*place, rows, :, :, positions].set(k[:, 0], mode="promise_in_bounds"),
-                kv.v.at[*place, rows, :, positions].set(v[:, 0], mode="promise_in_bounds"),
-            )
-            return _attend_cache(q, KeyValue(longer.k[place], longer.v[place]), visible), longer
-
-        x, longer, _ = layer(x, rot, real, attend)
-        return x, longer
-
-    def scanned(carry: tuple[Array, KeyValue], unit: tuple[Layer, Array]) -> tuple[tuple[Array, KeyValue], None]:
-        # The stack's cache is carried, not scanned over: scanning would rewrite all of it for one token.
-        (x, kv), (layer, index) = carry, unit
-        return run(x, layer, kv, (index,)), None
-
-    x = model.embed_tokens(tokens[:, None])
-    caches: list[KeyValue] = []
-    for layer, kv in zip(layers, cache, strict=True):
-        if unroll:
-            x, longer = run(x, layer, kv, ())
-        else:
-            (x, longer), _ = jax.lax.scan(scanned, (x, kv), (layer, jnp.arange(kv.k.shape[0])))
-        caches.append(longer)
-    return model.final(x)[:, 0], tuple(caches)
+    carry, firsts = (model.embed_tokens(tokens[:, None]), pages), _first_pages(model, pages, mesh)
+    if unroll:
+        for layer, first in zip(layers, firsts, strict=True):
+            carry, _ = body(carry, (layer, first))
+    else:
+        for stack, (_, count) in zip(layers, model.config.layer_runs(), strict=True):
+            carry, _ = jax.lax.scan(body, carry, (stack, firsts[:count]))
+            firsts = firsts[count:]
+    x, pages = carry
+    return model.final(x)[:, 0], pages
 
 
-def _attend_cache(q: Float[Array, "B 1 N H"], kv: KeyValue, visible: Bool[Array, "B 1 1 S"]) -> Float[Array, "B 1 N H"]:
-    """Each row's query over its visible slots. The division by the softmax's sum waits until S is summed out."""
-    batch, _, heads, size = q.shape
-    grouped = q.reshape(batch, kv.k.shape[1], -1, size)
-    scores = jnp.einsum("BKGH,BKHS->BKGS", grouped, kv.k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores * size**-0.5, _MASKED)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(kv.v.dtype), kv.v, preferred_element_type=jnp.float32)
-    out = out / jnp.sum(weights, axis=-1, keepdims=True)
-    return out.astype(q.dtype).reshape(batch, 1, heads, size)
+def copy_pages(
+    config: ModelConfig, pages: Pages, source: Int[Array, "B"], target: Int[Array, "B"], *, mesh: Mesh | None
+) -> Pages:
+    """Copy whole pages in every layer; rows without one copy page 0 onto itself."""
+
+    def copy(pages: Pages, source: Array, target: Array) -> Pages:
+        starts = jnp.arange(config.num_hidden_layers)[:, None] * (pages.k.shape[1] // config.num_hidden_layers)
+        source, target = ((starts + x).reshape(-1) for x in (source, target))
+        return Pages(*(x.at[:, target].set(x[:, source], mode="promise_in_bounds") for x in pages))
+
+    return _per_share(copy, mesh, (_PAGES, _ROWS, _ROWS), _PAGES)(pages, source, target)
+
+
+def shares(mesh: Mesh | None) -> int:
+    """Parts into which rows and pages are split."""
+    size = 1
+    for axis in () if mesh is None else BATCH[0]:
+        size *= mesh.shape[axis]
+    return size
+
+
+def _first_pages(model: Qwen3, pages: Pages, mesh: Mesh | None) -> Int[Array, "L"]:
+    """Where each layer's pages start within a share."""
+    count = model.config.num_hidden_layers
+    return jnp.arange(count, dtype=jnp.int32) * (pages.k.shape[1] // shares(mesh) // count)
+
+
+def _per_share(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Run on every share's rows and pages alone: no share reads another's."""
+    if mesh is None:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def _write_prompts(pages: Pages, k: Array, v: Array, table: Int[Array, "B p"]) -> Pages:
+    """Put the keys and values [B, T, K, H] of one layer into whole pages."""
+    batch, length, heads, size = k.shape
+    places, ids = pages.v.shape[2], table.reshape(-1)
+
+    def paged(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (0, table.shape[1] * places - length), (0, 0), (0, 0)))
+        return padded.reshape(batch * table.shape[1], places, heads, size)
+
+    return Pages(
+        pages.k.at[:, ids].set(paged(k).transpose(2, 0, 3, 1), mode="promise_in_bounds"),
+        pages.v.at[:, ids].set(paged(v).transpose(2, 0, 1, 3), mode="promise_in_bounds"),
+    )
+
+
+def _read_token(
+    pages: Pages, q: Array, k: Array, v: Array, table: Int[Array, "B p"], positions: Int[Array, "B"]
+) -> tuple[Array, Pages]:
+    """Add one token's key and value [B, 1, K, H] to a layer's pages, and attend to all up to it."""
+    places = pages.v.shape[2]
+    page, place = jnp.take_along_axis(table, positions[:, None] // places, axis=1)[:, 0], positions % places
+    pages = Pages(
+        pages.k.at[:, page, :, place].set(k[:, 0], mode="promise_in_bounds"),
+        pages.v.at[:, page, place].set(v[:, 0].swapaxes(0, 1), mode="promise_in_bounds"),
+    )
+    return paged_attention(q[:, 0], pages.k, pages.v, table, positions + 1)[:, None], pages
