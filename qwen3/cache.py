@@ -20,7 +20,7 @@ from kernels_pallas.paged_attention import paged_attention
 from qwen3.config import ModelConfig
 from qwen3.model import Layer, Qwen3
 from qwen3.rope import rotation
-from qwen3.sharding import BATCH
+from qwen3.sharding import BATCH, row_shares
 
 UNROLL_LAYERS = 12
 """Deepest model whose layers are unrolled in the decoding loop."""
@@ -142,18 +142,10 @@ def copy_pages(
     return _per_share(copy, mesh, (_PAGES, _ROWS, _ROWS), _PAGES)(pages, source, target)
 
 
-def shares(mesh: Mesh | None) -> int:
-    """Parts into which rows and pages are split."""
-    size = 1
-    for axis in () if mesh is None else BATCH[0]:
-        size *= mesh.shape[axis]
-    return size
-
-
 def _first_pages(model: Qwen3, pages: Pages, mesh: Mesh | None) -> Int[Array, "L"]:
     """Where each layer's pages start within a share."""
     count = model.config.num_hidden_layers
-    return jnp.arange(count, dtype=jnp.int32) * (pages.k.shape[1] // shares(mesh) // count)
+    return jnp.arange(count, dtype=jnp.int32) * (pages.k.shape[1] // row_shares(mesh) // count)
 
 
 def _per_share(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ What is held beside the weights: the pages, and while a token is written one lay
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,12 @@ _SEGMENT_TOKENS = 64
 _MOST_SEGMENTS = 4
 _PREFILL_TOKENS = 256
 _STOP_WIDTH = 8
+_ADMITTED = Admitted(
+    prompts=PartitionSpec(None, *BATCH),  # type: ignore[arg-type]
+    chunks=PartitionSpec(),  # type: ignore[arg-type]
+    source=BATCH,  # type: ignore[arg-type]
+    target=BATCH,  # type: ignore[arg-type]
+)
 _NEVER = np.iinfo(np.int32).max
 OnProgress = Callable[[int, int], None]
 """Called with the rollouts that ended and the tokens in them since the last call."""
@@ -181,10 +187,10 @@ class Engine:
         while len(rollouts) < len(requests):
             admitted = slots.admit()
             if admitted is not None:
-                pages = self._read(model, pages, _place(admitted, mesh), mesh=mesh)
+                pages = self._read(model, pages, _place(admitted, _ADMITTED, mesh), mesh=mesh)
             # Where none waits, nothing is gained by ending a dispatch before its last slot has ended.
             leave = slots.writing - -(-self.batch_size // 8) if slots.waiting else 0
-            fixed, state = _place(slots.fixed, mesh), _place(slots.state, mesh)
+            fixed, state = _place((slots.fixed, slots.state), BATCH, mesh)
             state, pages, written = self._decode(
                 model, pages, fixed, state, np.int32(leave), *numbers, plan=plan, mesh=mesh
             )
@@ -200,7 +206,8 @@ class Engine:
     def _check_pages(self, shares: int) -> None:
         if self.pages // shares < self._table_pages:
             raise UserError(
-                f"pages is {self.pages}" + (f", spread over {shares} devices" if shares > 1 else "")
+                f"pages is {self.pages}"
+                + (f", spread over {shares} devices" if shares > 1 else "")
                 + f", but the longest sequence needs {self._table_pages} of {self.page_size} tokens; "
                 f"use at least {shares * self._table_pages}"
             )
@@ -371,5 +378,8 @@ def _mesh(model: Qwen3) -> Mesh | None:
     return sharding.mesh
 
 
-def _place[T](rows: T, mesh: Mesh | None) -> T:
-    return rows
+def _place(tree: Any, spec: Any, mesh: Mesh | None) -> Any:
+    """Host arrays spread as `spec`, a prefix of their tree, says. Without a mesh the compiled program takes them."""
+    if mesh is None:
+        return tree
+    return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec))
