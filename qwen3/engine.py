@@ -5,8 +5,8 @@ sequence ends takes the next request. Several tokens are written in one dispatch
 Shapes are fixed by the engine, so a loop of training and sampling never compiles again. A rollout depends only on
 the weights and on (seed, policy step, prompt, sample index): every token has a random key of its own.
 
-What is held beside the weights: the pages, and while a token is written one layer's keys and values once more, since
-`kernels_pallas.paged_attention` lays them side by side for XLA.
+What is held beside the weights: the pages, and during a dispatch a copy of the slots' own ones side by side, as long
+as the longest sequence by then. A pool smaller than its default therefore saves at most half.
 """
 
 import functools
@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from qwen3.cache import UNROLL_LAYERS, Pages, copy_pages, layers_of, make_pages, prefill, step
+from qwen3.cache import UNROLL_LAYERS, Cache, Pages, gather_cache, keep_pages, layers_of, make_pages, prefill, step
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
 from qwen3.model import Layer, Qwen3
@@ -27,7 +27,7 @@ from qwen3.pages import PagePool
 from qwen3.rollout import THINKING, Rollout
 from qwen3.sampling import Plan, choose_tokens
 from qwen3.sharding import BATCH, check_rows, row_shares
-from qwen3.slots import Admitted, Fixed, Prompts, Request, Slots, State, Written
+from qwen3.slots import Fixed, Prompts, Request, Slots, State, Written
 
 __all__ = ["Engine", "OnProgress", "Request"]
 
@@ -35,12 +35,6 @@ _SEGMENT_TOKENS = 64
 _MOST_SEGMENTS = 4
 _PREFILL_TOKENS = 256
 _STOP_WIDTH = 8
-_ADMITTED = Admitted(
-    prompts=PartitionSpec(None, *BATCH),  # type: ignore[arg-type]
-    chunks=PartitionSpec(),  # type: ignore[arg-type]
-    source=BATCH,  # type: ignore[arg-type]
-    target=BATCH,  # type: ignore[arg-type]
-)
 _NEVER = np.iinfo(np.int32).max
 OnProgress = Callable[[int, int], None]
 """Called with the rollouts that ended and the tokens in them since the last call."""
@@ -51,7 +45,6 @@ class _Loop(NamedTuple):
 
     step: Int[Array, ""]
     state: State
-    pages: Pages
     written: Written
 
 
@@ -185,16 +178,18 @@ class Engine:
         numbers = np.uint32(seed), np.uint32(policy_step)
         rollouts: dict[int, Rollout] = {}
         while len(rollouts) < len(requests):
-            admitted = slots.admit()
-            if admitted is not None:
-                pages = self._read(model, pages, _place(admitted, _ADMITTED, mesh), mesh=mesh)
+            if (admitted := slots.admit()) is not None:
+                prompts, chunks = admitted
+                placed = _place(prompts, PartitionSpec(None, *BATCH), mesh)
+                pages = self._read(model, pages, placed, np.int32(chunks), mesh=mesh)
             # Where none waits, nothing is gained by ending a dispatch before its last slot has ended.
-            leave = slots.writing - -(-self.batch_size // 8) if slots.waiting else 0
+            leave = max(0, slots.writing - -(-self.batch_size // 8)) if slots.waiting else 0
             fixed, state = _place((slots.fixed, slots.state), BATCH, mesh)
             state, pages, written = self._decode(
                 model, pages, fixed, state, np.int32(leave), *numbers, plan=plan, mesh=mesh
             )
-            done = slots.collect(*jax.device_get((state, written)), policy_step)
+            state, written = jax.device_get((state, written))
+            done = slots.collect(state, written, policy_step)
             rollouts.update(done)
             if done and on_progress is not None:
                 on_progress(len(done), sum(len(rollout.response) for _, rollout in done))
@@ -254,15 +249,12 @@ class Engine:
             pad_id=self.pad_id,
         )
 
-    def _read_prompts(self, model: Qwen3, pages: Pages, admitted: Admitted, *, mesh: Mesh | None) -> Pages:
-        """Read the prompts of requests that moved in, and copy the pages where they leave a prompt that was read."""
-
+    def _read_prompts(self, model: Qwen3, pages: Pages, prompts: Prompts, chunks: Array, *, mesh: Mesh | None) -> Pages:
         def read(chunk: Array, pages: Pages) -> Pages:
-            prompts = Prompts(*(x[chunk] for x in admitted.prompts))
-            return prefill(model, pages, prompts.tokens, prompts.lengths, prompts.page_table, mesh=mesh)
+            part = Prompts(*(x[chunk] for x in prompts))
+            return prefill(model, pages, part.tokens, part.lengths, part.page_table, mesh=mesh)
 
-        pages = jax.lax.fori_loop(0, admitted.chunks, read, pages)
-        return copy_pages(self.config, pages, admitted.source, admitted.target, mesh=mesh)
+        return jax.lax.fori_loop(0, chunks, read, pages)
 
     def _decode_loop(
         self,
@@ -287,20 +279,32 @@ class Engine:
         )
         layers = layers_of(model, unroll=self.unroll)
         keys = _row_keys(seed, policy_step, fixed.prompt_hash, fixed.sample_index)
-        write_token = functools.partial(self._write_token, model, layers, keys, plan, mesh)
-        loop = _Loop(jnp.int32(0), state, pages, written)
+        write_token = functools.partial(self._write_token, model, layers, fixed, keys, plan)
+        how: Any = {"mesh": mesh, "unroll": self.unroll}
+
+        def going(end: int) -> Callable[[tuple[_Loop, Any] | tuple[_Loop, Any, Any]], Array]:
+            return functools.partial(self._unfinished, leave, end * self.page_size)
+
+        def write(end: int, carry: tuple[_Loop, Pages, Array]) -> tuple[_Loop, Pages, Array]:
+            """Write as long as `end` pages hold every sequence."""
+            loop, pages, source = carry
+            start, target = loop.state.position, fixed.page_table
+            cache = gather_cache(self.config, pages, source[:, :end], **how)
+            loop, cache = jax.lax.while_loop(going(end), write_token, (loop, cache))
+            pages = keep_pages(self.config, pages, cache, target[:, :end], start, tokens=most, **how)
+            return loop, pages, target
+
         segments = min(_MOST_SEGMENTS, -(-longest // _SEGMENT_TOKENS))
         ends = {self._pages_for(self.max_prompt_tokens + longest * (i + 1) // segments - 1) for i in range(segments)}
+        carry = _Loop(jnp.int32(0), state, written), pages, fixed.source_table
         for end in sorted(ends):
-            near = fixed._replace(page_table=fixed.page_table[:, :end])
-            loop = jax.lax.while_loop(
-                functools.partial(self._unfinished, leave, end * self.page_size),
-                functools.partial(write_token, near),
-                loop,
-            )
-        return loop.state, loop.pages, loop.written
+            # A loop of one or no turn: a conditional would copy the pages.
+            carry = jax.lax.while_loop(going(end), functools.partial(write, end), carry)
+        loop, pages, _ = carry
+        return loop.state, pages, loop.written
 
-    def _unfinished(self, leave: Array, end: int, loop: _Loop) -> Bool[Array, ""]:
+    def _unfinished(self, leave: Array, end: int, carry: tuple[_Loop, Any] | tuple[_Loop, Any, Any]) -> Array:
+        loop = carry[0]
         state = loop.state
         enough = jnp.sum(state.active) <= leave
         return ~enough & (loop.step < self.tokens_per_dispatch) & (jnp.max(state.position * state.active) < end)
@@ -309,16 +313,14 @@ class Engine:
         self,
         model: Qwen3,
         layers: tuple[Layer, ...],
+        fixed: Fixed,
         keys: Array,
         plan: Plan,
-        mesh: Mesh | None,
-        fixed: Fixed,
-        loop: _Loop,
-    ) -> _Loop:
+        carry: tuple[_Loop, Cache],
+    ) -> tuple[_Loop, Cache]:
+        loop, cache = carry
         now, state, active = loop.step, loop.state, loop.state.active
-        hidden, pages = step(
-            model, layers, loop.pages, fixed.page_table, state.token, state.position, mesh=mesh, unroll=self.unroll
-        )
+        hidden, cache = step(model, layers, cache, state.token, state.position, unroll=self.unroll)
         uniforms = _uniforms(keys, state.position + 1)
         sampled, logprobs = choose_tokens(_logits(model, hidden), fixed.sampling, uniforms, plan)
 
@@ -326,13 +328,13 @@ class Engine:
         chosen = active
         if self.stop_thinking_ids:
             text = jnp.asarray(self.stop_thinking_ids, jnp.int32)
-            forcing = ~closed & (state.count >= fixed.budget)
+            forcing = ~closed & (state.written >= fixed.budget)
             tokens = jnp.where(forcing, text[jnp.minimum(forced, len(text) - 1)], sampled)
             forced = forced + forcing
             closed = closed | (~forcing & (sampled == self.think_end_id)) | (forced == len(text))
             chosen = active & ~forcing
         finished = chosen & jnp.any(tokens[:, None] == fixed.stop_ids, axis=-1)
-        count = state.count + active
+        count = state.written + active
         goes_on = active & ~finished & (count < fixed.max_new)
         written = Written(
             tokens=loop.written.tokens.at[now].set(jnp.where(active, tokens, self.pad_id)),
@@ -343,13 +345,13 @@ class Engine:
             # A slot that has ended reads its last token again and again: its pages last no further.
             token=jnp.where(goes_on, tokens, state.token),
             position=state.position + goes_on,
-            count=count,
+            written=count,
             forced=forced,
             closed=closed,
             active=goes_on,
             finished=state.finished | finished,
         )
-        return _Loop(now + 1, state, pages, written)
+        return _Loop(now + 1, state, written), cache
 
 
 def _logits(model: Qwen3, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:

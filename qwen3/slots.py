@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,6 +30,8 @@ class Fixed(NamedTuple):
     """What a slot keeps as long as it writes one request."""
 
     page_table: Int[Array, "B p"]
+    source_table: Int[Array, "B p"]
+    """Where the pages lie when a dispatch begins: a page that becomes a copy still lies in another slot's."""
     max_new: Int[Array, "B"]
     budget: Int[Array, "B"]
     stop_ids: Int[Array, "B w"]
@@ -42,12 +45,12 @@ class State(NamedTuple):
 
     token: Int[Array, "B"]
     position: Int[Array, "B"]
-    count: Int[Array, "B"]
-    """Tokens written so far."""
+    written: Int[Array, "B"]
+    """Tokens after the prompt so far."""
     forced: Int[Array, "B"]
     """Tokens of the stop-thinking text among them."""
     closed: Bool[Array, "B"]
-    """No budget is to be watched (any more)."""
+    """Thinking has ended, by itself or by force."""
     active: Bool[Array, "B"]
     finished: Bool[Array, "B"]
     """A stop token has ended it."""
@@ -67,15 +70,6 @@ class Prompts(NamedTuple):
     tokens: Int[Array, "M C T"]
     lengths: Int[Array, "M C"]
     page_table: Int[Array, "M C p"]
-
-
-class Admitted(NamedTuple):
-    """What must happen to pages before the slots can write on."""
-
-    prompts: Prompts
-    chunks: int
-    source: Int[Array, "B"]
-    target: Int[Array, "B"]
 
 
 @dataclasses.dataclass
@@ -124,16 +118,23 @@ class Slots:
         self._open: list[_Open | None] = [None] * batch_size
         # Slots without a request draw as the first one does, so that they need nothing of the compiled program.
         self.fixed: Any = Fixed(
-            page_table=np.zeros((batch_size, table_pages), np.int32),
-            max_new=np.zeros(batch_size, np.int32),
-            budget=np.zeros(batch_size, np.int32),
-            stop_ids=np.full((batch_size, stop_width), -1, np.int32),
-            prompt_hash=np.zeros(batch_size, np.uint32),
-            sample_index=np.zeros(batch_size, np.uint32),
+            page_table=_filled((batch_size, table_pages)),
+            source_table=_filled((batch_size, table_pages)),
+            max_new=_filled((batch_size,)),
+            budget=_filled((batch_size,)),
+            stop_ids=_filled((batch_size, stop_width), -1),
+            prompt_hash=_filled((batch_size,), dtype=np.uint32),
+            sample_index=_filled((batch_size,), dtype=np.uint32),
             sampling=RowParams.of([requests[0].params] * batch_size),
         )
         self.state: Any = State(
-            *(np.zeros(batch_size, np.int32) for _ in range(4)), *(np.zeros(batch_size, bool) for _ in range(3))
+            token=_filled((batch_size,)),
+            position=_filled((batch_size,)),
+            written=_filled((batch_size,)),
+            forced=_filled((batch_size,)),
+            closed=_filled((batch_size,), dtype=bool),
+            active=_filled((batch_size,), dtype=bool),
+            finished=_filled((batch_size,), dtype=bool),
         )
 
     @property
@@ -146,34 +147,37 @@ class Slots:
         """Requests without a slot."""
         return len(self._waiting)
 
-    def admit(self) -> Admitted | None:
-        """Give free slots the next requests as long as their pages last; None where none moved in."""
-        batch, shares = len(self._open), len(self._pools)
-        source, target = np.zeros((2, batch), np.int32)
+    def admit(self) -> tuple[Prompts, int] | None:
+        """Give free slots the next requests as long as their pages last.
+
+        Returns prompts that must be read before the next dispatch, and the number of chunks that hold them; None
+        where no request moved in.
+        """
+        waiting = len(self._waiting)
+        shares = len(self._pools)
         fresh: list[list[Lease]] = [[] for _ in self._pools]
-        moved = False
         for slot in (slot for slot, taken in enumerate(self._open) if taken is None):
             if not self._waiting:
                 break
-            share, request = slot * shares // batch, self._requests[self._waiting[0]]
+            share, request = slot * shares // len(self._open), self._requests[self._waiting[0]]
             # The last token that is written is never read.
             most = len(request.prompt_ids) + request.params.max_new_tokens - 1
             lease = self._pools[share].lease(request.prompt_ids, most)
             if lease is None:
                 continue
-            moved = True
             self._occupy(slot, self._waiting.popleft(), lease)
             if lease.fresh and len(lease.prompt) > 1:
                 fresh[share].append(lease)
-            if lease.copied_from is not None:
-                source[slot], target[slot] = lease.copied_from, lease.pages[lease.shared]
-        return Admitted(*self._prompts(fresh), source, target) if moved else None
+        return self._prompts(fresh) if len(self._waiting) < waiting else None
 
     def _occupy(self, slot: int, index: int, lease: Lease) -> None:
         request, fixed, state = self._requests[index], self.fixed, self.state
         self._open[slot] = _Open(index, lease, [])
         fixed.page_table[slot] = 0
         fixed.page_table[slot, : len(lease.pages)] = lease.pages
+        fixed.source_table[slot] = fixed.page_table[slot]
+        if lease.copied_from is not None:
+            fixed.source_table[slot, lease.shared] = lease.copied_from
         fixed.max_new[slot] = request.params.max_new_tokens
         fixed.budget[slot] = self._budgets[index]
         fixed.stop_ids[slot] = -1
@@ -193,10 +197,10 @@ class Slots:
         shares, rows = len(fresh), self._prefill_rows
         own = rows // shares
         most = -(-len(self._open) // rows)
-        prompts = Prompts(
-            np.full((most, rows, self._prompt_tokens), self._pad_id, np.int32),
-            np.zeros((most, rows), np.int32),
-            np.zeros((most, rows, self._prompt_pages), np.int32),
+        prompts: Any = Prompts(
+            tokens=_filled((most, rows, self._prompt_tokens), self._pad_id),
+            lengths=_filled((most, rows)),
+            page_table=_filled((most, rows, self._prompt_pages)),
         )
         for share, leases in enumerate(fresh):
             for number, lease in enumerate(leases):
@@ -208,15 +212,15 @@ class Slots:
                 prompts.page_table[place][: len(pages)] = pages
         return prompts, max(-(-len(leases) // own) for leases in fresh)
 
-    def collect(self, state: Any, written: Any, policy_step: int) -> list[tuple[int, Rollout]]:
+    def collect(self, state: State, written: Written, policy_step: int) -> list[tuple[int, Rollout]]:
         """Take what a dispatch wrote, and free the slots that ended. Returns them as rollouts by request index."""
-        counts = state.count - self.state.count
-        self.state = State(*(np.array(column) for column in state))
+        counts = state.written - self.state.written
+        self.state = jax.tree.map(np.array, state)
         done = []
         for slot, taken in enumerate(self._open):
             if taken is None:
                 continue
-            taken.parts.append(Written(*(part[: counts[slot], slot] for part in written)))
+            taken.parts.append(jax.tree.map(lambda part, slot=slot: part[: counts[slot], slot], written))
             if not state.active[slot]:
                 done.append((taken.index, self._rollout(taken, bool(state.finished[slot]), policy_step)))
                 self._pools[slot * len(self._pools) // len(self._open)].release(taken.lease)
@@ -224,12 +228,13 @@ class Slots:
                 # It goes on reading a token a step until a request moves in: to the page that nobody reads.
                 self.fixed.page_table[slot] = 0
                 self.state.position[slot] = 0
+        self.fixed.source_table[:] = self.fixed.page_table
         return done
 
     def _rollout(self, done: _Open, finished: bool, policy_step: int) -> Rollout:
         request = self._requests[done.index]
         prompt = len(request.prompt_ids)
-        written = Written(*(np.concatenate(parts) for parts in zip(*done.parts, strict=True)))
+        written = jax.tree.map(lambda *parts: np.concatenate(parts), *done.parts)
         tokens = np.concatenate((np.asarray(request.prompt_ids, np.int32), written.tokens))
         # What is known about the token at index t + 1 is stored at t, the position that predicts it.
         predicting = slice(prompt - 1, len(tokens) - 1)
@@ -246,6 +251,11 @@ class Slots:
             policy_step=policy_step,
             finished=finished,
         )
+
+
+def _filled(shape: tuple[int, ...], value: int = 0, dtype: Any = np.int32) -> Any:
+    """A host array that is to become a device array when a compiled program takes it."""
+    return np.full(shape, value, dtype)
 
 
 def _hash32(prompt_id: str) -> int:
