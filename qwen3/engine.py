@@ -1,82 +1,51 @@
 """Writes rollouts: one compiled prefill and one compiled decoding loop for teacher and student alike.
 
+Continuous batching over a paged cache: `batch_size` slots write at once, each with pages of its own, and a slot whose
+sequence ends takes the next request. Several tokens are written in one dispatch, after which the host looks once.
 Shapes are fixed by the engine, so a loop of training and sampling never compiles again. A rollout depends only on
 the weights and on (seed, policy step, prompt, sample index): every token has a random key of its own.
+
+What is held beside the weights: the pages, and during a dispatch a copy of the slots' own ones side by side, as long
+as the longest sequence by then. A pool smaller than its default therefore saves at most half.
 """
 
-import dataclasses
 import functools
-import hashlib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
-from qwen3.cache import UNROLL_LAYERS, Cache, grow, layers_of, prefill, step
+from qwen3.cache import UNROLL_LAYERS, Cache, Pages, gather_cache, keep_pages, layers_of, make_pages, prefill, step
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
 from qwen3.model import Layer, Qwen3
-from qwen3.rollout import THINKING, Mode, Rollout
-from qwen3.sampling import Plan, RowParams, SamplingParams, choose_tokens
-from qwen3.sharding import BATCH, batch_sharding, fetch, place
+from qwen3.pages import PagePool
+from qwen3.rollout import THINKING, Rollout
+from qwen3.sampling import Plan, choose_tokens
+from qwen3.sharding import BATCH, check_rows, fetch, place, row_shares
+from qwen3.slots import Fixed, Prompts, Request, Slots, State, Written
+
+__all__ = ["Engine", "OnProgress", "Request"]
 
 _SEGMENT_TOKENS = 64
 _MOST_SEGMENTS = 4
+_PREFILL_TOKENS = 256
 _STOP_WIDTH = 8
 _NEVER = np.iinfo(np.int32).max
 OnProgress = Callable[[int, int], None]
-"""Called with the rollouts and the tokens that were written since the last call."""
+"""Called with the rollouts that ended and the tokens in them since the last call."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """One sequence to be written. `prompt_id` and `sample_index` name it and seed its randomness."""
-
-    prompt_ids: Sequence[int]
-    prompt_id: str
-    sample_index: int
-    mode: Mode
-    params: SamplingParams
-
-
-class _Rows(NamedTuple):
-    """A batch of requests as arrays; rows without a request have `max_new` 0."""
-
-    tokens: Int[Array, "B P"]
-    lengths: Int[Array, "B"]
-    max_new: Int[Array, "B"]
-    budget: Int[Array, "B"]
-    stop_ids: Int[Array, "B s"]
-    prompt_hash: Int[Array, "B"]
-    sample_index: Int[Array, "B"]
-    sampling: RowParams
-
-
-class _Written(NamedTuple):
-    """What the loop hands back, step-major so that a step writes one row."""
-
-    tokens: Int[Array, "R B"]
-    chosen: Bool[Array, "R B"]
-    logprobs: Float[Array, "R B"]
-    lengths: Int[Array, "B"]
-    finished: Bool[Array, "B"]
-
-
-class _State(NamedTuple):
-    """The decoding loop's carry: `hidden` is of the last token read, and the next one is drawn from it."""
+class _Loop(NamedTuple):
+    """The decoding loop's carry."""
 
     step: Int[Array, ""]
-    hidden: Float[Array, "B D"]
-    cache: Cache
-    closed: Bool[Array, "B"]
-    forced: Int[Array, "B"]
-    active: Bool[Array, "B"]
-    written: _Written
+    state: State
+    written: Written
 
 
 class Engine:
@@ -84,7 +53,7 @@ class Engine:
 
     Args:
         config: Architecture of the models that `generate` will be given.
-        batch_size: Rows written at once; requests beyond it form further batches.
+        batch_size: Slots, the sequences written at once; requests beyond it wait for one.
         max_prompt_tokens: Longest prompt.
         max_new_tokens: Most tokens after the prompt.
         stop_ids: Tokens that end a sequence, unless its own `SamplingParams.stop_ids` say otherwise.
@@ -92,9 +61,15 @@ class Engine:
         stop_thinking_ids: The text forced where a thinking budget ends; it must hold `think_end_id`.
         think_end_id: The token that closes thinking, None where the vocabulary has none.
         unroll_layers: Deepest model whose layers are unrolled in the decoding loop; see `qwen3.cache`.
+        page_size: Tokens a page.
+        pages: Pages in the pool; None for what `batch_size` sequences of the longest kind need. With fewer, a request
+            waits until its prompt and all its `max_new_tokens` fit, less the pages that it shares: none is cut short.
+        tokens_per_dispatch: Most tokens that each slot writes before the host looks again. It looks earlier where
+            requests wait and an eighth of the slots have ended.
 
     Raises:
-        UserError: A size below 1, a token outside the vocabulary, a stop-thinking text that does not stop thinking.
+        UserError: A size below 1, a token outside the vocabulary, a stop-thinking text that does not stop thinking,
+            pages that the longest sequence does not fit.
     """
 
     def __init__(
@@ -109,11 +84,16 @@ class Engine:
         stop_thinking_ids: Sequence[int] = (),
         think_end_id: int | None = None,
         unroll_layers: int = UNROLL_LAYERS,
+        page_size: int = 32,
+        pages: int | None = None,
+        tokens_per_dispatch: int = 64,
     ):
         sizes = {
             "batch_size": batch_size,
             "max_prompt_tokens": max_prompt_tokens,
             "max_new_tokens": max_new_tokens,
+            "page_size": page_size,
+            "tokens_per_dispatch": tokens_per_dispatch,
         }
         for field, value in sizes.items():
             if value < 1:
@@ -140,8 +120,14 @@ class Engine:
         self.stop_thinking_ids = tuple(stop_thinking_ids)
         self.think_end_id = think_end_id
         self.unroll = config.num_hidden_layers <= unroll_layers
-        self._prefill = jax.jit(prefill, static_argnames="unroll")
-        self._decode = jax.jit(self._decode_loop, static_argnames="plan")
+        self.page_size = page_size
+        # The last token that is written is never read.
+        self._table_pages = self._pages_for(max_prompt_tokens + max_new_tokens - 1)
+        self.pages = batch_size * self._table_pages if pages is None else pages
+        self.tokens_per_dispatch = tokens_per_dispatch
+        self._check_pages(1)
+        self._read = jax.jit(self._read_prompts, static_argnames="mesh", donate_argnames="pages")
+        self._decode = jax.jit(self._decode_loop, static_argnames=("plan", "mesh"), donate_argnames="pages")
 
     def generate(
         self,
@@ -159,10 +145,11 @@ class Engine:
             requests: Any number of any modes and parameters.
             seed: Seed of the run.
             policy_step: Optimiser step of `model`, part of every random key.
-            on_progress: Called after every batch.
+            on_progress: Called whenever rollouts have ended.
 
         Raises:
-            UserError: A request that the engine's sizes cannot hold, naming its prompt.
+            UserError: A request that the engine's sizes cannot hold, naming its prompt; sharded weights over whose
+                mesh `batch_size` or `pages` cannot be spread.
             ValueError: A model of another architecture, or a seed or step that is no unsigned 32-bit number.
         """
         if model.config != self.config:
@@ -172,20 +159,53 @@ class Engine:
                 raise ValueError(f"{field} is {value}; it must be in 0..{2**32 - 1}")
         for request in requests:
             self._check(request)
+        mesh = _mesh(model)
+        if mesh is not None:
+            check_rows("batch_size", self.batch_size, mesh)
+        shares = row_shares(mesh)
+        self._check_pages(shares)
+        if not requests:
+            return []
         plan = Plan.of([request.params for request in requests], self.config.vocab_size)
-        most_stop_ids = max((len(self._stop_ids(request)) for request in requests), default=0)
-        stop_width = -(-most_stop_ids // _STOP_WIDTH) * _STOP_WIDTH
-        rollouts: list[Rollout] = []
-        for first in range(0, len(requests), self.batch_size):
-            batch = requests[first : first + self.batch_size]
-            rows = _place(self._rows(batch, stop_width), model)
-            hidden, cache = self._prefill(model, rows.tokens, rows.lengths, unroll=self.unroll)
-            written = self._decode(model, hidden, cache, rows, np.uint32(seed), np.uint32(policy_step), plan=plan)
-            done = self._rollouts(batch, fetch(written), policy_step)
-            rollouts += done
-            if on_progress is not None:
-                on_progress(len(done), sum(len(rollout.response) for rollout in done))
-        return rollouts
+        slots = self._slots(requests, shares)
+        pages = make_pages(
+            self.config,
+            model.compute_dtype,
+            pages=shares * (self.pages // shares + 1),
+            page_size=self.page_size,
+            mesh=mesh,
+        )
+        numbers = np.uint32(seed), np.uint32(policy_step)
+        rollouts: dict[int, Rollout] = {}
+        while len(rollouts) < len(requests):
+            if (admitted := slots.admit()) is not None:
+                prompts, chunks = admitted
+                placed = _place(prompts, PartitionSpec(None, *BATCH), mesh)
+                pages = self._read(model, pages, placed, np.int32(chunks), mesh=mesh)
+            # Where none waits, nothing is gained by ending a dispatch before its last slot has ended.
+            leave = max(0, slots.writing - -(-self.batch_size // 8)) if slots.waiting else 0
+            fixed, state = _place((slots.fixed, slots.state), BATCH, mesh)
+            state, pages, written = self._decode(
+                model, pages, fixed, state, np.int32(leave), *numbers, plan=plan, mesh=mesh
+            )
+            state, written = fetch((state, written))
+            done = slots.collect(state, written, policy_step)
+            rollouts.update(done)
+            if done and on_progress is not None:
+                on_progress(len(done), sum(len(rollout.response) for _, rollout in done))
+        return [rollouts[index] for index in range(len(requests))]
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _check_pages(self, shares: int) -> None:
+        if self.pages // shares < self._table_pages:
+            raise UserError(
+                f"pages is {self.pages}"
+                + (f", spread over {shares} devices" if shares > 1 else "")
+                + f", but the longest sequence needs {self._table_pages} of {self.page_size} tokens; "
+                f"use at least {shares * self._table_pages}"
+            )
 
     def _check(self, request: Request) -> None:
         where = f"prompt {request.prompt_id!r}"
@@ -212,117 +232,126 @@ class Engine:
         budget = request.params.thinking_budget
         return _NEVER if budget is None or request.mode != THINKING else budget
 
-    def _rows(self, requests: Sequence[Request], stop_width: int) -> _Rows:
-        batch = self.batch_size
-        # Rows without a request draw as the last one does, so that they need nothing of the compiled program.
-        params = [request.params for request in requests] + [requests[-1].params] * (batch - len(requests))
-        rows: Any = _Rows(
-            tokens=_filled((batch, self.max_prompt_tokens), self.pad_id),
-            lengths=_filled((batch,), 1),
-            max_new=_filled((batch,), 0),
-            budget=_filled((batch,), _NEVER),
-            stop_ids=_filled((batch, stop_width), -1),
-            prompt_hash=_filled((batch,), 0, np.uint32),
-            sample_index=_filled((batch,), 0, np.uint32),
-            sampling=RowParams.of(params),
+    def _slots(self, requests: Sequence[Request], shares: int) -> Slots:
+        stop_ids = [self._stop_ids(request) for request in requests]
+        own_rows = min(self.batch_size // shares, max(1, _PREFILL_TOKENS // self.max_prompt_tokens))
+        return Slots(
+            requests,
+            stop_ids,
+            [self._budget(request) for request in requests],
+            batch_size=self.batch_size,
+            pools=[PagePool(self.pages // shares, self.page_size) for _ in range(shares)],
+            prefill_rows=shares * own_rows,
+            prompt_tokens=self.max_prompt_tokens,
+            prompt_pages=self._pages_for(self.max_prompt_tokens),
+            table_pages=self._table_pages,
+            stop_width=-(-max(map(len, stop_ids)) // _STOP_WIDTH) * _STOP_WIDTH,
+            pad_id=self.pad_id,
         )
-        for row, request in enumerate(requests):
-            rows.tokens[row, : len(request.prompt_ids)] = request.prompt_ids
-            rows.lengths[row] = len(request.prompt_ids)
-            rows.max_new[row] = request.params.max_new_tokens
-            rows.budget[row] = self._budget(request)
-            rows.stop_ids[row, : len(self._stop_ids(request))] = self._stop_ids(request)
-            rows.prompt_hash[row] = _hash32(request.prompt_id)
-            rows.sample_index[row] = request.sample_index
-        return rows
+
+    def _read_prompts(self, model: Qwen3, pages: Pages, prompts: Prompts, chunks: Array, *, mesh: Mesh | None) -> Pages:
+        def read(chunk: Array, pages: Pages) -> Pages:
+            part = Prompts(*(x[chunk] for x in prompts))
+            return prefill(model, pages, part.tokens, part.lengths, part.page_table, mesh=mesh)
+
+        return jax.lax.fori_loop(0, chunks, read, pages)
 
     def _decode_loop(
-        self, model: Qwen3, hidden: Array, cache: Cache, rows: _Rows, seed: Array, policy_step: Array, *, plan: Plan
-    ) -> _Written:
-        """Write until every row is done. The cache grows in a few segments: attention costs what is filled."""
-        batch, longest = self.batch_size, self.max_new_tokens
-        layers = layers_of(model, unroll=self.unroll)
-        keys = _row_keys(seed, policy_step, rows.prompt_hash, rows.sample_index)
-        state = _State(
-            step=jnp.int32(0),
-            hidden=hidden,
-            cache=cache,
-            closed=rows.budget == _NEVER,
-            forced=jnp.zeros(batch, jnp.int32),
-            active=rows.max_new > 0,
-            written=_Written(
-                tokens=jnp.full((longest, batch), self.pad_id, jnp.int32),
-                chosen=jnp.zeros((longest, batch), bool),
-                logprobs=jnp.zeros((longest, batch), jnp.float32),
-                lengths=jnp.zeros(batch, jnp.int32),
-                finished=jnp.zeros(batch, bool),
-            ),
+        self,
+        model: Qwen3,
+        pages: Pages,
+        fixed: Fixed,
+        state: State,
+        leave: Array,
+        seed: Array,
+        policy_step: Array,
+        *,
+        plan: Plan,
+        mesh: Mesh | None,
+    ) -> tuple[State, Pages, Written]:
+        """Write until as few as `leave` slots are active. A few loops see more and more pages: attention costs what
+        the longest sequence has filled."""
+        batch, most, longest = self.batch_size, self.tokens_per_dispatch, self.max_new_tokens
+        written = Written(
+            tokens=jnp.full((most, batch), self.pad_id, jnp.int32),
+            chosen=jnp.zeros((most, batch), bool),
+            logprobs=jnp.zeros((most, batch), jnp.float32),
         )
-        write_token = functools.partial(self._write_token, model, layers, rows, keys, plan)
+        layers = layers_of(model, unroll=self.unroll)
+        keys = _row_keys(seed, policy_step, fixed.prompt_hash, fixed.sample_index)
+        write_token = functools.partial(self._write_token, model, layers, fixed, keys, plan)
+        how: Any = {"mesh": mesh, "unroll": self.unroll}
+
+        def going(end: int) -> Callable[[tuple[_Loop, Any] | tuple[_Loop, Any, Any]], Array]:
+            return functools.partial(self._unfinished, leave, end * self.page_size)
+
+        def write(end: int, carry: tuple[_Loop, Pages, Array]) -> tuple[_Loop, Pages, Array]:
+            """Write as long as `end` pages hold every sequence."""
+            loop, pages, source = carry
+            start, target = loop.state.position, fixed.page_table
+            cache = gather_cache(self.config, pages, source[:, :end], **how)
+            loop, cache = jax.lax.while_loop(going(end), write_token, (loop, cache))
+            pages = keep_pages(self.config, pages, cache, target[:, :end], start, tokens=most, **how)
+            return loop, pages, target
+
         segments = min(_MOST_SEGMENTS, -(-longest // _SEGMENT_TOKENS))
-        for segment in range(segments):
-            end = longest * (segment + 1) // segments
-            state = state._replace(cache=grow(state.cache, self.max_prompt_tokens + end))
-            state = jax.lax.while_loop(functools.partial(_unfinished, end=end), write_token, state)
-        return state.written
+        ends = {self._pages_for(self.max_prompt_tokens + longest * (i + 1) // segments - 1) for i in range(segments)}
+        carry = _Loop(jnp.int32(0), state, written), pages, fixed.source_table
+        for end in sorted(ends):
+            # A loop of one or no turn: a conditional would copy the pages.
+            carry = jax.lax.while_loop(going(end), functools.partial(write, end), carry)
+        loop, pages, _ = carry
+        return loop.state, pages, loop.written
+
+    def _unfinished(self, leave: Array, end: int, carry: tuple[_Loop, Any] | tuple[_Loop, Any, Any]) -> Array:
+        loop = carry[0]
+        state = loop.state
+        enough = jnp.sum(state.active) <= leave
+        return ~enough & (loop.step < self.tokens_per_dispatch) & (jnp.max(state.position * state.active) < end)
 
     def _write_token(
-        self, model: Qwen3, layers: tuple[Layer, ...], rows: _Rows, keys: Array, plan: Plan, state: _State
-    ) -> _State:
-        now, active = state.step, state.active
-        positions = rows.lengths + now
-        logits = _logits(model, state.hidden)
-        sampled, logprobs = choose_tokens(logits, rows.sampling, _uniforms(keys, positions), plan)
+        self,
+        model: Qwen3,
+        layers: tuple[Layer, ...],
+        fixed: Fixed,
+        keys: Array,
+        plan: Plan,
+        carry: tuple[_Loop, Cache],
+    ) -> tuple[_Loop, Cache]:
+        loop, cache = carry
+        now, state, active = loop.step, loop.state, loop.state.active
+        hidden, cache = step(model, layers, cache, state.token, state.position, unroll=self.unroll)
+        uniforms = _uniforms(keys, state.position + 1)
+        sampled, logprobs = choose_tokens(_logits(model, hidden), fixed.sampling, uniforms, plan)
 
         tokens, closed, forced = sampled, state.closed, state.forced
         chosen = active
         if self.stop_thinking_ids:
             text = jnp.asarray(self.stop_thinking_ids, jnp.int32)
-            forcing = ~closed & (now >= rows.budget)
+            forcing = ~closed & (state.written >= fixed.budget)
             tokens = jnp.where(forcing, text[jnp.minimum(forced, len(text) - 1)], sampled)
             forced = forced + forcing
             closed = closed | (~forcing & (sampled == self.think_end_id)) | (forced == len(text))
             chosen = active & ~forcing
-        finished = chosen & jnp.any(tokens[:, None] == rows.stop_ids, axis=-1)
-        written = _Written(
-            tokens=state.written.tokens.at[now].set(jnp.where(active, tokens, self.pad_id)),
-            chosen=state.written.chosen.at[now].set(chosen),
-            logprobs=state.written.logprobs.at[now].set(jnp.where(chosen, logprobs, 0)),
-            lengths=state.written.lengths + active,
-            finished=state.written.finished | finished,
+        finished = chosen & jnp.any(tokens[:, None] == fixed.stop_ids, axis=-1)
+        count = state.written + active
+        goes_on = active & ~finished & (count < fixed.max_new)
+        written = Written(
+            tokens=loop.written.tokens.at[now].set(jnp.where(active, tokens, self.pad_id)),
+            chosen=loop.written.chosen.at[now].set(chosen),
+            logprobs=loop.written.logprobs.at[now].set(jnp.where(chosen, logprobs, 0)),
         )
-        hidden, cache = step(model, layers, state.cache, tokens, positions, unroll=self.unroll)
-        active = active & ~finished & (now + 1 < rows.max_new)
-        return _State(now + 1, hidden, cache, closed, forced, active, written)
-
-    def _rollouts(self, requests: Sequence[Request], written: _Written, policy_step: int) -> list[Rollout]:
-        rollouts = []
-        for row, request in enumerate(requests):
-            prompt, count = len(request.prompt_ids), int(written.lengths[row])
-            # What is known about the token at index t + 1 is stored at t, the position that predicts it.
-            predicting = slice(prompt - 1, prompt + count - 1)
-            tokens = np.concatenate((np.asarray(request.prompt_ids, np.int32), written.tokens[:count, row]))
-            loss_mask, logprobs = np.zeros(len(tokens), bool), np.zeros(len(tokens), np.float32)
-            loss_mask[predicting] = written.chosen[:count, row]
-            logprobs[predicting] = written.logprobs[:count, row]
-            rollouts.append(
-                Rollout(
-                    tokens=tokens,
-                    prompt_length=prompt,
-                    loss_mask=loss_mask,
-                    sampler_logprobs=logprobs,
-                    mode=request.mode,
-                    prompt_id=request.prompt_id,
-                    sample_index=request.sample_index,
-                    policy_step=policy_step,
-                    finished=bool(written.finished[row]),
-                )
-            )
-        return rollouts
-
-
-def _unfinished(state: _State, *, end: int) -> Bool[Array, ""]:
-    return jnp.any(state.active) & (state.step < end)
+        state = State(
+            # A slot that has ended reads its last token again and again: its pages last no further.
+            token=jnp.where(goes_on, tokens, state.token),
+            position=state.position + goes_on,
+            written=count,
+            forced=forced,
+            closed=closed,
+            active=goes_on,
+            finished=state.finished | finished,
+        )
+        return _Loop(now + 1, state, written), cache
 
 
 def _logits(model: Qwen3, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
@@ -331,15 +360,6 @@ def _logits(model: Qwen3, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
     # With the vocabulary's rows first, the product of a few hidden states is up to twice as fast on CPU. The barriers
     # keep XLA from swapping the operands back, and from sampling over a transposed view.
     return jax.lax.optimization_barrier(jax.lax.optimization_barrier(by_word).T)
-
-
-def _filled(shape: tuple[int, ...], value: int, dtype: Any = np.int32) -> Any:
-    """A host array that is to become a device array when the compiled program takes it."""
-    return np.full(shape, value, dtype)
-
-
-def _hash32(prompt_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=4).digest(), "little")
 
 
 def _row_keys(seed: Array, policy_step: Array, prompt_hash: Int[Array, "B"], sample_index: Int[Array, "B"]) -> Array:
@@ -352,11 +372,14 @@ def _uniforms(keys: Array, positions: Int[Array, "B"]) -> Float[Array, "B 2"]:
     return jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position), (2,)))(keys, positions)
 
 
-def _place(rows: _Rows, model: Qwen3) -> _Rows:
-    """Spread rows over the data axes of the mesh that holds the weights, where they divide the batch."""
+def _mesh(model: Qwen3) -> Mesh | None:
+    """The mesh of several devices that holds the weights, if one does."""
     sharding = model.embed[...].sharding
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh) or sharding.mesh.size == 1:
-        return rows
-    spread = batch_sharding(sharding.mesh)
-    parts = math.prod(sharding.mesh.shape[axis] for axis in BATCH[0])
-    return place(rows, spread) if rows.lengths.shape[0] % parts == 0 else rows
+        return None
+    return sharding.mesh
+
+
+def _place(tree: Any, spec: PartitionSpec, mesh: Mesh | None) -> Any:
+    """Host arrays spread as `spec` says. Without a mesh the compiled program takes them as they are."""
+    return tree if mesh is None else place(tree, NamedSharding(mesh, spec))

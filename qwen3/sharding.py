@@ -145,8 +145,13 @@ def fetch(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(get, tree))
 
 
+def row_shares(mesh: Mesh | None) -> int:
+    """Equal parts into which the data-parallel devices split rows."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH[0])
+
+
 def check_rows(field: str, rows: int, mesh: Mesh) -> None:
     """Refuses a number of rows that the data-parallel devices cannot share equally, naming `field`."""
-    shares = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    shares = row_shares(mesh)
     if rows % shares:
         raise UserError(f"{field} is {rows}, but rows are spread over {shares} devices; use a multiple of {shares}")

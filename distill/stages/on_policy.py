@@ -23,6 +23,7 @@ from qwen3.errors import UserError
 from qwen3.model import Qwen3
 from qwen3.rollout import MODES, THINKING, Rollout
 from qwen3.sampling import SamplingParams
+from qwen3.sharding import check_rows
 from teacher.scoring import Scorer
 
 
@@ -64,6 +65,8 @@ class OnPolicy:
 
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         assert self.training.steps is not None
+        rollouts = self.prompts_per_step * self.samples_per_prompt
+        check_rows("prompts_per_step × samples_per_prompt", rollouts, context.mesh)
         scorer = Scorer(context.load_teacher().model, context.mesh)
         data = _OwnRollouts(self, name, model, scorer, context)
         return train(
