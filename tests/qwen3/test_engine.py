@@ -166,6 +166,17 @@ def test_a_rollout_does_not_depend_on_its_company(models, engine):
             np.testing.assert_allclose(other.sampler_logprobs, together[i].sampler_logprobs, atol=1e-5)
 
 
+def test_rollouts_are_the_same_from_few_small_pages_in_short_dispatches(models, engine):
+    requests = mixed_requests()
+    # The longest sequence takes ten pages of four: hardly two of them are written at once, and slots are refilled.
+    frugal = make_engine(page_size=4, pages=13, tokens_per_dispatch=5)
+    written = frugal.generate(models["dense"], requests, seed=0, policy_step=5)
+    for rollout, wanted in zip(written, engine.generate(models["dense"], requests, seed=0, policy_step=5), strict=True):
+        np.testing.assert_array_equal(rollout.tokens, wanted.tokens)
+        np.testing.assert_array_equal(rollout.loss_mask, wanted.loss_mask)
+        np.testing.assert_allclose(rollout.sampler_logprobs, wanted.sampler_logprobs, atol=1e-5)
+
+
 def test_a_mixture_of_experts_does_not_mix_rows(models):
     engine = make_engine(CONFIGS["moe"])
     requests = [make_request(prompt, sample_index) for prompt in PROMPTS[:3] for sample_index in range(2)]
@@ -344,6 +355,7 @@ def test_a_budget_needs_a_text(models):
     ("fields", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"page_size": 8, "pages": 4}, "pages is 4, but the longest sequence needs 5 of 8 tokens; use at least 5"),
         ({"stop_ids": (VOCABULARY,)}, f"stop_ids holds {VOCABULARY}, outside the vocabulary of {VOCABULARY}"),
         ({"stop_thinking_ids": (151, 153)}, f"stop_thinking_ids lack think_end_id {THINK_END}"),
     ],
