@@ -53,9 +53,10 @@ class Lifelines:
                 f"process {self._process} has no connection to the others by port {port} of {host} ({error}); open "
                 "the ports between the hosts of this run"
             ) from None
-        for link in self._links.values():
-            link.setblocking(True)
-        threading.Thread(target=self._watch, args=(on_death,), daemon=True).start()
+        selector = selectors.DefaultSelector()
+        for process, link in self._links.items():
+            selector.register(link, selectors.EVENT_READ, process)
+        threading.Thread(target=self._watch, args=(selector, on_death), daemon=True).start()
 
     def unwatch(self) -> None:
         """From now on the others may end."""
@@ -66,11 +67,8 @@ class Lifelines:
         for link in self._links.values():
             link.close()
 
-    def _watch(self, on_death: Callable[["Lifelines", int], None]) -> None:
-        with selectors.DefaultSelector() as selector:
-            for process, link in self._links.items():
-                selector.register(link, selectors.EVENT_READ, process)
-            # Nobody sends anything, so a link can be read from only when it is closed.
-            [(key, _), *_rest] = selector.select()
+    def _watch(self, selector: selectors.BaseSelector, on_death: Callable[["Lifelines", int], None]) -> None:
+        # Nobody sends anything, so a link can be read from only when it is closed.
+        [(key, _), *_rest] = selector.select()
         if not self._unwatched.is_set():
             on_death(self, key.data)

@@ -4,7 +4,9 @@ import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +74,12 @@ def task() -> Arithmetic:
     )
 
 
-def make_teacher(folder: Path) -> str:
-    """An untrained mixture-of-experts teacher with a tokenizer of the task's texts, as a Hugging Face folder."""
+def make_teacher(folder: Path, architecture: Mapping[str, Any] = MOE) -> str:
+    """An untrained teacher with a tokenizer of the task's texts, as a Hugging Face folder."""
     problems = task().problems("train", 300, seed=0)
     tokenizer = folder / "tokenizer"
     train_byte_level_bpe((f"{p.prompt}\n{p.solution}\n{p.answer}" for p in problems), 320, tokenizer)
-    model = FromScratch(architecture=MOE, tokenizer=str(tokenizer)).build(jax.random.key(7))
+    model = FromScratch(architecture=architecture, tokenizer=str(tokenizer)).build(jax.random.key(7))
     export(folder / "teacher", model, ChatTokenizer.from_folder(tokenizer), dtype=jnp.float32)
     return str(folder / "teacher")
 
