@@ -1,5 +1,7 @@
 """The teacher reads rows and says what it would have said: the online source of targets."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -13,20 +15,11 @@ from teacher.targets import Hidden, TopK, top_k_targets
 
 
 class Scorer:
-    """Compiled scoring programs for one teacher on one mesh."""
+    """Scores with one teacher on one mesh; scorers of one architecture share their compiled programs."""
 
     def __init__(self, model: Qwen3, mesh: Mesh):
         self._model = model
         self._placement = batch_sharding(mesh)
-
-        def hidden(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array) -> Hidden:
-            return Hidden(hidden=model.hidden(tokens, positions, segment_ids))
-
-        def top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k: int) -> TopK:
-            return top_k_targets(model.hidden(tokens, positions, segment_ids), model.head, k)
-
-        self._hidden = jax.jit(hidden)
-        self._top_k = jax.jit(top_k, static_argnums=4)
 
     @property
     def head(self) -> Float[Array, "V D"]:
@@ -36,7 +29,7 @@ class Scorer:
         self, tokens: Int[np.ndarray, "B T"], positions: Int[np.ndarray, "B T"], segment_ids: Int[np.ndarray, "B T"]
     ) -> Hidden:
         """Final hidden states: with `head` they are the exact distribution at every position."""
-        return self._hidden(self._model, *place((tokens, positions, segment_ids), self._placement))
+        return _hidden(self._model, *place((tokens, positions, segment_ids), self._placement))
 
     def score_rollouts(
         self, rollouts: list[Rollout], *, k: int, rows: int, length: int, pad_id: int
@@ -55,7 +48,7 @@ class Scorer:
             segment_ids[row, : len(rollout.tokens)] = 1
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
         placed = place((tokens, positions, segment_ids), self._placement)
-        targets = fetch(self._top_k(self._model, *placed, k))
+        targets = fetch(_top_k(self._model, *placed, k))
         return [
             ScoredRollout(
                 rollout=rollout,
@@ -65,3 +58,13 @@ class Scorer:
             )
             for row, rollout in enumerate(rollouts)
         ]
+
+
+@jax.jit
+def _hidden(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array) -> Hidden:
+    return Hidden(hidden=model.hidden(tokens, positions, segment_ids))
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k: int) -> TopK:
+    return top_k_targets(model.hidden(tokens, positions, segment_ids), model.head, k)

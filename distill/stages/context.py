@@ -1,12 +1,14 @@
 """What a run lends to its stages: where to write, what to ask, whom to tell."""
 
 import dataclasses
+import functools
 import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -18,6 +20,7 @@ from distill.records import write_atomically
 from distill.results import StageCost
 from distill.tasks.mixture import TaskMixture
 from qwen3.chat import ChatTokenizer
+from qwen3.config import ModelConfig
 from qwen3.engine import Engine
 from qwen3.model import Qwen3
 from qwen3.sampling import SamplingParams
@@ -87,7 +90,7 @@ class RunContext:
     ) -> Engine:
         """An engine that stops and thinks as this run's tokenizer says."""
         budgeted = any(params.thinking_budget is not None for params in sampling)
-        return Engine(
+        return _engine(
             model.config,
             batch_size=batch_size,
             max_prompt_tokens=max_prompt_tokens,
@@ -97,6 +100,12 @@ class RunContext:
             stop_thinking_ids=self.tokenizer.stop_thinking_ids if budgeted else (),
             think_end_id=self.tokenizer.think_end_id,
         )
+
+
+@functools.cache
+def _engine(config: ModelConfig, **fields: Any) -> Engine:
+    """Stages and evaluations that write alike share an engine and its compiled programs; it holds no weights."""
+    return Engine(config, **fields)
 
 
 class Stopwatch:
