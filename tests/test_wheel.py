@@ -89,7 +89,7 @@ def config():
         tasks={"mine": PromptFile(path="prompts.jsonl", verifier="integer", held_out_fraction=0.2)},
         stages={
             "off_policy": OffPolicy(prompts=8, top_k=4, batch_size=8, training=TRAINING, **SHORT),
-            "on_policy": OnPolicy(prompts_per_step=4, loss=Loss(name="jsd", weight=0.5), training=TRAINING, **SHORT),
+            "on_policy": OnPolicy(prompts_per_step=8, loss=Loss(name="jsd", weight=0.5), training=TRAINING, **SHORT),
         },
         evaluation=Evaluation(problems=4, samples_per_problem=2, pass_at=(2,), batch_size=8, **SHORT),
     )
