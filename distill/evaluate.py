@@ -14,7 +14,6 @@ from qwen3.errors import UserError
 from qwen3.model import Qwen3
 from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode
 from qwen3.sampling import SamplingParams, non_thinking_params, thinking_params
-from qwen3.sharding import check_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,6 @@ class Evaluator:
     """Evaluates models of one architecture; the programs are compiled once and serve every stage."""
 
     def __init__(self, evaluation: Evaluation, context: RunContext, model: Qwen3):
-        check_rows("evaluation.batch_size", evaluation.batch_size, context.mesh)
         self._evaluation, self._context = evaluation, context
         # The problems do not depend on the run's seed, so that runs of several seeds can be compared.
         self._problems = context.tasks.problems("held_out", evaluation.problems, seed=0)

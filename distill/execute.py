@@ -28,7 +28,7 @@ from qwen3.adapter import adapter_parameters
 from qwen3.chat import ChatTokenizer
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
-from qwen3.sharding import make_mesh
+from qwen3.sharding import check_rows, make_mesh
 from student.export import export
 from teacher.fingerprint import fingerprint
 
@@ -63,6 +63,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
         )
         for agreement in _selftest(experiment, student, context):
             progress.print(f"self-test  {agreement.check}: {agreement.finding}")
+        _check_rows(experiment, mesh)
 
         evaluator = Evaluator(experiment.evaluation, context, student)
         rows = _evaluated(STUDENT_INITIAL, student, evaluator, run)
@@ -93,6 +94,14 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
         if is_first():
             write_report(directory, report)
         return report
+
+
+def _check_rows(experiment: Experiment, mesh: Mesh) -> None:
+    """Refuses, before the first stage, whatever the data-parallel devices cannot share."""
+    check_rows("evaluation.batch_size", experiment.evaluation.batch_size, mesh)
+    for name, stage in experiment.stages.items():
+        for field, rows in stage.spread_rows.items():
+            check_rows(f"stages.{name}.{field}", rows, mesh)
 
 
 def _metrics(directory: Path) -> MetricsWriter:

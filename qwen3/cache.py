@@ -25,8 +25,6 @@ from qwen3.model import Layer, Qwen3
 from qwen3.rope import rotation
 from qwen3.sharding import BATCH, row_shares
 
-UNROLL_LAYERS = 12
-"""Deepest model whose layers are unrolled in the decoding loop."""
 _MASKED = -1e30
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from qwen3.cache import UNROLL_LAYERS, Cache, Pages, gather_cache, keep_pages, layers_of, make_pages, prefill, step
+from qwen3.cache import Cache, Pages, gather_cache, keep_pages, layers_of, make_pages, prefill, step
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
-from qwen3.model import Layer, Qwen3
+from qwen3.model import UNROLL_LAYERS, Layer, Qwen3
 from qwen3.pages import PagePool
 from qwen3.rollout import THINKING, Rollout
 from qwen3.sampling import Plan, choose_tokens

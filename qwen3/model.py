@@ -18,9 +18,10 @@ from qwen3.layers import Attend, Attention, Mlp, constant, rms_norm, weight
 from qwen3.moe import Moe, RouterStats
 from qwen3.rope import Rotation, rotation
 
-# Deepest model whose layers are unrolled on CPU, where a scan copies what each layer keeps for the backward pass into
-# and out of stacked buffers and fills those with zeros first. Deeper models would take minutes to compile.
-_UNROLLED_LAYERS = 12
+UNROLL_LAYERS = 12
+"""Deepest model whose layers are unrolled: in the decoding loop (see `qwen3.cache`), and on CPU in every forward pass,
+where a scan copies what each layer keeps for the backward pass into and out of stacked buffers and fills those with
+zeros first. Deeper models would take minutes to compile."""
 
 
 class Output(NamedTuple):
@@ -115,7 +116,7 @@ class Qwen3(nnx.Module):
 
     @property
     def _unrolled(self) -> bool:
-        return jax.default_backend() == "cpu" and self.config.num_hidden_layers <= _UNROLLED_LAYERS
+        return jax.default_backend() == "cpu" and self.config.num_hidden_layers <= UNROLL_LAYERS
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return jnp.take(self.embed[...], tokens, axis=0).astype(self.compute_dtype)

@@ -20,7 +20,6 @@ from distill.train_state import TrainState, abstract_state
 from distill.train_step import Batch, TrainStep
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
-from qwen3.sharding import check_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +108,6 @@ def train(
     `before` is what the stage had spent when training began (writing targets). Raises Interrupted after saving where
     the run was asked to stop, UserError where loss or gradient are no longer finite.
     """
-    check_rows("training.rows", training.rows, context.mesh)
     transformation = training.optimizer.transformation(steps)
     learning_rates = training.optimizer.learning_rates(steps)
     state = TrainState.start(model, transformation, context.mesh)

@@ -22,7 +22,6 @@ from qwen3.errors import UserError
 from qwen3.model import Qwen3
 from qwen3.rollout import THINKING
 from qwen3.sampling import SamplingParams, non_thinking_params, thinking_params
-from qwen3.sharding import check_rows
 from teacher.scored_rollout import ScoredRollout
 from teacher.scoring import Scorer
 from teacher.store import TargetStore, TargetStoreWriter
@@ -67,9 +66,12 @@ class OffPolicy:
         if (self.training.steps is None) == (self.flops_of is None):
             raise UserError("give either training.steps or flops_of: one of them must say how long to train")
 
+    @property
+    def spread_rows(self) -> dict[str, int]:
+        """Numbers of rows that the data-parallel devices share, by field."""
+        return {"batch_size": self.batch_size, "training.rows": self.training.rows}
+
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
-        check_rows("batch_size", self.batch_size, context.mesh)
-        check_rows("training.rows", self.training.rows, context.mesh)
         spent = Spent()
         if self.targets_of is None:
             store = _write_store(self, name, context, spent)

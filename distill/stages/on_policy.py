@@ -23,7 +23,6 @@ from qwen3.errors import UserError
 from qwen3.model import Qwen3
 from qwen3.rollout import MODES, THINKING, Rollout
 from qwen3.sampling import SamplingParams
-from qwen3.sharding import check_rows
 from teacher.scoring import Scorer
 
 
@@ -63,10 +62,14 @@ class OnPolicy:
                 "raise it, or lower max_prompt_tokens or max_new_tokens"
             )
 
+    @property
+    def spread_rows(self) -> dict[str, int]:
+        """Numbers of rows that the data-parallel devices share, by field."""
+        rollouts = self.prompts_per_step * self.samples_per_prompt
+        return {"prompts_per_step × samples_per_prompt": rollouts, "training.rows": self.training.rows}
+
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         assert self.training.steps is not None
-        rollouts = self.prompts_per_step * self.samples_per_prompt
-        check_rows("prompts_per_step × samples_per_prompt", rollouts, context.mesh)
         scorer = Scorer(context.load_teacher().model, context.mesh)
         data = _OwnRollouts(self, name, model, scorer, context)
         return train(

@@ -205,7 +205,13 @@ def test_rows_that_the_devices_cannot_share(
         capsys, str(experiment_file), "--runs", str(tmp_path), "--evaluation.problems", "1", "--mesh.data", "8",
         "--evaluation.samples-per-problem", "2", "--stages.pretraining.training.rows", "5",
     )  # fmt: skip
-    assert "training.rows is 5, but rows are spread over 8 devices; use a multiple of 8" in line
+    assert "stages.pretraining.training.rows is 5, but rows are spread over 8 devices; use a multiple of 8" in line
+    line = refused(
+        capsys, str(experiment_file), "--runs", str(tmp_path), "--mesh.data", "8",
+        "--name", "second", "--stages.on-policy.prompts-per-step", "3", "--stages.pretraining.training.rows", "8",
+        "--stages.off-policy.batch-size", "8", "--stages.off-policy.training.rows", "8",
+    )  # fmt: skip
+    assert "stages.on_policy.prompts_per_step × samples_per_prompt is 3, but rows are spread over 8 devices" in line
 
 
 def test_missing_teacher_leaves_nothing_half_written(
