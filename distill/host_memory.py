@@ -2,8 +2,9 @@
 
 XLA takes the scratch memory of every program from malloc when it starts and frees it when it ends. glibc gives blocks
 of that size back to the kernel each time, which then has to clear them anew: a seventh of the processor time of a
-small training step. From one arena that is never trimmed, a step has no page faults at all. What was once used stays
-with the process, and the peak rises a little where blocks do not fit into gaps: measured, 4 % with a large vocabulary.
+small training step. From one arena that is never trimmed, a step has no page faults after the first ones, by when there
+are gaps enough for its blocks. What was once used stays with the process, and the peak rises a little where blocks do
+not fit into gaps: measured, 4 % with a large vocabulary.
 """
 
 import ctypes

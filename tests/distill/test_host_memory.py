@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# Prints how many pages the kernel had to clear for one more run of a program with 64 MiB of scratch memory.
+# Prints how many pages the kernel had to clear while a program with 64 MiB of scratch memory ran 50 times.
 SCRIPT = """
 import resource, sys
 import jax, jax.numpy as jnp
@@ -16,10 +16,10 @@ if sys.argv[1] == "keep":
     keep_freed_memory()
 program = jax.jit(lambda x: (x @ x.T) @ x)
 x = jnp.ones((4096, 8))
-for _ in range(3):
-    program(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 program(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    program(x).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -31,4 +31,6 @@ def page_faults(memory: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
 def test_a_program_that_runs_again_needs_no_new_pages() -> None:
-    assert page_faults("keep") < page_faults("give back") / 10
+    # Now and then a small array lies in the freed block and the next run needs a new one: up to 9 of the first 20 runs
+    # were seen to, and none once there are gaps enough.
+    assert page_faults("keep") < page_faults("give back") / 3
