@@ -1,0 +1,40 @@
+"""Which implementation is picked, and what is refused."""
+
+import logging
+
+import pytest
+
+from kernels_pallas import platforms
+from kernels_pallas.platforms import choose
+
+AVAILABLE = ("xla", "reference", "tpu", "gpu")
+
+
+def test_none_picks_what_the_platform_does_best() -> None:
+    assert choose("attention", None, AVAILABLE) == "xla"
+    assert choose("attention", None, AVAILABLE, {"tpu": "tpu"}) == "xla"
+    assert choose("attention", None, AVAILABLE, {"cpu": "reference"}) == "reference"
+
+
+def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    platforms._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger=platforms.logger.name):
+        for _ in range(2):
+            choose("attention", None, AVAILABLE)
+    assert caplog.messages == ["attention on cpu: xla"]
+
+
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_what_runs_everywhere_is_given_by_name(name: str) -> None:
+    assert choose("attention", name, AVAILABLE) == name
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_a_kernel_of_another_platform_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' of attention needs .* this platform is cpu; use 'xla'"):
+        choose("attention", name, AVAILABLE)
+
+
+def test_an_unknown_name_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match="'triton' of attention is unknown; use one of xla, reference, tpu, gpu"):
+        choose("attention", "triton", AVAILABLE)
