@@ -84,7 +84,7 @@ def _ladder(report: Report) -> list[dict[str, Any]]:
         first, *others = rows
         rungs.append(
             {
-                "caption": model_name(model) if model in (STUDENT_INITIAL, TEACHER) else f"after {model}",
+                "caption": _caption(model, report),
                 "figure": f"{100 * first.pass_at_1:.1f}",
                 "details": [mode_name(first.mode)]
                 + [f"{percent(row.pass_at_1)} {mode_name(row.mode)}" for row in others],
@@ -92,6 +92,13 @@ def _ladder(report: Report) -> list[dict[str, Any]]:
             }
         )
     return rungs
+
+
+def _caption(model: str, report: Report) -> str:
+    """A stage that the exported student never went through stands there to be compared with."""
+    if model in (STUDENT_INITIAL, TEACHER):
+        return model_name(model)
+    return f"comparison: {model}" if report.lineage and model not in report.lineage else f"after {model}"
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

@@ -152,6 +152,13 @@ def test_headline_is_computed_from_the_rows():
     assert headline(dataclasses.replace(REPORT, rows=[])) == "Nothing was evaluated."
 
 
+def test_a_stage_beside_the_exported_students_line_is_called_a_comparison(tmp_path):
+    told = dataclasses.replace(REPORT, rows=[*REPORT.rows, row("more_of_the_same", 0.6)])
+    shown = page(tmp_path, dataclasses.replace(told, lineage=["off_policy", "on_policy"])).texts
+    assert {"after off_policy", "after on_policy", "comparison: more_of_the_same"} <= set(shown)
+    assert "after more_of_the_same" in page(tmp_path, told).texts, "without a line nothing is known to be beside it"
+
+
 def test_page_stands_alone(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         for step in range(1, 4):
