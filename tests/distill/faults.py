@@ -33,7 +33,7 @@ START = "start"
 """The phase before the first progress bar: claiming the directory, building models, self-tests."""
 _LONGEST_DELAY_SECONDS = 1.5
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["orbax.checkpoint", "tests.distill.faults"])
+_PROCESSES.set_forkserver_preload(["distill.run", "orbax.checkpoint", "tests.distill.miniature"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,10 +153,13 @@ def _bit_sums(checkpoints: Path) -> tuple[int, Any]:
 
 
 def kills_in_order(random_state: random.Random, phases: list[str], count: int) -> list[Kill]:
-    """`count` random moments of one run, in the order in which it would come to them."""
-    chosen = sorted(random_state.sample(range(len(phases)), count))
+    """`count` random moments of one run in its order, one of every five in an evaluation."""
+    evaluations = [phase for phase in phases if phase.startswith("evaluating")]
+    others = [phase for phase in phases if phase not in evaluations]
+    chosen = random_state.sample(others, count - count // 5) + random_state.sample(evaluations, count // 5)
     return [
-        Kill(phase=phases[index], delay_seconds=random_state.uniform(0, _LONGEST_DELAY_SECONDS)) for index in chosen
+        Kill(phase=phase, delay_seconds=random_state.uniform(0, _LONGEST_DELAY_SECONDS))
+        for phase in sorted(chosen, key=phases.index)
     ]
 
 
