@@ -13,6 +13,7 @@ from distill.experiment import Experiment, differing_fields
 from distill.processes import first_says, is_first, require_same
 from distill.records import write_atomically
 from distill.results import EvaluationRow, StageCost
+from distill.run_identity import claim_id, require_id
 from qwen3.errors import UserError
 
 _SHOWN_DIFFERENCES = 5
@@ -21,8 +22,9 @@ _SHOWN_DIFFERENCES = 5
 class RunDirectory:
     """What is done already, and where the rest goes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, run_id: str):
         self.path = path
+        self.run_id = run_id
 
     @classmethod
     @contextlib.contextmanager
@@ -35,11 +37,10 @@ class RunDirectory:
         wanted = json.loads(json.dumps(experiment.to_json()))
         require_same("the experiment's fields", json.dumps(wanted).encode)
         with contextlib.ExitStack() as held:
-            first_says(lambda: cls._claim(path, wanted, held))
-            yield cls(path)
+            yield cls(path, first_says(lambda: cls._claim(path, wanted, held)))
 
     @staticmethod
-    def _claim(path: Path, wanted: Any, held: contextlib.ExitStack) -> None:
+    def _claim(path: Path, wanted: Any, held: contextlib.ExitStack) -> str:
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / ".lock").open("w")
@@ -54,6 +55,7 @@ class RunDirectory:
             raise UserError(f"another process is running in {path}; wait for it or stop it") from None
         _check_config(path / "config.json", wanted)
         write_atomically(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        return claim_id(path)
 
     def evaluation(self, name: str) -> list[EvaluationRow] | None:
         """The rows of a model that has been evaluated, else None."""
@@ -92,6 +94,7 @@ class RunDirectory:
     def _write(self, kind: str, name: str, value: Any) -> None:
         if not is_first():
             return
+        require_id(self.path, self.run_id)
         (self.path / kind).mkdir(exist_ok=True)
         write_atomically(self.path / kind / f"{name}.json", json.dumps(value, indent=2) + "\n")
 
