@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import tyro
 from rich.console import Console
 from rich.text import Text
@@ -94,6 +95,7 @@ def _run(experiment: Experiment, runs: str) -> int:
     console = Console() if is_first() else Console(quiet=True, force_terminal=False)
     directory = Path(runs) / experiment.name
     console.print(f"[bold]{experiment.name}[/bold]  {experiment.description}", highlight=False)
+    _keep_compiled(Path(runs))
     console.print(f"run directory {directory}   tensorboard --logdir {runs}", highlight=False, style="dim")
     try:
         with StopRequest().listening() as stop, Progress(console) as progress:
@@ -107,6 +109,16 @@ def _run(experiment: Experiment, runs: str) -> int:
     took = "" if report.wall_seconds is None else f"   {duration(report.wall_seconds)}"
     console.print(f"report {directory / 'report.html'}   student {directory / 'export'}{took}", highlight=False)
     return 0
+
+
+def _keep_compiled(runs: Path) -> None:
+    """Programs that took a second or more to compile are read back by the next start; jax's own setting comes first.
+
+    What is read back are the same instructions, so the numbers are the same. Half an entry that a kill left behind is
+    passed over with a warning.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(runs.absolute() / ".compiled"))
 
 
 def load_experiment(path: Path) -> Experiment:

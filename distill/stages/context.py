@@ -32,7 +32,11 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Turns SIGTERM and the first SIGINT into a request that stages answer between two steps."""
+    """Turns SIGTERM and the first SIGINT into a request that stages answer between two steps.
+
+    It is answered, with all saved, after at most the step under way, the rollouts that are being written (one batch,
+    or `max_staleness` of them ahead of training), and one save; an evaluation ends with the next responses.
+    """
 
     def __init__(self) -> None:
         self._requested = False

@@ -47,7 +47,10 @@ class Training:
 
 @dataclasses.dataclass
 class Spent:
-    """What a stage has used up so far, kept in its checkpoints."""
+    """What a stage has used up so far, kept in its checkpoints.
+
+    Seconds are those of training's clock: of rollouts and scores that are made ahead, what training has waited for.
+    """
 
     steps: int = 0
     tokens_trained: int = 0

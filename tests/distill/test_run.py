@@ -9,16 +9,18 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from distill.checkpoint import Checkpointer
-from distill.run import main
+from distill.run import _keep_compiled, main
 from distill.train_state import TrainState, abstract_state
 from qwen3 import hf
 from qwen3.model import Qwen3
@@ -29,6 +31,15 @@ from tests.distill import faults, miniature
 from tests.distill.faults import Kill, launch, scalars
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_compilation_cache() -> Iterator[None]:
+    """What `main` sets in this process is undone: later tests may look at how programs are compiled."""
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +275,13 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(experiment
     assert "stages.on_policy.training.steps: 5 → 7" in line
     assert "seed: 0 → 3" in line
     assert "\n" not in line
+
+
+def test_compiled_programs_are_kept_beside_the_runs_unless_jax_was_told_where(tmp_path: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", None)
+    _keep_compiled(tmp_path)
+    _keep_compiled(tmp_path / "other")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".compiled")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
