@@ -14,8 +14,8 @@ from kernels_pallas.attention import reference
 from kernels_pallas.attention.visible import Visible
 from kernels_pallas.platforms import choose
 
-Implementation = Literal["xla", "reference", "tpu"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu")
+Implementation = Literal["xla", "reference", "tpu", "gpu"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu", "gpu")
 
 
 def attention(
