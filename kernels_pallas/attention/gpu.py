@@ -53,7 +53,7 @@ def forward(
     batch, length, heads, size = call.q.shape
     ranges = _ranges(call, _FORWARD_KEYS, by_keys=False)
     out, log_sum_exp = _launch(
-        functools.partial(_forward_kernel, scale=size**-0.5),
+        _forward_kernel,
         grid=(k.shape[2], length * heads // k.shape[2] // (_ROWS * _WORKERS), batch),
         results=(call.q, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)),
         scratch={
@@ -87,7 +87,7 @@ def backward(
     log_sum_exp, delta = (jnp.pad(x, ((0, 0), (0, 0), padding)) for x in (log_sum_exp * _LOG2E, delta))
     operands = (*call, jnp.pad(cotangent, ((0, 0), padding, (0, 0), (0, 0))), log_sum_exp, delta)
     (to_queries,) = _launch(
-        functools.partial(_query_gradient_kernel, scale=size**-0.5),
+        _query_gradient_kernel,
         grid=(k.shape[2], length * heads // k.shape[2] // (_ROWS * _WORKERS), batch),
         results=(call.q,),
         scratch={
@@ -101,7 +101,7 @@ def backward(
         },
     )(*operands, _ranges(call, _BACKWARD_KEYS, by_keys=False))
     to_keys, to_values = _launch(
-        functools.partial(_key_gradient_kernel, scale=size**-0.5),
+        _key_gradient_kernel,
         grid=(k.shape[2], length // (_ROWS * _WORKERS), batch),
         results=(call.k, call.v),
         scratch={
@@ -121,9 +121,9 @@ def backward(
 
 def _forward_kernel(
     q, k, v, view, segments, ranges, out, log_sum_exp, *, q_own, log_sum_exp_own, k_tiles, v_tiles, own_ready,
-    k_ready, v_ready, k_free, v_free, scale
+    k_ready, v_ready, k_free, v_free,
 ):  # fmt: skip
-    at = _QueryTiles(q, k, ranges)
+    at, scale = _QueryTiles(q, k, ranges), q.shape[3] ** -0.5
 
     @pl.when(at.worker < _WORKERS)
     def compute():
@@ -173,9 +173,9 @@ def _forward_kernel(
 
 def _query_gradient_kernel(
     q, k, v, view, segments, arriving, log_sum_exp, delta, ranges, out, *, q_own, arriving_own, k_tiles, v_tiles,
-    own_ready, ready, free, scale
+    own_ready, ready, free,
 ):  # fmt: skip
-    at = _QueryTiles(q, k, ranges)
+    at, scale = _QueryTiles(q, k, ranges), q.shape[3] ** -0.5
 
     @pl.when(at.worker < _WORKERS)
     def compute():
@@ -218,9 +218,9 @@ def _query_gradient_kernel(
 
 def _key_gradient_kernel(
     q, k, v, view, segments, arriving, log_sum_exp, delta, ranges, to_keys, to_values, *, k_own, v_own, q_tiles,
-    arriving_tiles, log_sum_exp_tiles, delta_tiles, own_ready, ready, free, scale
+    arriving_tiles, log_sum_exp_tiles, delta_tiles, own_ready, ready, free,
 ):  # fmt: skip
-    at = _KeyTiles(q, k, ranges)
+    at, scale = _KeyTiles(q, k, ranges), q.shape[3] ** -0.5
 
     @pl.when(at.worker < _WORKERS)
     def compute():
@@ -412,7 +412,7 @@ def _launch(
     kernel: Callable[..., None], *, grid: tuple[int, ...], results: tuple[Any, ...], scratch: dict[str, Any]
 ) -> Callable[..., Any]:
     return plgpu.kernel(
-        lambda *refs, **scratch: kernel(*refs, **scratch),
+        kernel,
         out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results),
         scratch_types=scratch,
         grid=grid,

@@ -61,7 +61,7 @@ def forward(
     call = _prepare(q, k, v, visible)
     kv_heads, group, length, size = call.q.shape[1:]
     out, log_sum_exp = _run(
-        functools.partial(_forward_kernel, scale=size**-0.5),
+        _forward_kernel,
         call,
         extra=(),
         by_keys=False,
@@ -94,7 +94,7 @@ def backward(
 
     extra = (_grouped(cotangent, k.shape[2], length), rows(log_sum_exp), rows(delta))
     (to_queries,) = _run(
-        functools.partial(_query_gradient_kernel, scale=size**-0.5),
+        _query_gradient_kernel,
         call,
         extra=extra,
         by_keys=False,
@@ -102,7 +102,7 @@ def backward(
         scratch=[pltpu.VMEM((group, size, call.block_q), jnp.float32)],
     )
     to_keys, to_values = _run(
-        functools.partial(_key_gradient_kernel, scale=size**-0.5),
+        _key_gradient_kernel,
         call,
         extra=extra,
         by_keys=True,
@@ -113,7 +113,9 @@ def backward(
     return _heads_last(to_queries, q.shape), to_keys, to_values
 
 
-def _forward_kernel(pairs, q, k, v, view, segments, out, log_sum_exp, acc, top, total, *, scale):
+def _forward_kernel(pairs, q, k, v, view, segments, out, log_sum_exp, acc, top, total):
+    scale = q.shape[4] ** -0.5
+
     @pl.when(pairs.opens)
     def _():
         acc[...] = jnp.zeros_like(acc)
@@ -141,7 +143,9 @@ def _forward_kernel(pairs, q, k, v, view, segments, out, log_sum_exp, acc, top, 
             out[0, 0, g] = (acc[g] / divisor[g : g + 1]).T.astype(out.dtype)
 
 
-def _query_gradient_kernel(pairs, q, k, v, view, segments, arriving, log_sum_exp, delta, out, acc, *, scale):
+def _query_gradient_kernel(pairs, q, k, v, view, segments, arriving, log_sum_exp, delta, out, acc):
+    scale = q.shape[4] ** -0.5
+
     @pl.when(pairs.opens)
     def _():
         acc[...] = jnp.zeros_like(acc)
@@ -162,8 +166,10 @@ def _query_gradient_kernel(pairs, q, k, v, view, segments, arriving, log_sum_exp
 
 
 def _key_gradient_kernel(
-    pairs, q, k, v, view, segments, arriving, log_sum_exp, delta, to_keys, to_values, acc_keys, acc_values, *, scale
+    pairs, q, k, v, view, segments, arriving, log_sum_exp, delta, to_keys, to_values, acc_keys, acc_values
 ):
+    scale = q.shape[4] ** -0.5
+
     @pl.when(pairs.opens)
     def _():
         acc_keys[...] = jnp.zeros_like(acc_keys)
@@ -273,6 +279,7 @@ def _run(
         ),
         out_shape=[jax.ShapeDtypeStruct(kinds[kind][1], dtype) for kind, dtype in results],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        name=kernel.__name__.strip("_"),
     )(*tables, *call[:5], *extra)
 
 
