@@ -20,11 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas import warpgroup
 from kernels_pallas.attention.visible import Visible
 
 DTYPES = ("bfloat16",)
 HEAD_SIZES = (64, 128)
-_ROWS = 64  # of a warpgroup's matrix product
 _WORKERS = 2
 _STAGES = 2  # blocks that are in shared memory at a time
 _FORWARD_KEYS = 128
@@ -54,13 +54,13 @@ def forward(
     ranges = _ranges(call, _FORWARD_KEYS, by_keys=False)
     out, log_sum_exp = _launch(
         _forward_kernel,
-        grid=(k.shape[2], length * heads // k.shape[2] // (_ROWS * _WORKERS), batch),
+        grid=(k.shape[2], length * heads // k.shape[2] // (warpgroup.ROWS * _WORKERS), batch),
         results=(call.q, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)),
         scratch={
-            "q_own": _tiles(_WORKERS, _ROWS, size),
-            "log_sum_exp_own": plgpu.SMEM((_WORKERS, _ROWS), jnp.float32),
-            "k_tiles": _tiles(_STAGES, _FORWARD_KEYS, size),
-            "v_tiles": _tiles(_STAGES, _FORWARD_KEYS, size),
+            "q_own": warpgroup.tiles(_WORKERS, warpgroup.ROWS, size),
+            "log_sum_exp_own": plgpu.SMEM((_WORKERS, warpgroup.ROWS), jnp.float32),
+            "k_tiles": warpgroup.tiles(_STAGES, _FORWARD_KEYS, size),
+            "v_tiles": warpgroup.tiles(_STAGES, _FORWARD_KEYS, size),
             "own_ready": plgpu.Barrier(num_barriers=_WORKERS),
             "k_ready": plgpu.Barrier(num_barriers=_STAGES),
             "v_ready": plgpu.Barrier(num_barriers=_STAGES),
@@ -88,13 +88,13 @@ def backward(
     operands = (*call, jnp.pad(cotangent, ((0, 0), padding, (0, 0), (0, 0))), log_sum_exp, delta)
     (to_queries,) = _launch(
         _query_gradient_kernel,
-        grid=(k.shape[2], length * heads // k.shape[2] // (_ROWS * _WORKERS), batch),
+        grid=(k.shape[2], length * heads // k.shape[2] // (warpgroup.ROWS * _WORKERS), batch),
         results=(call.q,),
         scratch={
-            "q_own": _tiles(_WORKERS, _ROWS, size),
-            "arriving_own": _tiles(_WORKERS, _ROWS, size),
-            "k_tiles": _tiles(_STAGES, _BACKWARD_KEYS, size),
-            "v_tiles": _tiles(_STAGES, _BACKWARD_KEYS, size),
+            "q_own": warpgroup.tiles(_WORKERS, warpgroup.ROWS, size),
+            "arriving_own": warpgroup.tiles(_WORKERS, warpgroup.ROWS, size),
+            "k_tiles": warpgroup.tiles(_STAGES, _BACKWARD_KEYS, size),
+            "v_tiles": warpgroup.tiles(_STAGES, _BACKWARD_KEYS, size),
             "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=_WORKERS),
             "ready": plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
             "free": plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_STAGES),
@@ -102,20 +102,20 @@ def backward(
     )(*operands, _ranges(call, _BACKWARD_KEYS, by_keys=False))
     to_keys, to_values = _launch(
         _key_gradient_kernel,
-        grid=(k.shape[2], length // (_ROWS * _WORKERS), batch),
+        grid=(k.shape[2], length // (warpgroup.ROWS * _WORKERS), batch),
         results=(call.k, call.v),
         scratch={
-            "k_own": _tiles(_WORKERS, _ROWS, size),
-            "v_own": _tiles(_WORKERS, _ROWS, size),
-            "q_tiles": _tiles(_STAGES, _ROWS, size),
-            "arriving_tiles": _tiles(_STAGES, _ROWS, size),
-            "log_sum_exp_tiles": plgpu.SMEM((_STAGES, _ROWS), jnp.float32),
-            "delta_tiles": plgpu.SMEM((_STAGES, _ROWS), jnp.float32),
+            "k_own": warpgroup.tiles(_WORKERS, warpgroup.ROWS, size),
+            "v_own": warpgroup.tiles(_WORKERS, warpgroup.ROWS, size),
+            "q_tiles": warpgroup.tiles(_STAGES, warpgroup.ROWS, size),
+            "arriving_tiles": warpgroup.tiles(_STAGES, warpgroup.ROWS, size),
+            "log_sum_exp_tiles": plgpu.SMEM((_STAGES, warpgroup.ROWS), jnp.float32),
+            "delta_tiles": plgpu.SMEM((_STAGES, warpgroup.ROWS), jnp.float32),
             "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=_WORKERS),
             "ready": plgpu.Barrier(num_arrivals=4, num_barriers=_STAGES),
             "free": plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_STAGES),
         },
-    )(*operands, _ranges(call, _ROWS * _WORKERS, by_keys=True))
+    )(*operands, _ranges(call, warpgroup.ROWS * _WORKERS, by_keys=True))
     return tuple(x[:, : q.shape[1]] for x in (to_queries, to_keys, to_values))
 
 
@@ -135,24 +135,28 @@ def _forward_kernel(
         def step(block, slot, carry, masked):
             acc, top, total = carry
             plgpu.barrier_wait(k_ready.at[slot])
-            scores = _scores(own, k_tiles.at[slot]) * (scale * _LOG2E)
+            scores = warpgroup.product_transposed(own, k_tiles.at[slot]) * (scale * _LOG2E)
             plgpu.barrier_arrive(k_free.at[slot])
             if masked:
                 scores = _hide(scores, view, segments, at.batch, rows, block, key_axis=1)
             highest = jnp.maximum(top, jnp.max(scores, axis=1))
-            weights = jnp.exp2(scores - _along(highest, scores.shape, 0))
+            weights = jnp.exp2(scores - warpgroup.spread(highest, scores.shape, 0))
             shrink = jnp.exp2(top - highest)
             total = total * shrink + jnp.sum(weights, axis=1)
-            acc = acc * _along(shrink, acc.shape, 0)
+            acc = acc * warpgroup.spread(shrink, acc.shape, 0)
             plgpu.barrier_wait(v_ready.at[slot])
-            acc = _add_product(acc, weights.astype(v.dtype), v_tiles.at[slot])
+            acc = warpgroup.add_product(acc, weights.astype(v.dtype), v_tiles.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, highest, total
 
-        start = (_full(0, (_ROWS, q.shape[3])), _full(_LOWEST, (_ROWS,)), _full(0, (_ROWS,)))
+        start = (
+            warpgroup.full(0, (warpgroup.ROWS, q.shape[3])),
+            warpgroup.full(_LOWEST, (warpgroup.ROWS,)),
+            warpgroup.full(0, (warpgroup.ROWS,)),
+        )
         acc, top, total = at.loop(step, start)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        own[...] = (acc / _along(total, acc.shape, 0)).astype(out.dtype)
+        own[...] = (acc / warpgroup.spread(total, acc.shape, 0)).astype(out.dtype)
         log_sum_exp_own[at.worker] = top * (1 / _LOG2E) + jnp.log(total)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own, out.at[at.batch, rows, head])
@@ -183,22 +187,22 @@ def _query_gradient_kernel(
         own, own_arriving, rows, head = q_own.at[at.worker], arriving_own.at[at.worker], at.rows, at.query_head
         plgpu.copy_gmem_to_smem(q.at[at.batch, rows, head], own, own_ready.at[at.worker])
         plgpu.copy_gmem_to_smem(arriving.at[at.batch, rows, head], own_arriving, own_ready.at[at.worker])
-        statistics, differences = (_load(x, (at.batch, head, rows), 0) for x in (log_sum_exp, delta))
+        statistics, differences = (warpgroup.load(x, (at.batch, head, rows), 0) for x in (log_sum_exp, delta))
         plgpu.barrier_wait(own_ready.at[at.worker])
 
         def step(block, slot, acc, masked):
             plgpu.barrier_wait(ready.at[slot])
-            scores = _scores(own, k_tiles.at[slot]) * (scale * _LOG2E)
+            scores = warpgroup.product_transposed(own, k_tiles.at[slot]) * (scale * _LOG2E)
             if masked:
                 scores = _hide(scores, view, segments, at.batch, rows, block, key_axis=1)
-            weights = jnp.exp2(scores - _along(statistics, scores.shape, 0))
-            wanted = _scores(own_arriving, v_tiles.at[slot])
-            change = weights * (wanted - _along(differences, scores.shape, 0))
-            acc = _add_product(acc, change.astype(k.dtype), k_tiles.at[slot])
+            weights = jnp.exp2(scores - warpgroup.spread(statistics, scores.shape, 0))
+            wanted = warpgroup.product_transposed(own_arriving, v_tiles.at[slot])
+            change = weights * (wanted - warpgroup.spread(differences, scores.shape, 0))
+            acc = warpgroup.add_product(acc, change.astype(k.dtype), k_tiles.at[slot])
             plgpu.barrier_arrive(free.at[slot])
             return acc
 
-        acc = at.loop(step, _full(0, (_ROWS, q.shape[3])))
+        acc = at.loop(step, warpgroup.full(0, (warpgroup.ROWS, q.shape[3])))
         own[...] = (acc * scale).astype(out.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own, out.at[at.batch, rows, head])
@@ -232,20 +236,22 @@ def _key_gradient_kernel(
 
         def step(block, slot, carry, masked):
             acc_keys, acc_values = carry
-            rows = pl.ds(at.query_block(block) * _ROWS, _ROWS)
+            rows = pl.ds(at.query_block(block) * warpgroup.ROWS, warpgroup.ROWS)
             plgpu.barrier_wait(ready.at[slot])
-            scores = _scores(keys, q_tiles.at[slot]) * (scale * _LOG2E)
+            scores = warpgroup.product_transposed(keys, q_tiles.at[slot]) * (scale * _LOG2E)
             if masked:
                 scores = _hide(scores, view, segments, at.batch, rows, at.key_block, key_axis=0)
-            weights = jnp.exp2(scores - _along(_load(log_sum_exp_tiles, (slot,), 1), scores.shape, 1))
-            acc_values = _add_product(acc_values, weights.astype(q.dtype), arriving_tiles.at[slot])
-            wanted = _scores(values, arriving_tiles.at[slot])
-            change = weights * (wanted - _along(_load(delta_tiles, (slot,), 1), scores.shape, 1))
-            acc_keys = _add_product(acc_keys, change.astype(q.dtype), q_tiles.at[slot])
+            weights = jnp.exp2(
+                scores - warpgroup.spread(warpgroup.load(log_sum_exp_tiles, (slot,), 1), scores.shape, 1)
+            )
+            acc_values = warpgroup.add_product(acc_values, weights.astype(q.dtype), arriving_tiles.at[slot])
+            wanted = warpgroup.product_transposed(values, arriving_tiles.at[slot])
+            change = weights * (wanted - warpgroup.spread(warpgroup.load(delta_tiles, (slot,), 1), scores.shape, 1))
+            acc_keys = warpgroup.add_product(acc_keys, change.astype(q.dtype), q_tiles.at[slot])
             plgpu.barrier_arrive(free.at[slot])
             return acc_keys, acc_values
 
-        start = _full(0, (_ROWS, k.shape[3]))
+        start = warpgroup.full(0, (warpgroup.ROWS, k.shape[3]))
         acc_keys, acc_values = at.loop(step, (start, start))
         keys[...] = (acc_keys * scale).astype(to_keys.dtype)
         values[...] = acc_values.astype(to_values.dtype)
@@ -260,7 +266,7 @@ def _key_gradient_kernel(
 
         @at.each_block(free)
         def _(block, slot, refill):
-            rows, head = pl.ds(at.query_block(block) * _ROWS, _ROWS), at.query_head(block)
+            rows, head = pl.ds(at.query_block(block) * warpgroup.ROWS, warpgroup.ROWS), at.query_head(block)
             pl.when(refill)(functools.partial(plgpu.barrier_wait, free.at[slot]))
             for source, tiles in ((q, q_tiles), (arriving, arriving_tiles)):
                 plgpu.copy_gmem_to_smem(source.at[at.batch, rows, head], tiles.at[slot], ready.at[slot])
@@ -319,11 +325,11 @@ class _QueryTiles(_Tiles):
         super().__init__()
         group = q.shape[2] // k.shape[2]
         # The longest rows of a causal triangle start first.
-        pair = q.shape[1] * group // (_ROWS * _WORKERS) - 1 - jax.lax.axis_index("tile")
+        pair = q.shape[1] * group // (warpgroup.ROWS * _WORKERS) - 1 - jax.lax.axis_index("tile")
         first, last = (jax.lax.div(pair * _WORKERS + i, group) for i in (0, _WORKERS - 1))
         mine = pair * _WORKERS + jnp.minimum(self.worker, _WORKERS - 1)
         tile = jax.lax.div(mine, group)
-        self.rows = pl.ds(tile * _ROWS, _ROWS)
+        self.rows = pl.ds(tile * warpgroup.ROWS, warpgroup.ROWS)
         self.query_head = self.key_head * group + jax.lax.rem(mine, group)
         self.begin = jnp.minimum(ranges[self.batch, first, 0], ranges[self.batch, last, 0])
         self.end = jnp.maximum(ranges[self.batch, first, 1], ranges[self.batch, last, 1])
@@ -338,7 +344,7 @@ class _KeyTiles(_Tiles):
         self._group = q.shape[2] // k.shape[2]
         pair = jax.lax.axis_index("tile")
         self.key_block = pair * _WORKERS + jnp.minimum(self.worker, _WORKERS - 1)
-        self.tokens = pl.ds(self.key_block * _ROWS, _ROWS)
+        self.tokens = pl.ds(self.key_block * warpgroup.ROWS, warpgroup.ROWS)
         self.begin, self.end, self.whole_begin, self.whole_end = (
             ranges[self.batch, pair, i] * self._group for i in range(4)
         )
@@ -350,62 +356,17 @@ class _KeyTiles(_Tiles):
         return self.key_head * self._group + jax.lax.rem(block, self._group)
 
 
-# What follows, up to the wrapper's own arithmetic, knows of registers and of the matrix units.
-
-
-def _scores(a: Any, b: Any) -> Array:
-    """a·bᵀ of two tiles in shared memory."""
-
-    def multiply(acc: Any) -> Array:
-        plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
-        return acc[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
-
-
-def _add_product(acc: Array, a: Array, b: Any) -> Array:
-    """acc + a·b, a in registers and b in shared memory."""
-
-    def multiply(ref: Any) -> None:
-        plgpu.wgmma(ref, a, b)
-
-    return pl.run_state(multiply)(plgpu.ACC.init(acc))
-
-
-def _full(value: float, shape: tuple[int, ...]) -> Array:
-    """A constant in the registers of a product, or of its rows."""
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
-def _load(source: Any, index: tuple[Any, ...], axis: int) -> Array:
-    """A vector to be spread along the other axis of a product than `axis`."""
-    return plgpu.load(source, index, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
-
-
-def _index(shape: tuple[int, ...], axis: int) -> Array:
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-
-
-def _along(vector: Array, shape: tuple[int, ...], axis: int) -> Array:
-    return jax.lax.broadcast_in_dim(vector, shape, [axis])
-
-
 def _hide(scores: Array, view: Any, segments: Any, batch: Any, rows: Any, key_block: Any, *, key_axis: int) -> Array:
     """Put what the queries `rows` do not see of a block of keys below every other score."""
     keys = scores.shape[key_axis]
-    index = _index(scores.shape, key_axis) + key_block * keys
+    index = warpgroup.index_along(scores.shape, key_axis) + key_block * keys
     segment, first, end = (
-        _along(_load(view, (batch, i, rows), 1 - key_axis), scores.shape, 1 - key_axis) for i in range(3)
+        warpgroup.spread(warpgroup.load(view, (batch, i, rows), 1 - key_axis), scores.shape, 1 - key_axis)
+        for i in range(3)
     )
-    key_segment = _load(segments, (batch, pl.ds(key_block * keys, keys)), key_axis)
-    visible = (_along(key_segment, scores.shape, key_axis) == segment) & (index >= first) & (index < end)
+    key_segment = warpgroup.load(segments, (batch, pl.ds(key_block * keys, keys)), key_axis)
+    visible = (warpgroup.spread(key_segment, scores.shape, key_axis) == segment) & (index >= first) & (index < end)
     return jnp.where(visible, scores, _MASKED)
-
-
-def _tiles(count: int, rows: int, size: int) -> Any:
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((count, rows, size), jnp.bfloat16, transforms=transforms)
 
 
 def _launch(
@@ -424,7 +385,7 @@ def _launch(
 
 
 def _prepare(q: Array, k: Array, v: Array, visible: Visible) -> _Call:
-    padding = (0, -q.shape[1] % max(_FORWARD_KEYS, _ROWS * _WORKERS))
+    padding = (0, -q.shape[1] % max(_FORWARD_KEYS, warpgroup.ROWS * _WORKERS))
     q, k, v = (jnp.pad(x, ((0, 0), padding, (0, 0), (0, 0))) for x in (q, k, v))
     segments, *bounds = (
         jnp.pad(x, ((0, 0), padding)).astype(jnp.int32) for x in (visible.segment_ids, *visible.bounds())
@@ -439,7 +400,7 @@ def _ranges(call: _Call, keys: int, *, by_keys: bool) -> Int[Array, "B blocks 4"
     least, most = jnp.where(real, segments, bound.max), jnp.where(real, segments, bound.min)
 
     def queries(reduce: Callable[..., Array], x: Array) -> Array:
-        return reduce(x.reshape(x.shape[0], -1, _ROWS), axis=2)[:, :, None]
+        return reduce(x.reshape(x.shape[0], -1, warpgroup.ROWS), axis=2)[:, :, None]
 
     def blocks(reduce: Callable[..., Array], x: Array) -> Array:
         return reduce(x.reshape(x.shape[0], -1, keys), axis=2)[:, None, :]

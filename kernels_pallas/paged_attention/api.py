@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.paged_attention import reference
 from kernels_pallas.platforms import choose
 
-Implementation = Literal["xla", "reference", "tpu"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu")
+Implementation = Literal["xla", "reference", "tpu", "gpu"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu", "gpu")
 
 
 def paged_attention(
@@ -34,8 +34,8 @@ def paged_attention(
         0 … lengths - T + t. Queries that see none, as all of a row of length 0, give zeros. At most p·s.
 
     Softmax and accumulation are float32, the result has the dtype of `q`. Raises ValueError where shapes disagree, the
-    implementation is unknown or of another platform, or a kernel asked for by name has no such dtype, head size or
-    page size.
+    implementation is unknown or of another platform, or a kernel asked for by name has no such dtype, head size,
+    page size or number of new tokens.
     """
     if k_pages.ndim != 4 or k_pages.shape != v_pages.shape or q.ndim != 4 or q.shape[3] != k_pages.shape[3]:
         raise ValueError(
@@ -80,5 +80,12 @@ def _check_kernel(backend: ModuleType, name: str, q: Array, k_pages: Array, v_pa
         )
     if q.shape[3] not in backend.HEAD_SIZES:
         raise ValueError(f"head size {q.shape[3]}: {of} {' or '.join(map(str, backend.HEAD_SIZES))}; use 'xla'")
-    if k_pages.shape[2] % backend.PAGE_MULTIPLE:
-        raise ValueError(f"page size {k_pages.shape[2]}: {of} multiples of {backend.PAGE_MULTIPLE}; use 'xla'")
+    if k_pages.shape[2] not in backend.PAGE_SIZES:
+        raise ValueError(
+            f"page size {k_pages.shape[2]}: {of} one of {', '.join(map(str, backend.PAGE_SIZES))}; use 'xla'"
+        )
+    new, group = q.shape[1], q.shape[2] // k_pages.shape[1]
+    if new * group > backend.LARGEST_GROUP:
+        raise ValueError(
+            f"{new} new tokens of {group} heads that share keys: {of} up to {backend.LARGEST_GROUP} together; use 'xla'"
+        )

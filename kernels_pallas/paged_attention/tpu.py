@@ -15,9 +15,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 DTYPES = ("bfloat16", "float32")
-HEAD_SIZES = (64, 128)
-PAGE_MULTIPLE = 16  # rows of a register of bfloat16: blocks of pages then join into one matrix without moving
+HEAD_SIZES = (128,)  # of 64, XLA lays pages out in another way than the kernel reads them, and would copy them all
+PAGE_SIZES = (16, 32, 64, 128, 256, 512)  # whole registers of bfloat16: pages join into one matrix without moving
+LARGEST_GROUP = 256  # query rows of one head of keys
 _BLOCK_TOKENS = 512
+_SUBLANES = 16  # of a register of bfloat16
 _BUFFER_BYTES = 2**21  # of one of four buffers
 # A hidden score lies below what the running maximum starts from: its exponential is 0 even where all are hidden.
 _MASKED = -1e30
@@ -37,7 +39,7 @@ def paged_attention(
     places = k_pages.shape[2]
     token_bytes = kv_heads * size * k_pages.dtype.itemsize
     pages = max(1, min(_BLOCK_TOKENS, _BUFFER_BYTES // token_bytes, page_table.shape[1] * places) // places)
-    padded = -(-rows // PAGE_MULTIPLE) * PAGE_MULTIPLE
+    padded = -(-rows // _SUBLANES) * _SUBLANES
     queries = pl.BlockSpec((1, kv_heads, padded, size), lambda b, *_: (b, 0, 0, 0))
     buffer = pltpu.VMEM((2, pages, kv_heads, places, size), k_pages.dtype)
     out = pl.pallas_call(

@@ -1,83 +1,24 @@
 """The attention kernels, interpreted on CPU, against the float32 reference: values, statistics, every gradient.
 
-The TPU interpreter runs the grid, the block transfers and the arithmetic. It knows neither the tiling of registers nor
-the size of fast memory.
-
-The GPU interpreter of jax 0.10 runs the warpgroups as threads: the grid, the copies into shared memory, the barriers
-and the loops. It has no products with an operand in registers, no `run_state`, no `plgpu.load` and no register layouts,
-so the five functions that use them are replaced here: what is checked of them is where they stand, not what they
-compile to, nor that products and stores have ended when their barriers say so.
-
-Both look for races. What Mosaic accepts and whether it fits the chip is seen by compiling.
+What the interpreters cover and what not is said in `interpreters.py`. Both look for races here.
 """
 
-import contextlib
 import functools
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter  # races have no public door
-from jax._src.pallas.mosaic.interpret import thread_map
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as gpu_interpreter
-from jax._src.pallas.mosaic_gpu.interpret import params as gpu_params
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import platforms
 from kernels_pallas.attention import attention, attention_part, gpu, tpu
+from tests.kernels_pallas.interpreters import interpret
 
 
-class ProgramsOnce:
-    """Runs the GPU interpreter's threads with one compilation a kernel; it would compile for every thread and block."""
-
-    def __init__(self):
-        self._lock, self._programs = threading.Lock(), {}
-
-    def __call__(self, jaxpr, consts, *args):
-        with self._lock:
-            if id(jaxpr) not in self._programs:
-
-                def run(consts, *args):
-                    jax.core.eval_jaxpr(jaxpr, consts, *args)
-
-                # The jaxpr is kept too, or another one might get its id.
-                self._programs[id(jaxpr)] = jaxpr, jax.jit(run).lower(consts, *args).compile()
-        self._programs[id(jaxpr)][1](consts, *args)
-
-
-@pytest.fixture
-def interpret(monkeypatch):
-    """A context in which the kernels of a platform run here, and after which no race was seen."""
-
-    def product(a, b):
-        return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-    @contextlib.contextmanager
-    def context(platform):
-        monkeypatch.setattr(platforms, "platform", lambda: platform)
-        if platform == "tpu":
-            # Small blocks give short rows several of them.
-            monkeypatch.setattr(tpu, "_BLOCK", 128)
-            with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-                yield
-            assert not tpu_interpreter.races.races_found
-            return
-        monkeypatch.setattr(thread_map, "_run_jaxpr", ProgramsOnce())
-        monkeypatch.setattr(gpu, "_scores", lambda a, b: product(a[...], b[...].T))
-        monkeypatch.setattr(gpu, "_add_product", lambda acc, a, b: acc + product(a, b[...]))
-        monkeypatch.setattr(gpu, "_full", lambda value, shape: jnp.full(shape, value, jnp.float32))
-        monkeypatch.setattr(gpu, "_load", lambda source, index, axis: source[index])
-        monkeypatch.setattr(gpu, "_index", functools.partial(jax.lax.broadcasted_iota, jnp.int32))
-        try:
-            with gpu_params.force_gpu_interpret_mode(gpu_params.InterpretGPUParams(detect_races=True)):
-                yield
-            assert not gpu_interpreter.get_races().races_found
-        finally:
-            gpu_interpreter.reset_gpu_interpret_mode_state()
-
-    return context
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Give short rows several of them."""
+    monkeypatch.setattr(tpu, "_BLOCK", 128)
 
 
 def make_inputs(length, heads, kv_heads, size, dtype, *, batch, seed=0):
@@ -130,7 +71,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("platform", "batch", "length", "heads", "kv_heads", "size", "dtype", "span"), CASES)
-def test_value_and_every_gradient(platform, batch, length, heads, kv_heads, size, dtype, span, interpret):
+def test_value_and_every_gradient(platform, batch, length, heads, kv_heads, size, dtype, span):
     inputs = make_inputs(length, heads, kv_heads, size, dtype, batch=batch)
     segments = make_segments(length, batch=batch)
 
@@ -149,7 +90,7 @@ def test_value_and_every_gradient(platform, batch, length, heads, kv_heads, size
         np.testing.assert_allclose(mine.astype(jnp.float32), theirs, atol=share * max(1, np.abs(theirs).max()))
 
 
-def test_padding_gives_zeros_and_takes_part_in_nothing(interpret):
+def test_padding_gives_zeros_and_takes_part_in_nothing():
     q, k, v, cotangent = make_inputs(200, 2, 1, 64, jnp.float32, batch=2)
     segments = jnp.stack([jnp.zeros(200, jnp.int32), jnp.arange(200) < 4]).astype(jnp.int32)
     operation = functools.partial(attention_part, segment_ids=segments, span=whole(segments), implementation="tpu")
@@ -162,11 +103,10 @@ def test_padding_gives_zeros_and_takes_part_in_nothing(interpret):
     assert np.any(gradients[1][1, :4])
 
 
-def test_blocks_that_nobody_sees_are_neither_worked_on_nor_fetched(monkeypatch):
+def test_blocks_that_nobody_sees_are_neither_worked_on_nor_fetched():
     """Of 4 x 4 blocks in a row of two documents, causal order leaves 10, and the documents 6 of those."""
     q, k, v, _ = make_inputs(512, 2, 1, 64, jnp.float32, batch=1)
     visible = tpu.Visible(jnp.asarray([[1] * 256 + [2] * 256]))
-    monkeypatch.setattr(tpu, "_BLOCK", 128)
     call = tpu._prepare(q, k, v, visible)
     for by_keys, fetched in ((False, [0, 0, 1, 1, 1, 2, 2, 2, 2, 3]), (True, [0, 1, 1, 1, 1, 1, 1, 2, 3, 3])):
         pairs = tpu._pairs(call, by_keys)

@@ -1,7 +1,6 @@
 """Every implementation of paged attention against the float32 reference over the same tokens laid side by side.
 
-The TPU kernel is interpreted on CPU with races looked for; the interpreter knows neither register tiling nor the size
-of fast memory.
+What the kernels' interpreters cover and what not is said in `interpreters.py`. Both look for races here.
 """
 
 import contextlib
@@ -10,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the races have no public door
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import attention, platforms
-from kernels_pallas.paged_attention import paged_attention, tpu, xla
+from kernels_pallas.paged_attention import gpu, paged_attention, tpu, xla
+from tests.kernels_pallas.interpreters import interpret
 
 PAGES, TABLE = 40, 5
 
@@ -31,35 +29,34 @@ def make_inputs(lengths, new, heads, kv_heads, size, dtype, *, places=16, seed=0
     return q, *pages, jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
 
 
-@contextlib.contextmanager
-def interpreted_tpu(monkeypatch):
-    monkeypatch.setattr(platforms, "platform", lambda: "tpu")
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-        yield
-
-
-def run(implementation, inputs, monkeypatch):
-    with interpreted_tpu(monkeypatch) if implementation == "tpu" else contextlib.nullcontext():
-        return jax.jit(lambda *inputs: paged_attention(*inputs, implementation=implementation))(*inputs)
+def run(implementation, inputs):
+    with interpret(implementation) if implementation in ("tpu", "gpu") else contextlib.nullcontext():
+        operation = jax.jit(lambda *inputs: paged_attention(*inputs, implementation=implementation))
+        return jax.block_until_ready(operation(*inputs))
 
 
 CASES = [
-    # lengths, new, heads, kv_heads, size, dtype
-    ([1, 0, 80, 33], 1, 4, 2, 64, jnp.float32),
-    ([0, 17, 48], 3, 2, 2, 128, jnp.float32),
-    ([2, 80, 0, 0], 4, 8, 1, 128, jnp.bfloat16),
+    # implementations, lengths, new, heads, kv_heads, size, dtype
+    ("xla tpu", [1, 0, 80, 33], 1, 4, 2, 128, jnp.float32),
+    ("xla tpu", [0, 17, 48], 3, 2, 2, 128, jnp.float32),
+    ("xla tpu gpu", [2, 80, 0, 0], 4, 8, 1, 128, jnp.bfloat16),
+    ("gpu", [80, 33, 5], 1, 2, 2, 64, jnp.bfloat16),
+    ("gpu", [0, 80], 9, 8, 1, 64, jnp.bfloat16),
 ]
+CASES = [(name, *case) for names, *case in CASES for name in names.split()]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
-@pytest.mark.parametrize(("lengths", "new", "heads", "kv_heads", "size", "dtype"), CASES)
+@pytest.mark.parametrize(("implementation", "lengths", "new", "heads", "kv_heads", "size", "dtype"), CASES)
 def test_every_row_and_query(implementation, lengths, new, heads, kv_heads, size, dtype, monkeypatch):
     # Two pages a block: rows of several blocks, and blocks that end before their last page.
-    monkeypatch.setattr({"xla": xla, "tpu": tpu}[implementation], "_BLOCK_TOKENS", 32)
+    for module in (xla, tpu, gpu):
+        monkeypatch.setattr(module, "_BLOCK_TOKENS", 32)
+    # Two thread blocks share a row.
+    monkeypatch.setattr(gpu, "_THREAD_BLOCKS", 2 * len(lengths) * kv_heads)
     inputs = make_inputs(lengths, new, heads, kv_heads, size, dtype)
     exact = [x.astype(jnp.float32) for x in inputs[:3]]
     expected = paged_attention(*exact, *inputs[3:], implementation="reference")
-    out = run(implementation, inputs, monkeypatch)
+    out = run(implementation, inputs)
     assert out.dtype == dtype
     # float32 sums in another order; bfloat16 keeps 8 bits of each weight and of the result.
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=1e-5 if dtype == jnp.float32 else 0.03)
@@ -67,8 +64,6 @@ def test_every_row_and_query(implementation, lengths, new, heads, kv_heads, size
         unseeing = max(0, new - length)
         assert not np.any(out[row, :unseeing])
         assert np.all(np.any(out[row, unseeing:] != 0, axis=-1))
-    if implementation == "tpu":
-        assert not interpret_pallas_call.races.races_found
 
 
 def test_the_reference_is_attention_over_the_same_tokens():
@@ -105,9 +100,16 @@ def test_wrong_arguments_are_named(monkeypatch):
         paged_attention(q, k_pages, v_pages, table, lengths[:1])
     with pytest.raises(ValueError, match="needs TPU, this platform is cpu"):
         paged_attention(q, k_pages, v_pages, table, lengths, implementation="tpu")
-    with interpreted_tpu(monkeypatch):
-        with pytest.raises(ValueError, match=r"head size 8.*64 or 128"):
-            paged_attention(q, k_pages, v_pages, table, lengths, implementation="tpu")
-        inputs = make_inputs([20], 1, 4, 2, 64, jnp.float32, places=24)
-        with pytest.raises(ValueError, match=r"page size 24.*multiples of 16"):
-            paged_attention(*inputs, implementation="tpu")
+    monkeypatch.setattr(platforms, "platform", lambda: "tpu")
+    with pytest.raises(ValueError, match=r"head size 8.*'tpu' of paged_attention takes 128; use 'xla'"):
+        paged_attention(q, k_pages, v_pages, table, lengths, implementation="tpu")
+    inputs = make_inputs([20], 1, 4, 2, 128, jnp.float32, places=24)
+    with pytest.raises(ValueError, match=r"page size 24.*one of 16, 32, .*512; use"):
+        paged_attention(*inputs, implementation="tpu")
+    monkeypatch.setattr(platforms, "platform", lambda: "gpu")
+    inputs = make_inputs([20], 1, 4, 2, 128, jnp.bfloat16, places=128)
+    with pytest.raises(ValueError, match=r"page size 128.*one of 16, 32, 64; use"):
+        paged_attention(*inputs, implementation="gpu")
+    inputs = make_inputs([20], 9, 16, 1, 128, jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"9 new tokens of 16 heads .*'gpu' of paged_attention takes up to 128"):
+        paged_attention(*inputs, implementation="gpu")
