@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
+
+from kernels_pallas.attention.visible import Visible
 
 _UNROLLED = 1024
 _SMALL_BLOCK = 64
@@ -28,33 +30,21 @@ class _Heads(NamedTuple):
     values: Float[Array, "B N T H"]
 
 
-def attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segment_ids: Int[Array, "B T"],
-) -> Float[Array, "B T N H"]:
-    length = q.shape[1]
-    padding = -length % _LARGE_BLOCK if length > _UNROLLED else 0
-    padded = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-    return _attention(*padded, jnp.pad(segment_ids, ((0, 0), (0, padding))))[:, :length]
-
-
-@jax.custom_vjp
-def _attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    return _forward(q, k, v, segment_ids)[0]
-
-
-def _forward(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, tuple[Array, ...]]:
+def forward(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], visible: Visible
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention and the log-sum-exp of each query's visible scores."""
+    given = q.shape[1]
+    (q, k, v), visible = _padded((q, k, v), visible)
     heads = _heads(q, k, v)
 
     def block(start: int | Array, size: int, seen: int) -> tuple[Array, Array]:
         queries = jax.lax.dynamic_slice_in_dim(heads.queries, start, size, axis=2)
         scores = jnp.einsum("BNTH,BNSH->BNTS", queries, heads.keys[:, :, :seen], preferred_element_type=jnp.float32)
-        visible = _visible(segment_ids, start, size, seen)
-        scores = jnp.where(visible, scores * q.shape[3] ** -0.5, _MASKED)
+        seeing = _mask(visible, start, size, seen)
+        scores = jnp.where(seeing, scores * q.shape[3] ** -0.5, _MASKED)
         top = jnp.max(scores, axis=-1, keepdims=True)
-        exponentials = jnp.where(visible, jnp.exp(scores - top), 0)
+        exponentials = jnp.where(seeing, jnp.exp(scores - top), 0)
         total = jnp.maximum(jnp.sum(exponentials, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
         weighted = jnp.matmul(
             exponentials.astype(v.dtype), heads.values[:, :, :seen], preferred_element_type=jnp.float32
@@ -62,16 +52,25 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, t
         return weighted / total, top + jnp.log(total)
 
     out, log_sum_exp = _by_blocks(block, q.shape[1])
-    out = out.transpose(0, 2, 1, 3).astype(q.dtype)
-    return out, (q, k, v, segment_ids, out, log_sum_exp)
+    return out.transpose(0, 2, 1, 3).astype(q.dtype)[:, :given], log_sum_exp[:, :, :given, 0]
 
 
-def _backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, segment_ids, out, log_sum_exp = residuals
+def backward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    visible: Visible,
+    log_sum_exp: Float[Array, "B N T"],
+    delta: Float[Array, "B N T"],
+    cotangent: Float[Array, "B T N H"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Gradients of q, k and v; `delta` is Σ_H out·cotangent less the log-sum-exp's own cotangent."""
+    given = q.shape[1]
+    (q, k, v, cotangent), visible = _padded((q, k, v, cotangent), visible)
     heads = _heads(q, k, v)
     length, scale = q.shape[1], q.shape[3] ** -0.5
     incoming = cotangent.transpose(0, 2, 1, 3)
-    delta = jnp.sum((out * cotangent).astype(jnp.float32), axis=-1).transpose(0, 2, 1)[..., None]
+    log_sum_exp, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, length - given)))[..., None] for x in (log_sum_exp, delta))
 
     def block(start: int | Array, size: int, seen: int) -> tuple[Array, Array, Array]:
         part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
@@ -80,9 +79,9 @@ def _backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Ar
         keys, values = heads.keys[:, :, :seen], heads.values[:, :, :seen]
         # Keys are the rows here: two of the three products below then read their operands as they lie, and a product
         # with a transposed first operand takes three times as long on CPU.
-        visible = _visible(segment_ids, start, size, seen).swapaxes(2, 3)
+        seeing = _mask(visible, start, size, seen).swapaxes(2, 3)
         scores = product("BNSH,BNTH->BNST", keys, queries) * scale
-        weights = jnp.where(visible, jnp.exp(scores - part(log_sum_exp).swapaxes(2, 3)), 0)
+        weights = jnp.where(seeing, jnp.exp(scores - part(log_sum_exp).swapaxes(2, 3)), 0)
         wanted = product("BNSH,BNTH->BNST", values, arriving)
         change = (weights * (wanted - part(delta).swapaxes(2, 3)) * scale).astype(q.dtype)
         to_keys = product("BNST,BNTH->BNSH", change, queries)
@@ -98,12 +97,17 @@ def _backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Ar
 
     def regrouped(gradient: Array) -> Array:
         grouped = gradient.reshape(k.shape[0], k.shape[2], -1, length, k.shape[3])
-        return jnp.sum(grouped, axis=2).transpose(0, 2, 1, 3).astype(k.dtype)
+        return jnp.sum(grouped, axis=2).transpose(0, 2, 1, 3).astype(k.dtype)[:, :given]
 
-    return to_queries.transpose(0, 2, 1, 3).astype(q.dtype), regrouped(to_keys), regrouped(to_values), None
+    return to_queries.transpose(0, 2, 1, 3).astype(q.dtype)[:, :given], regrouped(to_keys), regrouped(to_values)
 
 
-_attention.defvjp(_forward, _backward)
+def _padded(heads: tuple[Array, ...], visible: Visible) -> tuple[tuple[Array, ...], Visible]:
+    """Rows that are looped over reach whole blocks."""
+    length = heads[0].shape[1]
+    padding = (0, -length % _LARGE_BLOCK if length > _UNROLLED else 0)
+    visible = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), padding)), visible)
+    return tuple(jnp.pad(x, ((0, 0), padding, (0, 0), (0, 0))) for x in heads), visible
 
 
 def _heads(q: Array, k: Array, v: Array) -> _Heads:
@@ -111,12 +115,17 @@ def _heads(q: Array, k: Array, v: Array) -> _Heads:
     return _Heads(*(x.transpose(0, 2, 1, 3) for x in (q, jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2))))
 
 
-def _visible(segment_ids: Array, start: int | Array, size: int, seen: int) -> Bool[Array, "B 1 T S"]:
+def _mask(visible: Visible, start: int | Array, size: int, seen: int) -> Bool[Array, "B 1 T S"]:
     """Which of the first `seen` keys count for the queries start..start+size."""
-    query_segments = jax.lax.dynamic_slice_in_dim(segment_ids, start, size, axis=1)
-    causal = (start + jnp.arange(size))[:, None] >= jnp.arange(seen)[None, :]
-    same = query_segments[:, :, None] == segment_ids[:, None, :seen]
-    return (causal & same & (query_segments != 0)[:, :, None])[:, None]
+    part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
+    query_segments, keys = part(visible.segment_ids), jnp.arange(seen)[None, :]
+    causal = (start + jnp.arange(size))[:, None] >= keys
+    same = query_segments[:, :, None] == visible.segment_ids[:, None, :seen]
+    seeing = causal & same & (query_segments != 0)[:, :, None]
+    if visible.span is not None:
+        first, end = (part(x)[:, :, None] for x in visible.span)
+        seeing &= (first <= keys) & (keys < end)
+    return seeing[:, None]
 
 
 def _by_blocks(block: Callable[..., tuple[Array, ...]], length: int, summed: int = 0) -> tuple[Array, ...]:

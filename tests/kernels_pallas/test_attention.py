@@ -133,5 +133,7 @@ def test_wrong_arguments_are_named():
         attention(q, k, v, segments[:, :3])
     with pytest.raises(ValueError, match="q has 3 heads"):
         attention(q[:, :, :3], k, v, segments)
-    with pytest.raises(ValueError, match="implementation 'tpu' is unknown"):
+    with pytest.raises(ValueError, match="implementation 'triton' of attention is unknown"):
+        attention(q, k, v, segments, implementation="triton")
+    with pytest.raises(ValueError, match="implementation 'tpu' of attention needs TPU, this platform is cpu"):
         attention(q, k, v, segments, implementation="tpu")

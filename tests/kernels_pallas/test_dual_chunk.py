@@ -1,0 +1,110 @@
+"""Dual Chunk Attention against its definition, one query and key at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.attention import attention, attention_part, dual_chunk_attention, dual_chunk_positions, merge_parts
+
+CHUNK, LOCAL = 12, 4
+DOCUMENTS = [5, 40, 19]  # shorter than a chunk of 8, of whole chunks, and not
+SIZE, HEADS, KV_HEADS = 8, 4, 2
+
+
+def rotate(x, positions):
+    """Rotary embedding [B, T, N, H] at positions [B, T], base 100."""
+    angle = np.asarray(positions)[:, :, None, None] * 100.0 ** (-np.arange(SIZE // 2) / (SIZE // 2))
+    a, b = np.split(np.asarray(x), 2, axis=-1)
+    rotated = [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
+    return np.concatenate(rotated, axis=-1).astype(np.float32)
+
+
+@pytest.fixture
+def row():
+    """q, k, v of one packed row, its segments and the position of every token in its document."""
+    rng = np.random.default_rng(0)
+    length = sum(DOCUMENTS) + 3
+    q, k, v = (jnp.asarray(rng.normal(0, 1.5, (1, length, n, SIZE)), jnp.float32) for n in (HEADS, KV_HEADS, KV_HEADS))
+    segments, positions = np.zeros((2, 1, length), np.int32)
+    for number, count in enumerate(DOCUMENTS):
+        start = sum(DOCUMENTS[:number])
+        segments[0, start : start + count] = number + 1
+        positions[0, start : start + count] = np.arange(count)
+    return q, k, v, jnp.asarray(segments), jnp.asarray(positions)
+
+
+def by_definition(q, k, v, segments, positions):
+    """The paper's cases, one query at one key after another."""
+    q, k, v, segments, positions = map(np.asarray, (q, k, v, segments, positions))
+    k, v = (np.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
+    stride = CHUNK - LOCAL
+    out = np.zeros_like(q)
+    for i in np.flatnonzero(segments[0]):
+        keys = [j for j in range(i + 1) if segments[0, j] == segments[0, i]]
+        scores = []
+        for j in keys:
+            position = positions[0, i] % stride
+            distance = positions[0, i] // stride - positions[0, j] // stride
+            query_at = [position, min(position + stride, CHUNK), min(2 * stride - 1, CHUNK)][min(distance, 2)]
+            query = rotate(q[:, i : i + 1], np.full((1, 1), query_at))
+            key = rotate(k[:, j : j + 1], positions[:, j : j + 1] % stride)
+            scores.append(np.sum(query * key, axis=-1)[0, 0] * SIZE**-0.5)
+        weights = np.exp(np.stack(scores) - np.max(scores, axis=0))
+        out[0, i] = np.einsum("SN,SNH->NH", weights / weights.sum(axis=0), v[0, keys])
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_it_is_what_the_paper_defines(row, implementation):
+    q, k, v, segments, positions = row
+    at = dual_chunk_positions(positions, chunk_size=CHUNK, local_size=LOCAL)
+    out = dual_chunk_attention(
+        *(rotate(q, x) for x in (at.same, at.previous, at.older)),
+        rotate(k, at.keys),
+        v,
+        segments,
+        positions,
+        chunk_size=CHUNK,
+        local_size=LOCAL,
+        implementation=implementation,
+    )
+    # float32 sums in another order.
+    np.testing.assert_allclose(out, by_definition(q, k, v, segments, positions), atol=1e-5)
+
+
+def test_within_a_chunk_it_is_attention(row):
+    q, k, v, segments, positions = row
+    at = dual_chunk_positions(positions, chunk_size=64, local_size=4)
+    q, k = rotate(q, at.same), rotate(k, at.keys)
+    out = dual_chunk_attention(q, q * 9, q * 9, k, v, segments, positions, chunk_size=64, local_size=4)
+    np.testing.assert_allclose(out, attention(q, k, v, segments), atol=1e-6)
+
+
+def test_merged_parts_have_the_values_and_gradients_of_the_whole(row):
+    q, k, v, segments, _ = row
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    spans = [(0 * index, index // 3), (index // 3, index // 2), (index // 2, index + 1)]
+
+    def merged(q, k, v):
+        return merge_parts([attention_part(q, k, v, segments, span) for span in spans])
+
+    def loss(operation):
+        return lambda q, k, v: jnp.sum(jnp.sin(operation(q, k, v)))
+
+    whole = attention(q, k, v, segments)
+    # float32 sums in another order.
+    np.testing.assert_allclose(merged(q, k, v), whole, atol=1e-5)
+    expected = jax.grad(loss(lambda *x: attention(*x, segments, implementation="reference")), argnums=(0, 1, 2))(
+        q, k, v
+    )
+    for mine, theirs in zip(jax.grad(loss(merged), argnums=(0, 1, 2))(q, k, v), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5)
+
+
+def test_wrong_arguments_are_named(row):
+    q, k, v, segments, positions = row
+    with pytest.raises(ValueError, match=r"local_size 12 must be .* below chunk_size 12"):
+        dual_chunk_attention(q, q, q, k, v, segments, positions, chunk_size=12, local_size=12)
+    with pytest.raises(ValueError, match="a bound of span is"):
+        attention_part(q, k, v, segments, (segments, segments[:, 1:]))
