@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from distill.tasks.drawing import check_fraction, check_weight, mix, stream_seed, unique_problems
-from distill.tasks.problem import Problem, Split
+from distill.tasks.problem import Excluded, Problem, Split, plain_words, split_of
 from distill.tasks.verifiers import equal_integers
 from distill.tasks.working import (
     chain_steps,
@@ -135,7 +135,7 @@ class Arithmetic:
         if self.chain_sum.weight + self.products.weight == 0:
             raise UserError("chain_sum.weight and products.weight are both 0; give one of them a positive weight")
 
-    def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
+    def problems(self, split: Split, count: int, seed: int, without: Excluded | None = None) -> list[Problem]:
         """See `Task.problems`."""
         streams = {
             CHAIN_SUM: (self.chain_sum.weight, self.chain_sum.candidates(seed)),
@@ -143,13 +143,22 @@ class Arithmetic:
         }
         return mix(
             {
-                name: (weight, unique_problems(candidates, split, self.held_out_fraction))
+                name: (weight, unique_problems(candidates, split, self.held_out_fraction, without))
                 for name, (weight, candidates) in streams.items()
             },
             count=count,
             seed=seed,
             split=split,
         )
+
+    def size(self, split: Split, without: Excluded | None = None) -> None:
+        """None: there are as many as the options of the families allow."""
+
+    def holds_out(self, question_text: str) -> bool:
+        """See `Task.holds_out`; of questions in the wording of its families, the held-out share."""
+        question = plain_words(question_text)
+        own = _CHAIN_EXPRESSION.fullmatch(question) or _PRODUCT_FACTORS.fullmatch(question)
+        return own is not None and split_of(question, self.held_out_fraction) == "held_out"
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether the text is the number and nothing else."""
