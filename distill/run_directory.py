@@ -16,27 +16,31 @@ from distill.results import EvaluationRow, StageCost
 from qwen3.errors import UserError
 
 _SHOWN_DIFFERENCES = 5
+_WORK = ("evaluations", "stages", "targets", "checkpoints")
+"""What a run has to show for its time; a directory without any of these may still change its configuration."""
 
 
 class RunDirectory:
     """What is done already, and where the rest goes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, config: Any = None):
         self.path = path
+        self._config = config
 
     @classmethod
     @contextlib.contextmanager
     def claim(cls, path: Path, experiment: Experiment) -> Iterator["RunDirectory"]:
-        """Create or continue the directory; no other run can claim it meanwhile.
+        """Hold the directory, new or to be continued; no other run can claim it meanwhile.
 
+        Nothing is written before `begin`: a directory that was made for a run that never began is removed again.
         Of processes that run together the first one holds it, and writes to it. Raises UserError in all of them where
-        it cannot be written, another run is in it, or it belongs to another experiment.
+        it cannot be written, another run is in it, or it holds work of another experiment.
         """
         wanted = json.loads(json.dumps(experiment.to_json()))
         require_same("the experiment's fields", json.dumps(wanted).encode)
         with contextlib.ExitStack() as held:
             first_says(lambda: cls._claim(path, wanted, held))
-            yield cls(path)
+            yield cls(path, wanted)
 
     @staticmethod
     def _claim(path: Path, wanted: Any, held: contextlib.ExitStack) -> None:
@@ -52,8 +56,16 @@ class RunDirectory:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process is running in {path}; wait for it or stop it") from None
+        held.callback(_remove_if_never_begun, path)
         _check_config(path / "config.json", wanted)
-        write_atomically(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+    def begin(self) -> None:
+        """Write down whose directory this is, and where it runs: from here on there is work to keep."""
+        first_says(self._begin)
+
+    def _begin(self) -> None:
+        write_atomically(self.path / "config.json", json.dumps(self._config, indent=2) + "\n")
+        write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
     def evaluation(self, name: str) -> list[EvaluationRow] | None:
         """The rows of a model that has been evaluated, else None."""
@@ -77,7 +89,7 @@ class RunDirectory:
         Raises UserError where it was another one when the run began.
         """
         known = self._read("student", "base")
-        if known is None:
+        if known is None or not first_says(lambda: _holds_work(self.path)):
             self._write("student", "base", fingerprint)
         elif known != fingerprint:
             raise UserError(
@@ -97,8 +109,7 @@ class RunDirectory:
 
 
 def _check_config(file: Path, wanted: Any) -> None:
-    if not file.exists():
-        write_atomically(file, json.dumps(wanted, indent=2) + "\n")
+    if not file.exists() or not _holds_work(file.parent):
         return
     differences = differing_fields(json.loads(file.read_text()), wanted)
     if differences:
@@ -108,3 +119,14 @@ def _check_config(file: Path, wanted: Any) -> None:
             f"{file.parent} holds a run of another configuration ({shown}{more}); "
             "give this one another --name, or delete that directory"
         )
+
+
+def _holds_work(path: Path) -> bool:
+    return any((path / kind).exists() for kind in _WORK)
+
+
+def _remove_if_never_begun(path: Path) -> None:
+    """Called while the lock is held, so that no other run can be in it."""
+    if {file.name for file in path.iterdir()} == {".lock"}:
+        (path / ".lock").unlink()
+        path.rmdir()
