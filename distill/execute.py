@@ -19,7 +19,7 @@ from distill.progress import Progress
 from distill.report import Report, StageCost, write_report
 from distill.results import STUDENT_INITIAL, TEACHER, EvaluationRow, record_json
 from distill.run_directory import RunDirectory
-from distill.stages import Stage
+from distill.stages import OnPolicy, Stage
 from distill.stages.context import RunContext, StopRequest, TeacherModel
 from distill.stages.loop import Spent, trained_model
 from distill.tasks.mixture import TaskMixture
@@ -51,6 +51,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
         costs: dict[str, StageCost] = {}
         context = RunContext(
             directory=directory,
+            run_id=run.run_id,
             seed=experiment.seed,
             mesh=mesh,
             tokenizer=teacher_tokenizer,
@@ -63,7 +64,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
         )
         for agreement in _selftest(experiment, student, context):
             progress.print(f"self-test  {agreement.check}: {agreement.finding}")
-        _check_rows(experiment, mesh)
+        _check_mesh(experiment, mesh)
 
         evaluator = Evaluator(experiment.evaluation, context, student)
         rows = _evaluated(STUDENT_INITIAL, student, evaluator, run)
@@ -77,6 +78,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             teacher = context.load_teacher().model
             known = run.evaluation(TEACHER)
             rows += known or _evaluated(TEACHER, teacher, Evaluator(experiment.evaluation, context, teacher), run)
+        context.require_directory()
         _export(experiment, models[experiment.lineage()[-1]], context)
         seconds = first_says(lambda: _wall_seconds(directory, time.monotonic() - started))
         report = Report(
@@ -96,12 +98,14 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
         return report
 
 
-def _check_rows(experiment: Experiment, mesh: Mesh) -> None:
-    """Refuses, before the first stage, whatever the data-parallel devices cannot share."""
+def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
+    """Refuses, before the first stage, whatever the devices cannot share."""
     check_rows("evaluation.batch_size", experiment.evaluation.batch_size, mesh)
     for name, stage in experiment.stages.items():
         for field, rows in stage.spread_rows.items():
             check_rows(f"stages.{name}.{field}", rows, mesh)
+        if isinstance(stage, OnPolicy):
+            stage.check_mesh(name, mesh)
 
 
 def _metrics(directory: Path) -> MetricsWriter:

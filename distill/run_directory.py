@@ -13,6 +13,7 @@ from distill.experiment import Experiment, differing_fields
 from distill.processes import first_says, is_first, require_same
 from distill.records import write_atomically
 from distill.results import EvaluationRow, StageCost
+from distill.run_identity import claim_id, require_id
 from qwen3.errors import UserError
 
 _SHOWN_DIFFERENCES = 5
@@ -23,8 +24,9 @@ _WORK = ("evaluations", "stages", "targets", "checkpoints")
 class RunDirectory:
     """What is done already, and where the rest goes."""
 
-    def __init__(self, path: Path, config: Any = None):
+    def __init__(self, path: Path, config: Any):
         self.path = path
+        self.run_id = ""
         self._config = config
 
     @classmethod
@@ -61,11 +63,12 @@ class RunDirectory:
 
     def begin(self) -> None:
         """Write down whose directory this is, and where it runs: from here on there is work to keep."""
-        first_says(self._begin)
+        self.run_id = first_says(self._begin)
 
-    def _begin(self) -> None:
+    def _begin(self) -> str:
         write_atomically(self.path / "config.json", json.dumps(self._config, indent=2) + "\n")
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        return claim_id(self.path)
 
     def evaluation(self, name: str) -> list[EvaluationRow] | None:
         """The rows of a model that has been evaluated, else None."""
@@ -104,6 +107,7 @@ class RunDirectory:
     def _write(self, kind: str, name: str, value: Any) -> None:
         if not is_first():
             return
+        require_id(self.path, self.run_id)
         (self.path / kind).mkdir(exist_ok=True)
         write_atomically(self.path / kind / f"{name}.json", json.dumps(value, indent=2) + "\n")
 

@@ -1,7 +1,9 @@
 """What a policy wrote, on the host: the one record that the engine returns, stores keep and trainers read."""
 
+import base64
 import dataclasses
-from typing import Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
@@ -38,3 +40,36 @@ class Rollout:
     def response(self) -> Int32[np.ndarray, "R"]:
         """The continuation without the prompt, stop token included."""
         return self.tokens[self.prompt_length :]
+
+
+_ARRAYS: Final = {"tokens": np.int32, "loss_mask": np.bool_, "sampler_logprobs": np.float32}
+
+
+def rollouts_to_json(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """JSON data from which `rollouts_from_json` makes the same rollouts, bit for bit; 12 bytes a token."""
+    records = []
+    for rollout in rollouts:
+        fields = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(Rollout)}
+        lengths = {"length": len(rollout.tokens)}
+        records.append(lengths | {name: value for name, value in fields.items() if name not in _ARRAYS})
+    arrays = {
+        name: base64.b64encode(
+            b"".join(np.asarray(getattr(rollout, name), dtype).tobytes() for rollout in rollouts)
+        ).decode()
+        for name, dtype in _ARRAYS.items()
+    }
+    return {"records": records, **arrays}
+
+
+def rollouts_from_json(data: Mapping[str, Any]) -> list[Rollout]:
+    """The inverse of `rollouts_to_json`."""
+    arrays: dict[str, Any] = {
+        name: np.frombuffer(base64.b64decode(data[name]), dtype) for name, dtype in _ARRAYS.items()
+    }
+    rollouts, start = [], 0
+    for record in data["records"]:
+        fields = dict(record)
+        end = start + fields.pop("length")
+        rollouts.append(Rollout(**fields, **{name: array[start:end] for name, array in arrays.items()}))
+        start = end
+    return rollouts

@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill.metrics import MetricsWriter
-from distill.processes import any_process
+from distill.processes import any_process, first_says
 from distill.progress import Progress
 from distill.records import write_atomically
 from distill.results import StageCost
+from distill.run_identity import require_id
 from distill.tasks.mixture import TaskMixture
 from qwen3.chat import ChatTokenizer
 from qwen3.config import ModelConfig
@@ -68,6 +69,8 @@ class TeacherModel:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunContext:
     directory: Path
+    run_id: str
+    """Whose directory that is: checkpoints carry it."""
     seed: int
     mesh: Mesh
     tokenizer: ChatTokenizer
@@ -79,6 +82,10 @@ class RunContext:
     stop: StopRequest
     costs: Mapping[str, StageCost]
     """What the finished stages of this run cost, by name."""
+
+    def require_directory(self) -> None:
+        """Raises UserError, in all processes, where the directory has become another run's or is gone."""
+        first_says(lambda: require_id(self.directory, self.run_id))
 
     def stage_seed(self, name: str) -> int:
         """A seed of its own for everything random in one stage, 32 bits."""

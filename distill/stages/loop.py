@@ -115,7 +115,7 @@ def train(
     with Checkpointer(context.directory / "checkpoints" / name) as checkpoints:
         done = checkpoints.latest_step() or 0
         if done:
-            state, metadata = _restored(checkpoints, state)
+            state, metadata = _restored(checkpoints, state, context)
             spent = Spent(**metadata["spent"])
             if done < steps:
                 data.restore(metadata["data"])
@@ -157,7 +157,8 @@ def train(
                 bar.advance(tokens=result.tokens, values={"loss": result.metrics["loss"]})
                 last, stop = step + 1 == steps, context.stop.agreed()
                 if last or stop or (step + 1) % training.checkpoint_every_steps == 0:
-                    metadata = {"spent": dataclasses.asdict(spent), "data": data.state()}
+                    metadata = {"run": context.run_id, "spent": dataclasses.asdict(spent), "data": data.state()}
+                    context.require_directory()
                     checkpoints.save(step + 1, state.split()[0], metadata)
                 if stop:
                     checkpoints.wait()
@@ -176,11 +177,19 @@ def trained_model(name: str, start: Qwen3, training: Training, context: RunConte
     # The schedule is no part of the state, so any number of steps gives the right structure.
     state = TrainState.start(start, training.optimizer.transformation(1), context.mesh)
     with Checkpointer(context.directory / "checkpoints" / name) as checkpoints:
-        return _restored(checkpoints, state)[0].model
+        return _restored(checkpoints, state, context)[0].model
 
 
-def _restored(checkpoints: Checkpointer, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The latest checkpoint, placed and completed with frozen weights as `state` is, and its metadata."""
+def _restored(checkpoints: Checkpointer, state: TrainState, context: RunContext) -> tuple[TrainState, dict[str, Any]]:
+    """The latest checkpoint, placed and completed with frozen weights as `state` is, and its metadata.
+
+    Raises UserError where another run has written it: one whose directory was deleted while it was running.
+    """
     saved, frozen = state.split()
     trained, metadata = checkpoints.restore(abstract_state(saved))
+    if metadata.get("run") != context.run_id:
+        raise UserError(
+            f"the latest checkpoint in {checkpoints.directory} is another run's; delete {context.directory} and start "
+            "again, or choose another --name"
+        )
     return trained.joined(frozen), metadata

@@ -158,6 +158,7 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
                     records = scorer.score_rollouts(
                         rollouts, k=stage.top_k, rows=stage.batch_size, length=length, pad_id=context.tokenizer.pad_id
                     )
+                context.require_directory()
                 first_says(functools.partial(_write_shard, directory, identity, shard, records, watch))
                 bar.advance(len(rollouts), tokens=sum(len(rollout.response) for rollout in rollouts))
                 if context.stop.agreed() and first != firsts[-1]:

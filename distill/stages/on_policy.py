@@ -1,5 +1,6 @@
 """On-policy distillation: the student writes in both modes, the teacher judges every token, the KL is minimised."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -7,12 +8,14 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from distill.data.packing import pack_rollouts, rollout_example, rows_needed
 from distill.flops import forward_flops, training_flops
 from distill.losses import Loss
 from distill.rollouts import ModeMix, prompt_ids
 from distill.samples import judge
+from distill.stages.ahead import Written, WrittenAhead
 from distill.stages.context import RunContext
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.tasks import Problem
@@ -24,11 +27,23 @@ from qwen3.model import Qwen3
 from qwen3.rollout import MODES, THINKING, Rollout
 from qwen3.sampling import SamplingParams
 from teacher.scoring import Scorer
+from teacher.targets import Hidden
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnPolicy:
-    """The student minimises an exact divergence from the teacher, over the whole vocabulary, on its own responses."""
+    """The student minimises an exact divergence from the teacher, over the whole vocabulary, on its own responses.
+
+    The loss of a position is a sum over every next word under the student as it is now and the teacher's hidden states.
+    Which word was sampled next, and how likely it was, does not enter. So stale rollouts (`max_staleness`) change which
+    prefixes are trained and nothing else, for reverse_kl and jsd as for forward_kl: a batch has no place for anything
+    that the older weights computed, and targets other than `Hidden` are refused.
+
+    There is no importance weight min(π/π_old, C). A weight for the next token would correct an estimate from the
+    sampled word, where here the sum over words is exact, and would favour the positions at which the student has become
+    surer. What is stale is how often a prefix occurs; the weight for that is the product over all tokens of the
+    prefix, whose variance grows with every token, and which would be clipped away. The lag is kept small instead.
+    """
 
     kind: ClassVar[str] = "OnPolicy"
 
@@ -44,6 +59,10 @@ class OnPolicy:
     loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=34_816))
     """A step has as many microbatches as its packed rollouts fill."""
+    max_staleness: int = 0
+    """Updates by which the weights that write a step's rollouts lag behind those that learn from them: step n learns
+    from what the weights after max(0, n - max_staleness) updates have written. 0 is strictly on-policy; above it,
+    writing and scoring go on in the background while the student trains."""
     samples_every_steps: int = 25
     """Steps between rollouts that are kept for people to read."""
     start_from: str | None = None
@@ -53,6 +72,10 @@ class OnPolicy:
         for name in ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "samples_every_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_staleness < 0:
+            raise UserError(
+                f"max_staleness is {self.max_staleness}; it must be at least 0, which is strictly on-policy"
+            )
         if self.training.steps is None:
             raise UserError("training.steps is None; on-policy distillation needs a number of steps")
         longest = self.max_prompt_tokens + max(self.thinking.max_new_tokens, self.non_thinking.max_new_tokens)
@@ -68,17 +91,28 @@ class OnPolicy:
         rollouts = self.prompts_per_step * self.samples_per_prompt
         return {"prompts_per_step × samples_per_prompt": rollouts, "training.rows": self.training.rows}
 
+    def check_mesh(self, name: str, mesh: Mesh) -> None:
+        """Refuses, by the name of the stage, to write ahead where several devices or processes share the programs."""
+        if self.max_staleness and mesh.size > 1:
+            raise UserError(
+                f"stages.{name}.max_staleness is {self.max_staleness}, but {mesh.size} devices run this experiment: "
+                "two threads that start programs on several devices can wait for each other for ever; set it to 0, or "
+                "use one process with one device"
+            )
+
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         assert self.training.steps is not None
+        self.check_mesh(name, context.mesh)
         scorer = Scorer(context.load_teacher().model, context.mesh)
-        data = _OwnRollouts(self, name, model, scorer, context)
-        return train(
-            name, model, self.training, self.loss, data, context, steps=self.training.steps, teacher_head=scorer.head
-        )
+        with contextlib.closing(_OwnRollouts(self, name, model, scorer, context)) as data:
+            return train(
+                name, model, self.training, self.loss, data, context, steps=self.training.steps,
+                teacher_head=scorer.head,
+            )  # fmt: skip
 
 
 class _OwnRollouts:
-    """Every step: sample from the current student, score with the teacher, pack."""
+    """Every step: sample from the student, as it is or was `max_staleness` steps ago, score with the teacher, pack."""
 
     def __init__(self, stage: OnPolicy, name: str, model: Qwen3, scorer: Scorer, context: RunContext):
         assert stage.training.steps is not None
@@ -94,32 +128,47 @@ class _OwnRollouts:
         self._sample_flops = forward_flops(model.config, adapter_parameters(model))
         self._train_flops = training_flops(model.config, adapter_parameters(model))
         self._teacher_flops = forward_flops(context.load_teacher().model.config)
+        self._ahead = (
+            WrittenAhead(stage.max_staleness, stage.training.steps, self._write, self._score)
+            if stage.max_staleness
+            else None
+        )
 
     def step_data(self, step: int, model: Qwen3, spent: Spent) -> StepData:
-        stage = self._stage
-        first = step * stage.prompts_per_step
-        problems = self._problems[first : first + stage.prompts_per_step]
+        # Where rollouts are written ahead, these are the seconds that training waits: all else costs it nothing.
         started = time.monotonic()
-        rollouts = self._engine.generate(model, self._requests(problems), seed=self._seed, policy_step=step)
+        written = self._ahead.rollouts(step, model) if self._ahead else self._write(step, step, model)
         sampled = time.monotonic()
-        batches = self._scored(rollouts)
-        # Without waiting, the teacher's time would be counted as the student's.
-        jax.block_until_ready([batch.targets for batch in batches])
+        batches = self._ahead.batches() if self._ahead else self._score(written)
         scored = time.monotonic()
 
-        written = sum(len(rollout.response) for rollout in rollouts)
+        rollouts = written.rollouts
         lengths = [len(rollout.tokens) for rollout in rollouts]
-        spent.tokens_sampled += written
+        spent.tokens_sampled += written.tokens
         spent.student_sample_flops += self._sample_flops.of(lengths)
         spent.teacher_flops += self._teacher_flops.of(lengths)
         spent.student_sample_seconds += sampled - started
         spent.teacher_score_seconds += scored - sampled
-        return StepData(
-            batches=batches,
-            train_flops=self._train_flops.of(lengths),
-            metrics=self._judged(step, problems, rollouts)
-            | {"sample_tokens_per_second": written / (sampled - started)},
+        metrics = self._judged(step, rollouts) | {"sample_tokens_per_second": written.tokens / written.seconds}
+        if self._ahead:
+            metrics |= {"staleness": step - rollouts[0].policy_step, "rollout_wait_seconds": scored - started}
+        return StepData(batches=batches, train_flops=self._train_flops.of(lengths), metrics=metrics)
+
+    def _problems_of(self, step: int) -> Sequence[Problem]:
+        first = step * self._stage.prompts_per_step
+        return self._problems[first : first + self._stage.prompts_per_step]
+
+    def _write(self, step: int, policy_step: int, model: Qwen3) -> Written:
+        """What `model`, the student after `policy_step` updates, writes for step `step`."""
+        started = time.monotonic()
+        rollouts = self._engine.generate(
+            model,
+            self._requests(self._problems_of(step)),
+            seed=self._seed,
+            policy_step=policy_step,
+            on_progress=self._ahead.require_open if self._ahead else None,
         )
+        return Written(rollouts=rollouts, seconds=time.monotonic() - started)
 
     def _requests(self, problems: Sequence[Problem]) -> list[Request]:
         stage = self._stage
@@ -135,7 +184,9 @@ class _OwnRollouts:
             for sample in range(stage.samples_per_prompt)
         ]
 
-    def _scored(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+    def _score(self, written: Written) -> list[Batch]:
+        """Packed rows with the teacher's hidden states, all computed."""
+        rollouts = written.rollouts
         rows, length = self._stage.training.rows, self._stage.training.row_length
         needed = -(-rows_needed([len(rollout.tokens) for rollout in rollouts], length) // rows) * rows
         packed = pack_rollouts(rollouts, rows=needed, length=length, one_per_row=False, to_example=rollout_example)
@@ -143,12 +194,19 @@ class _OwnRollouts:
         for first in range(0, needed, rows):
             part = {name: array[first : first + rows] for name, array in packed.items()}
             targets = self._scorer.hidden(part["tokens"], part["positions"], part["segment_ids"])
+            if not isinstance(targets, Hidden):
+                raise ValueError(
+                    f"targets are {type(targets).__name__}; an on-policy divergence is computed under the current "
+                    "student from Hidden targets, whoever wrote the rollouts"
+                )
             batches.append(Batch.of(part, targets))
+        # Without waiting, the teacher's time would be counted as the student's.
+        jax.block_until_ready([batch.targets for batch in batches])
         return batches
 
-    def _judged(self, step: int, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> dict[str, float]:
+    def _judged(self, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """Accuracy, length and share of finished responses by mode; every now and then a rollout for people."""
-        by_id = {problem.problem_id: problem for problem in problems}
+        by_id = {problem.problem_id: problem for problem in self._problems_of(step)}
         context = self._context
         samples = [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
         metrics: dict[str, float] = {}
@@ -165,11 +223,16 @@ class _OwnRollouts:
         return metrics
 
     def state(self) -> Mapping[str, Any]:
-        # Rollouts depend on weights, seed and step alone: there is nothing else to remember.
-        return {}
+        # Rollouts depend on weights, seed and step alone: only those of weights that are gone must be kept.
+        return self._ahead.state() if self._ahead else {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        del state
+        if self._ahead:
+            self._ahead.restore(state)
+
+    def close(self) -> None:
+        if self._ahead:
+            self._ahead.close()
 
 
 def _mean(values: Any) -> float:

@@ -96,13 +96,16 @@ def _training(steps: int | None, row_length: int = 128) -> Training:
 
 
 def experiment(teacher: str) -> Experiment:
-    """All three stages and a comparison, over a student from scratch."""
+    """All three stages, a comparison, and on-policy with rollouts written ahead, over a student from scratch."""
     sampling = {
         "thinking": SamplingParams(max_new_tokens=24, thinking_budget=8),
         "non_thinking": SamplingParams(max_new_tokens=8),
         "max_prompt_tokens": 80,
     }
     off_policy = OffPolicy(prompts=20, top_k=8, batch_size=8, training=_training(4), **sampling)
+    on_policy = OnPolicy(
+        prompts_per_step=8, samples_every_steps=2, loss=Loss(name="reverse_kl"), training=_training(5), **sampling
+    )
     return Experiment(
         name="miniature",
         description="A run in miniature.",
@@ -112,13 +115,7 @@ def experiment(teacher: str) -> Experiment:
         stages={
             "pretraining": Sft(problems=40, form="raw", training=_training(3)),
             "off_policy": off_policy,
-            "on_policy": OnPolicy(
-                prompts_per_step=8,
-                samples_every_steps=2,
-                loss=Loss(name="reverse_kl"),
-                training=_training(5),
-                **sampling,
-            ),
+            "on_policy": on_policy,
             "same_outputs": dataclasses.replace(
                 off_policy,
                 training=_training(None),
@@ -126,6 +123,7 @@ def experiment(teacher: str) -> Experiment:
                 targets_of="off_policy",
                 flops_of="on_policy",
             ),
+            "ahead": dataclasses.replace(on_policy, max_staleness=2, start_from="off_policy"),
         },
         export_stage="on_policy",
         evaluation=Evaluation(problems=6, samples_per_problem=2, pass_at=(2,), batch_size=8, **sampling),

@@ -1,69 +1,64 @@
 """The whole of it in miniature: from the command line to the report, killed in every stage, and refused bad input."""
 
 import json
+import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
-from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from distill.checkpoint import Checkpointer
 from distill.run import main
-from tests.distill import miniature
+from distill.train_state import TrainState, abstract_state
+from qwen3 import hf
+from qwen3.model import Qwen3
+from qwen3.rollout import rollouts_from_json
+from qwen3.sharding import MeshShape, make_mesh
+from student.init import FromScratch
+from tests.distill import faults, miniature
+from tests.distill.faults import Kill, launch, scalars
 
 ROOT = Path(__file__).parents[2]
-EXPERIMENT = """
-from tests.distill import miniature
-
-
-def config():
-    return miniature.experiment({teacher!r})
-"""
 
 
 @pytest.fixture(scope="module")
 def experiment_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("miniature")
-    file = folder / "my_experiment.py"
-    file.write_text(EXPERIMENT.format(teacher=miniature.make_teacher(folder)))
-    return file
-
-
-def launch(
-    file: Path, runs: Path, *more: str, kill_after: int | None = None, number: int = signal.SIGKILL
-) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own on one device; compiled programs are shared between launches."""
-    command, environment = miniature.launch_command(file, runs, *more, devices=1, kill_after=kill_after, number=number)
-    return subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, text=True, check=False)
+    return faults.make_experiment(tmp_path_factory.mktemp("miniature"))
 
 
 @pytest.fixture(scope="module")
 def finished(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of one uninterrupted run."""
+    """The run directory of one uninterrupted run of the command itself."""
     runs = tmp_path_factory.mktemp("uninterrupted")
-    done = launch(experiment_file, runs)
+    command, environment = miniature.launch_command(experiment_file, runs, devices=1)
+    done = subprocess.run(
+        command, cwd=experiment_file.parent, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "self-test  KL of the student to itself" in done.stdout
     assert "report" in done.stdout
     return runs / "miniature"
 
 
-def scalars(directory: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    timed = {"train_tokens_per_second", "sample_tokens_per_second"}
-    rows = {
-        (record["stage"], record["step"]): {k: v for k, v in record["scalars"].items() if k not in timed}
-        for record in records
-    }
-    assert len(rows) == len(records), "a step was recorded twice"
-    return rows
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to damage."""
+    return shutil.copytree(finished, tmp_path / "miniature")
 
 
 def test_report_has_a_row_for_every_model_and_mode(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
-    models = ["student_initial", "pretraining", "off_policy", "on_policy", "same_outputs", "teacher"]
+    models = ["student_initial", "pretraining", "off_policy", "on_policy", "same_outputs", "ahead", "teacher"]
     assert [(row["model"], row["mode"]) for row in report["rows"]] == [
         (model, mode) for model in models for mode in ("thinking", "non_thinking")
     ]
@@ -99,46 +94,176 @@ def test_export_loads_in_transformers_and_holds_the_students_last_weights(finish
     assert len(load_file(finished / "export" / "model.safetensors")) > 10
 
 
-@pytest.mark.parametrize("kills", [(2, 4, 5, 2)], ids=["pretraining, off_policy, on_policy twice"])
+def test_every_stage_says_how_much_of_its_rows_is_padding(finished: Path) -> None:
+    recorded = scalars(finished)
+    assert {stage for stage, _ in recorded} == {"pretraining", "off_policy", "on_policy", "same_outputs", "ahead"}
+    assert all(0 < values["padding_fraction"] < 1 for values in recorded.values())
+
+
+def test_the_lag_of_rollouts_is_the_one_asked_for_and_recorded(finished: Path) -> None:
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lags = [record["scalars"]["staleness"] for record in records if record["stage"] == "ahead"]
+    assert lags == [0, 1, 2, 2, 2]
+    waits = [record["scalars"]["rollout_wait_seconds"] for record in records if record["stage"] == "ahead"]
+    assert all(wait >= 0 for wait in waits)
+    assert not any("staleness" in record["scalars"] for record in records if record["stage"] != "ahead")
+
+
+def test_the_loss_on_stale_rollouts_is_that_of_the_current_student(experiment_file: Path, finished: Path) -> None:
+    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    teacher_folder = str(experiment_file.parent / "teacher")
+    teacher = hf.load(teacher_folder, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    blank = FromScratch(architecture=miniature.DENSE, tokenizer=teacher_folder).build(jax.random.key(0))
+    optimizer = miniature.experiment(teacher_folder).stages["ahead"].training.optimizer
+    like = abstract_state(TrainState.start(blank, optimizer.transformation(1), mesh))
+
+    def saved(stage: str, step: int) -> tuple[Qwen3, dict]:
+        with Checkpointer(finished / "checkpoints" / stage) as checkpoints:
+            state, metadata = checkpoints.restore(like, step)
+        return state.model, metadata["data"]
+
+    (current, data), (initial, _) = saved("ahead", 4), saved("off_policy", 4)
+    assert [len(data["ahead"]), data["ahead"][0]["records"][0]["policy_step"]] == [1, 2]
+    rollouts = rollouts_from_json(data["ahead"][0])
+    longest = max(len(rollout.tokens) for rollout in rollouts)
+    tokens = np.stack([np.pad(rollout.tokens, (0, longest - len(rollout.tokens))) for rollout in rollouts])
+    mask = np.stack([np.pad(rollout.loss_mask, (0, longest - len(rollout.tokens))) for rollout in rollouts])
+    positions = np.broadcast_to(np.arange(longest), tokens.shape)
+    said = jax.nn.log_softmax(teacher.logits(tokens, positions, np.ones_like(tokens)))
+
+    def reverse_kl(student: Qwen3) -> float:
+        own = jax.nn.log_softmax(student.logits(tokens, positions, np.ones_like(tokens)))
+        return float(jnp.sum(jnp.sum(jnp.exp(own) * (own - said), -1) * mask) / mask.sum())
+
+    recorded = scalars(finished)["ahead", 5]["loss"]
+    # Two orders of summation in float32; the weights that wrote the rollouts, let alone older ones, differ by more.
+    assert reverse_kl(current) == pytest.approx(recorded, rel=1e-4)
+    assert reverse_kl(initial) != pytest.approx(recorded, rel=1e-2)
+
+
 def test_killed_in_every_stage_it_ends_in_the_same_losses_and_weights(
-    kills: tuple[int, ...], experiment_file: Path, finished: Path, tmp_path: Path
+    experiment_file: Path, finished: Path, tmp_path: Path
 ) -> None:
-    for steps in kills:
-        killed = launch(experiment_file, tmp_path, kill_after=steps)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-    done = launch(experiment_file, tmp_path)
-    assert done.returncode == 0, done.stderr
-    resumed = tmp_path / "miniature"
-    assert scalars(resumed) == scalars(finished)
-    ours, theirs = (load_file(folder / "export" / "model.safetensors") for folder in (resumed, finished))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert np.array_equal(tensor, theirs[name]), name
-    rows = [json.loads((folder / "report.json").read_text())["rows"] for folder in (resumed, finished)]
-    assert rows[0] == rows[1]
+    random_state = random.Random(os.urandom(8))
+    phases = ["pretraining", "off_policy: teacher writes", "on_policy", "ahead", "evaluating ahead, thinking"]
+    kills = [Kill(phase=phase, delay_seconds=random_state.uniform(0, 1)) for phase in phases]
+    for kill, met in faults.killed_run(experiment_file, tmp_path, kills):
+        print(kill, "met it in", met)
+    faults.require_same_end(tmp_path / "miniature", finished)
 
 
 def test_sigterm_saves_and_exits_with_0(experiment_file: Path, finished: Path, tmp_path: Path) -> None:
-    stopped = launch(experiment_file, tmp_path, kill_after=1, number=signal.SIGTERM)
-    assert stopped.returncode == 0, stopped.stderr
-    assert "saved after step 1 of 3" in " ".join(stopped.stdout.split())
+    stopped = launch(experiment_file, tmp_path, kill=Kill(phase="pretraining", number=signal.SIGTERM))
+    assert stopped.status == 0, stopped.output
+    assert "saved after step 1 of 3" in " ".join(stopped.output.split())
     # Checkpoints come every second step; this one is there because of the signal.
     assert (tmp_path / "miniature" / "checkpoints" / "pretraining" / "1").is_dir()
+
+
+def test_sigterm_saves_what_was_written_ahead(experiment_file: Path, finished: Path, copied: Path) -> None:
+    _forget(copied, "ahead")
+    stopped = launch(experiment_file, copied.parent, kill=Kill(phase="ahead", number=signal.SIGTERM))
+    assert stopped.status == 0, stopped.output
+    # One step, the rollouts of the next two, and a save: that is all that a stop may wait for.
+    assert "saved after step 1 of 5" in " ".join(stopped.output.split())
+    assert launch(experiment_file, copied.parent).status == 0
+    faults.require_same_end(copied, finished)
+
+
+def _forget(run: Path, stage: str, *checkpoints: int) -> None:
+    """Let a copied run have stopped before `stage` had finished, or right after the first of its `checkpoints`."""
+    (run / "stages" / f"{stage}.json").unlink()
+    for kept in [*(run / "evaluations").glob(f"{stage}.json"), run / "report.json"]:
+        kept.unlink()
+    for folder in (run / "checkpoints" / stage).iterdir():
+        if int(folder.name) not in checkpoints:
+            shutil.rmtree(folder)
+
+
+def _small_files_only() -> None:
+    # The size of a checkpoint's files is what a full disk is to it; metrics and logs are smaller.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+def _error(ended: faults.Ended) -> str:
+    """The one line of an error that ends with status 2."""
+    assert ended.status == 2, ended.output
+    return ended.output[ended.output.index("\nerror") :].strip()
+
+
+def test_damaged_checkpoint_and_full_disk_leave_what_was_saved_before(
+    experiment_file: Path, finished: Path, copied: Path
+) -> None:
+    _forget(copied, "ahead", 4, 5)
+    latest = copied / "checkpoints" / "ahead" / "5"
+    data = max(latest.glob("arrays/**/d/*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:1000])
+    line = _error(launch(experiment_file, copied.parent))
+    assert f"checkpoint {latest} is damaged" in line
+    assert "delete this folder to resume from the one before" in line
+    assert "\n" not in line
+
+    shutil.rmtree(latest)
+    line = _error(launch(experiment_file, copied.parent, before=_small_files_only))
+    assert "cannot be written" in line
+    assert str(latest.parent) in line
+    assert "\n" not in line
+    assert [path.name for path in latest.parent.iterdir() if path.name.isdigit()] == ["4"]
+
+    assert launch(experiment_file, copied.parent).status == 0
+    faults.require_same_end(copied, finished)
+
+
+def test_a_truncated_store_is_named(experiment_file: Path, copied: Path) -> None:
+    _forget(copied, "off_policy")
+    shard = copied / "targets" / "off_policy" / "targets-00001.arrayrecord"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    line = _error(launch(experiment_file, copied.parent))
+    assert f"target store shard {shard} has" in line
+    assert "restore it or delete" in line
+    assert "\n" not in line
+
+
+def test_a_checkpoint_of_another_run_is_refused(experiment_file: Path, copied: Path) -> None:
+    _forget(copied, "ahead", 4)
+    (copied / "run_id").write_text("0123456789abcdef")
+    line = _error(launch(experiment_file, copied.parent))
+    assert "is another run's; delete" in line
+    assert "\n" not in line
+
+
+def test_a_run_whose_directory_is_replaced_stops_and_writes_nothing_there(
+    experiment_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    ended = []
+    running = threading.Thread(target=lambda: ended.append(launch(experiment_file, tmp_path)))
+    running.start()
+    own, deadline = tmp_path / "miniature", time.monotonic() + 60
+    while not (own / "evaluations" / "student_initial.json").exists():
+        assert time.monotonic() < deadline, "the run did not begin"
+        time.sleep(0.02)
+    own.rename(tmp_path / "away")
+    own.mkdir()
+    (own / "run_id").write_text("0123456789abcdef")
+    running.join()
+    assert "miniature was deleted or replaced while this run was writing to it" in _error(ended[0])
+    assert not list(own.glob("checkpoints/*/[0-9]*"))
+    assert not (own / "export").exists()
 
 
 def test_the_same_command_again_changes_nothing(experiment_file: Path, finished: Path) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     again = launch(experiment_file, finished.parent)
-    assert again.returncode == 0, again.stderr
+    assert again.status == 0, again.output
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_configuration_is_refused_with_the_fields_that_differ(experiment_file: Path, finished: Path) -> None:
     other = launch(experiment_file, finished.parent, "--stages.on-policy.training.steps", "7", "--seed", "3")
-    assert other.returncode == 2
-    assert "stages.on_policy.training.steps: 5 → 7" in other.stderr
-    assert "seed: 0 → 3" in other.stderr
-    assert len(other.stderr.strip().splitlines()) == 1
+    line = _error(other)
+    assert "stages.on_policy.training.steps: 5 → 7" in line
+    assert "seed: 0 → 3" in line
+    assert "\n" not in line
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

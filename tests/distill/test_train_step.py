@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from distill.data.packing import pack_rollouts, rows_needed
 from distill.losses import Loss
 from distill.optimizer import Optimizer
 from distill.train_state import TrainState
@@ -13,6 +14,7 @@ from distill.train_step import Batch, TrainStep
 from qwen3.adapter import adapter_parameters, trained_and_frozen
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
+from qwen3.rollout import THINKING, Rollout
 from qwen3.sharding import MeshShape, make_mesh, shardings
 from student.lora import Lora
 from teacher.targets import Hidden, one_hot, top_k_targets
@@ -143,6 +145,40 @@ def test_gradient_accumulation_has_one_global_denominator(kind: str) -> None:
     whole = step(MeshShape(), 1, kind, False, 1)
     cut = step(MeshShape(), 1, kind, False, 4)
     assert_same(cut, whole, SUM_ORDER)
+
+
+def test_packed_rows_have_the_loss_and_gradients_of_one_document_a_row() -> None:
+    random = np.random.default_rng(0)
+    lengths = [3, 9, 16, 5, 11, 7, 8, 4]
+    documents = [
+        Rollout(
+            tokens=random.integers(0, 64, length).astype(np.int32),
+            prompt_length=1,
+            loss_mask=np.arange(length) < length - 1,
+            sampler_logprobs=np.zeros(length, np.float32),
+            mode=THINKING,
+            prompt_id=str(index),
+            sample_index=0,
+            policy_step=0,
+            finished=True,
+        )
+        for index, length in enumerate(lengths)
+    ]
+    teacher, mesh = Qwen3(config(True), jax.random.key(5)), make_mesh(MeshShape(), jax.devices()[:1])
+    train_step = TrainStep(transformation=DESCENT, loss=Loss(name="reverse_kl"), mesh=mesh, teacher_head=teacher.head)
+    ended = []
+    for rows, one_per_row in ((len(documents), True), (rows_needed(lengths, LENGTH), False)):
+        packed = pack_rollouts(documents, rows=rows, length=LENGTH, one_per_row=one_per_row)
+        hidden = teacher.hidden(packed["tokens"], packed["positions"], packed["segment_ids"])
+        state = TrainState.start(Qwen3(config(False), jax.random.key(1)), DESCENT, mesh)
+        before = jax.device_get(state.model)
+        state, result = train_step(state, [Batch.of(packed, Hidden(hidden=hidden))])
+        ended.append((jax.tree.map(np.subtract, jax.device_get(state.model), before), result))
+    (apart, alone), (together, packed_result) = ended
+    assert alone.padding_fraction == 1 - sum(lengths) / (len(lengths) * LENGTH)
+    assert packed_result.padding_fraction < 0.05
+    assert packed_result.trained_positions == alone.trained_positions
+    assert_same((together, packed_result), (apart, alone), SUM_ORDER)
 
 
 def test_rematerialisation_changes_nothing() -> None:

@@ -1,0 +1,124 @@
+"""Rollouts that are written and scored in the background while the student trains on those before them.
+
+How far the writer lags is a fixed function of the step, never what happens to be ready: two runs take the same
+rollouts, and so does a run that was killed, because a checkpoint keeps what the weights of that time have written.
+"""
+
+import concurrent.futures
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill.train_step import Batch
+from qwen3.adapter import joined, trained_and_frozen
+from qwen3.model import Qwen3
+from qwen3.rollout import Rollout, rollouts_from_json, rollouts_to_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """The rollouts of one step and the seconds that writing them took."""
+
+    rollouts: Sequence[Rollout]
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all responses."""
+        return sum(len(rollout.response) for rollout in self.rollouts)
+
+
+class Closed(Exception):
+    """Ends the writing of rollouts that nobody will train on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Step:
+    """What is, or will be, there for one step."""
+
+    written: concurrent.futures.Future[Written]
+    scored: concurrent.futures.Future[list[Batch]]
+
+
+class WrittenAhead:
+    """Step n is written by the weights after max(0, n - staleness) updates; one thread writes, another scores.
+
+    Held meanwhile: copies of the trained weights of at most `staleness` steps, and for as many steps the rollouts with
+    the teacher's hidden states of their rows.
+    """
+
+    def __init__(
+        self,
+        staleness: int,
+        steps: int,
+        write: Callable[[int, int, Qwen3], Written],
+        score: Callable[[Written], list[Batch]],
+    ):
+        """`write(step, policy_step, model)` and `score` run in threads of their own until `close`."""
+        self._staleness, self._steps, self._write, self._score = staleness, steps, write, score
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "write-rollouts")
+        self._scorer = concurrent.futures.ThreadPoolExecutor(1, "score-rollouts")
+        self._queue: deque[_Step] = deque()
+        """The steps that `rollouts` will ask for next, in their order."""
+        self._taken: _Step | None = None
+        self._closed = False
+
+    def rollouts(self, step: int, model: Qwen3) -> Written:
+        """The rollouts of step `step` once they are written; `model`, the weights that it updates, writes later ones.
+
+        Steps must be asked for one after the other. What failed in the background is raised here.
+        """
+        if step == 0:
+            self._submit(self._writer.submit(self._write, 0, 0, model))
+        self._taken = self._queue.popleft()
+        # Before the next copy is made: the one that wrote these is no longer needed.
+        written = self._taken.written.result()
+        upcoming = range(step + len(self._queue) + 1, min(step + self._staleness, self._steps - 1) + 1)
+        if upcoming:
+            copy = _copy(model)
+            for later in upcoming:
+                self._submit(self._writer.submit(self._write, later, step, copy))
+        return written
+
+    def batches(self) -> list[Batch]:
+        """The packed rows of the rollouts that were asked for last, once they are scored."""
+        assert self._taken is not None
+        return self._taken.scored.result()
+
+    def state(self) -> Mapping[str, Any]:
+        """JSON data of the rollouts of coming steps; waits until all of them are written."""
+        kept = [step.written.result() for step in self._queue]
+        return {"ahead": [rollouts_to_json(one.rollouts) | {"seconds": one.seconds} for one in kept]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on with the rollouts of `state`, which are scored again."""
+        for kept in state["ahead"]:
+            written: concurrent.futures.Future[Written] = concurrent.futures.Future()
+            written.set_result(Written(rollouts=rollouts_from_json(kept), seconds=kept["seconds"]))
+            self._submit(written)
+
+    def require_open(self, *progress: int) -> None:
+        """Raises Closed in the writing thread where nobody waits for it any more: an engine's `on_progress`."""
+        del progress
+        if self._closed:
+            raise Closed
+
+    def close(self) -> None:
+        """Ends both threads: at once, but for what the devices have begun."""
+        self._closed = True
+        self._writer.shutdown(cancel_futures=True)
+        self._scorer.shutdown(cancel_futures=True)
+
+    def _submit(self, written: concurrent.futures.Future[Written]) -> None:
+        scored = self._scorer.submit(lambda: self._score(written.result()))
+        self._queue.append(_Step(written=written, scored=scored))
+
+
+def _copy(model: Qwen3) -> Qwen3:
+    """The model with buffers of its own for the trained weights, whose present ones the next update gives away."""
+    trained, frozen = trained_and_frozen(model)
+    return joined(jax.tree.map(jnp.copy, trained), frozen)
