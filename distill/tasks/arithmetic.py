@@ -37,10 +37,13 @@ class ChainSum:
     weight: float = 1.0
     """Share of this family, relative to the other's."""
     min_terms: int = 4
+    """Fewest numbers in a chain."""
     max_terms: int = 8
+    """Most numbers in a chain."""
     min_digits: int = 1
-    """Digits of each term; all terms of a problem have equally many."""
+    """Fewest digits of each term; all terms of a problem have equally many."""
     max_digits: int = 1
+    """Most digits of each term."""
     min_total: int | None = None
     """Keep only chains whose running totals are all at least this (0: never negative)."""
     max_total: int | None = None
@@ -93,11 +96,13 @@ class Products:
     weight: float = 1.0
     """Share of this family, relative to the other's."""
     min_digits: int = 2
-    """Digits of the first factor."""
+    """Fewest digits of the first factor."""
     max_digits: int = 3
+    """Most digits of the first factor."""
     min_multiplier_digits: int = 1
-    """Digits of the second factor."""
+    """Fewest digits of the second factor."""
     max_multiplier_digits: int = 1
+    """Most digits of the second factor."""
 
     def __post_init__(self) -> None:
         check_weight("products.weight", self.weight)

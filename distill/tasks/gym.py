@@ -62,6 +62,7 @@ class ReasoningGym:
     """
 
     families: dict[str, GymFamily]
+    """What is asked, by the names that reasoning-gym gives its data sets."""
     held_out_fraction: float = 0.1
     """Share of all questions that is kept from training."""
 

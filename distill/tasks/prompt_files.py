@@ -33,15 +33,18 @@ class PromptFile:
     """
 
     path: str
+    """The file."""
     held_out_path: str | None = None
     """A file of the same columns whose problems are all held out. Its questions are then left out of `path`, and
     `held_out_fraction` is not used."""
     held_out_fraction: float = 0.1
     """Share of the questions in `path` that is kept from training."""
     prompt_column: str = "prompt"
+    """Column of the questions, one user turn each."""
     messages_column: str | None = None
     """Column of conversations, `[{"role": "user", "content": "…"}, …]`, used in place of `prompt_column`."""
     answer_column: str = "answer"
+    """Column of the right answers, which the verifier compares with; texts or whole numbers."""
     solution_column: str | None = None
     """Column of worked thinking; may be null in some rows."""
     family_column: str | None = None
