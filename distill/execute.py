@@ -6,6 +6,7 @@ import functools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -188,12 +189,11 @@ def _forget_unneeded(experiment: Experiment, name: str, models: dict[str | None,
 
 def _export(experiment: Experiment, model: Qwen3, context: RunContext) -> None:
     sampling = experiment.evaluation.thinking
-    generation = {
-        "do_sample": not sampling.greedy,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-    }
+    # What says nothing is left out: transformers warns of filters beside greedy decoding.
+    generation: dict[str, Any] = {"do_sample": not sampling.greedy}
+    if not sampling.greedy:
+        generation |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        generation |= {"min_p": sampling.min_p} if sampling.min_p else {}
     export(
         context.directory / "export",
         model,
