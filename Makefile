@@ -1,4 +1,5 @@
-# Needs Python 3.11 or newer and pip, nothing else. Choose a Python with `make quickstart PYTHON=python3.12`.
+# Needs Python 3.11 or newer and pip; the suite also a C compiler, since reasoning-gym requires pycosat, which has no
+# wheel. Choose a Python with `make quickstart PYTHON=python3.12`.
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2

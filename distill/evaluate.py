@@ -23,12 +23,17 @@ class Evaluation:
     problems: int = 200
     """Held-out problems, the same for every model and seed."""
     samples_per_problem: int = 8
+    """Responses to each problem in each mode; pass@1 is their mean."""
     pass_at: tuple[int, ...] = (8,)
     """k of the pass@k that are reported beside pass@1; each at most samples_per_problem."""
     modes: tuple[Mode, ...] = MODES
-    thinking: SamplingParams = dataclasses.field(default_factory=lambda: thinking_params(32_768))
+    """The modes that are measured."""
+    thinking: SamplingParams = dataclasses.field(default_factory=lambda: thinking_params(30_720))
+    """How every model samples in thinking mode."""
     non_thinking: SamplingParams = dataclasses.field(default_factory=lambda: non_thinking_params(8_192))
+    """How every model samples in non-thinking mode."""
     max_prompt_tokens: int = 2_048
+    """Most tokens of a prompt, the chat template's own included; a longer one is refused, not cut."""
     batch_size: int = 128
     """Sequences written at once."""
     shown: int = 4

@@ -1,10 +1,12 @@
 """A run from first check to export, as a list of steps; each is skipped where an earlier process has done it."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,13 @@ from distill import selftest
 from distill.evaluate import Evaluator
 from distill.experiment import Experiment
 from distill.metrics import MetricsWriter, NoMetrics
+from distill.preflight import preflight
 from distill.processes import first_says, is_first
 from distill.progress import Progress
 from distill.report import Report, StageCost, write_report
 from distill.results import STUDENT_INITIAL, TEACHER, EvaluationRow, record_json
 from distill.run_directory import RunDirectory
-from distill.stages import OnPolicy, Stage
+from distill.stages import Stage
 from distill.stages.context import RunContext, StopRequest, TeacherModel
 from distill.stages.loop import Spent, trained_model
 from distill.tasks.mixture import TaskMixture
@@ -28,7 +31,7 @@ from qwen3.adapter import adapter_parameters
 from qwen3.chat import ChatTokenizer
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
-from qwen3.sharding import check_rows, make_mesh
+from qwen3.sharding import make_mesh
 from student.export import export
 from teacher.fingerprint import fingerprint
 
@@ -39,15 +42,25 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
     Raises UserError for what the user can mend and Interrupted where the run was asked to stop and has saved.
     """
     started = time.monotonic()
-    with RunDirectory.claim(directory, experiment) as run, _metrics(directory) as metrics:
-        metrics.config(experiment.to_json())
+    with RunDirectory.claim(directory, experiment) as run, contextlib.ExitStack() as opened:
         mesh = make_mesh(experiment.mesh)
         teacher_tokenizer = ChatTokenizer.from_folder(
             experiment.teacher.path if experiment.teacher else experiment.student.tokenizer_folder
         )
+        tasks = TaskMixture(experiment.tasks)
+        agreements = _agreements(experiment, teacher_tokenizer)
+        finished = [name for name in experiment.stages if run.cost(name) is not None]
+        preflight(experiment, mesh, teacher_tokenizer, tasks, progress, finished)
+        student = _student(experiment, teacher_tokenizer, mesh)
+        agreements += selftest.check_numerics(student, teacher_tokenizer, experiment.evaluation.modes[0])
+        for agreement in agreements:
+            progress.print(f"self-test  {agreement.check}: {agreement.finding}")
+
+        run.begin()
         if experiment.adapted_base is not None:
             run.check_base(fingerprint(experiment.adapted_base))
-        student = _student(experiment, teacher_tokenizer, mesh)
+        metrics = opened.enter_context(_metrics(directory))
+        metrics.config(experiment.to_json())
         costs: dict[str, StageCost] = {}
         context = RunContext(
             directory=directory,
@@ -55,17 +68,13 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             seed=experiment.seed,
             mesh=mesh,
             tokenizer=teacher_tokenizer,
-            tasks=TaskMixture(experiment.tasks),
+            tasks=tasks,
             load_teacher=functools.cache(lambda: _teacher(experiment, mesh)),
             metrics=metrics,
             progress=progress,
             stop=stop,
             costs=costs,
         )
-        for agreement in _selftest(experiment, student, context):
-            progress.print(f"self-test  {agreement.check}: {agreement.finding}")
-        _check_mesh(experiment, mesh)
-
         evaluator = Evaluator(experiment.evaluation, context, student)
         rows = _evaluated(STUDENT_INITIAL, student, evaluator, run)
         models: dict[str | None, Qwen3] = {None: student}
@@ -98,16 +107,6 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
         return report
 
 
-def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
-    """Refuses, before the first stage, whatever the devices cannot share."""
-    check_rows("evaluation.batch_size", experiment.evaluation.batch_size, mesh)
-    for name, stage in experiment.stages.items():
-        for field, rows in stage.spread_rows.items():
-            check_rows(f"stages.{name}.{field}", rows, mesh)
-        if isinstance(stage, OnPolicy):
-            stage.check_mesh(name, mesh)
-
-
 def _metrics(directory: Path) -> MetricsWriter:
     return MetricsWriter(directory) if is_first() else NoMetrics()
 
@@ -128,18 +127,17 @@ def _teacher(experiment: Experiment, mesh: Mesh) -> TeacherModel:
     return TeacherModel(model=model, fingerprint=fingerprint(path))
 
 
-def _selftest(experiment: Experiment, student: Qwen3, context: RunContext) -> list[selftest.Agreement]:
-    modes = list(experiment.evaluation.modes)
-    found: list[selftest.Agreement] = []
-    if experiment.teacher is not None:
-        found += selftest.check_tokenizers(
-            ChatTokenizer.from_folder(experiment.student.tokenizer_folder),
-            student.config,
-            context.tokenizer,
-            ModelConfig.from_folder(experiment.teacher.path),
-            modes,
-        )
-    return found + selftest.check_numerics(student, context.tokenizer, modes[0])
+def _agreements(experiment: Experiment, tokenizer: ChatTokenizer) -> list[selftest.Agreement]:
+    """What student and teacher, whose tokenizer is given, agree upon."""
+    if experiment.teacher is None:
+        return []
+    return selftest.check_tokenizers(
+        ChatTokenizer.from_folder(experiment.student.tokenizer_folder),
+        experiment.student.model_config(),
+        tokenizer,
+        ModelConfig.from_folder(experiment.teacher.path),
+        list(experiment.evaluation.modes),
+    )
 
 
 def _stage(name: str, stage: Stage, start: Qwen3, context: RunContext, run: RunDirectory) -> tuple[Qwen3, StageCost]:
@@ -191,12 +189,11 @@ def _forget_unneeded(experiment: Experiment, name: str, models: dict[str | None,
 
 def _export(experiment: Experiment, model: Qwen3, context: RunContext) -> None:
     sampling = experiment.evaluation.thinking
-    generation = {
-        "do_sample": not sampling.greedy,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-    }
+    # What says nothing is left out: transformers warns of filters beside greedy decoding.
+    generation: dict[str, Any] = {"do_sample": not sampling.greedy}
+    if not sampling.greedy:
+        generation |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        generation |= {"min_p": sampling.min_p} if sampling.min_p else {}
     export(
         context.directory / "export",
         model,

@@ -39,6 +39,7 @@ class Experiment:
     description: str
     """One sentence for people: what this is and what to expect."""
     student: FromCheckpoint | FromScratch
+    """Who learns: a checkpoint's weights, or fresh ones of a stated architecture."""
     teacher: Teacher | None = None
     """None where every stage is supervised."""
     tasks: Mapping[str, Arithmetic | ReasoningGym | PromptFile]
@@ -56,6 +57,7 @@ class Experiment:
     export_adapter: bool = False
     """Export the student's adapters alone, for PEFT to load onto their base, instead of a whole model."""
     seed: int = 0
+    """Decides everything that is random, except which problems are held out and evaluated."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -86,6 +88,11 @@ class Experiment:
             source = self.stages[stage.targets_of]
             if not isinstance(source, OffPolicy) or source.targets_of is not None:
                 raise UserError(f"stages.{name}.targets_of is {stage.targets_of!r}, which writes no targets of its own")
+            if source.longest_tokens > stage.training.row_length:
+                raise UserError(
+                    f"stages.{name}.training.row_length is {stage.training.row_length}, but what {stage.targets_of} "
+                    f"writes may have {source.longest_tokens} tokens; raise it"
+                )
 
     @property
     def adapted_base(self) -> str | None:

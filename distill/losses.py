@@ -11,22 +11,16 @@ from teacher.targets import AtIds, Hidden, Targets, TopK
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Which divergence from the teacher's distribution p to the student's q a stage minimises.
+    """Which divergence from the teacher's distribution p to the student's q a stage minimises."""
 
-    name:
-      forward_kl: KL(p‖q), cover all that the teacher would say; against the data itself it is the cross-entropy.
-      reverse_kl: KL(q‖p), say nothing that the teacher would not. Give it `Hidden` targets, or `AtIds` at the
-        student's own words: `TopK` is permitted but sees only the teacher's words, so what the student puts outside
-        them is penalised as one lump (the tail), not word by word.
-      jsd: weight·KL(p‖m) + (1-weight)·KL(q‖m) with m = weight·p + (1-weight)·q.
-      skew_kl: KL(p‖weight·p + (1-weight)·q), a forward KL with a bounded gradient.
-    weight: strictly between 0 and 1 for jsd and skew_kl, None otherwise.
-
-    Raises UserError for an unknown name or a weight that does not go with it.
-    """
-
+    # reverse_kl over `TopK` targets sees only the teacher's words: what the student puts outside them is penalised as
+    # one lump (the tail), not word by word, as it is over `Hidden` or `AtIds` targets.
     name: DivergenceName = "forward_kl"
+    """forward_kl = KL(p‖q): cover all that the teacher would say. reverse_kl = KL(q‖p): say nothing that it would not.
+    jsd = weight·KL(p‖m) + (1-weight)·KL(q‖m) with m = weight·p + (1-weight)·q. skew_kl = KL(p‖m): a forward KL with a
+    bounded gradient."""
     weight: float | None = None
+    """Strictly between 0 and 1 for jsd and skew_kl, None for the others."""
 
     def __post_init__(self) -> None:
         try:

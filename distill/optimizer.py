@@ -1,6 +1,7 @@
 """AdamW with warm-up, decay and clipping: the one optimiser of every stage."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -23,26 +24,29 @@ class Optimizer:
     final_fraction: float = 0.1
     """Learning rate at the last step, relative to the peak."""
     b1: float = 0.9
+    """Share of the running mean of the gradient that each step keeps."""
     b2: float = 0.95
+    """Share of the running mean of the squared gradient that each step keeps."""
     epsilon: float = 1e-8
+    """Added to the root of the mean square, by which updates are divided."""
     weight_decay: float = 0.0
     """Decoupled decay of matrices; norms and biases are not decayed."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise UserError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
+        # Written so that NaN, which compares as false with everything, fails them too.
+        for name in ("learning_rate", "epsilon", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be a number above 0")
         for name in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must lie in 0..1")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must lie in 0..1, 1 excluded")
-        if self.clip_norm <= 0:
-            raise UserError(f"optimizer.clip_norm is {self.clip_norm}; it must be above 0")
-        if self.weight_decay < 0:
-            raise UserError(f"optimizer.weight_decay is {self.weight_decay}; it must not be negative")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"optimizer.weight_decay is {self.weight_decay}; it must be 0 (off) or a number above it")
 
     def learning_rates(self, steps: int) -> optax.Schedule:
         """Learning rate by step for a stage of `steps` steps."""

@@ -1,21 +1,18 @@
 """The command line: `python -m distill.run experiments/NAME.py [--field.path VALUE …]`."""
 
 import argparse
-import contextlib
-import importlib.util
-import io
-import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
-from rich.text import Text
 
+from distill.command_line import overridden
 from distill.execute import execute
 from distill.experiment import Experiment
+from distill.experiment_file import listed, load_experiment
 from distill.host_memory import keep_freed_memory
 from distill.processes import Cluster, is_first, where
 from distill.progress import Progress, duration
@@ -41,6 +38,13 @@ rollouts.jsonl, report.html, report.json, and export/, the student as a Hugging 
 Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with all saved; 2 something for you to mend, said in one line;
 1 one of several processes has died, and the others have ended with it.
 """
+# What is said about the run and not about the experiment.
+_OPTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "--runs": ("folder that holds the run directories (default: runs)", {"metavar": "FOLDER", "default": "runs"}),
+    "--coordinator": ("where process 0 listens, or auto: jax finds it", {"metavar": "HOST:PORT"}),
+    "--processes": ("how many processes run the experiment together", {"metavar": "N", "type": int}),
+    "--process": ("which of them this one is, 0 to N-1", {"metavar": "I", "type": int}),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,10 +76,8 @@ def _main(arguments: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("experiment", nargs="?", help="an experiment file, or a folder of them to list")
-    parser.add_argument("--runs", default="runs", help="folder that holds the run directories (default: runs)")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, or auto: jax finds it")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many processes run the experiment together")
-    parser.add_argument("--process", type=int, metavar="I", help="which of them this one is, 0 to N-1")
+    for option, (words, settings) in _OPTIONS.items():
+        parser.add_argument(option, help=words, **settings)
     own, fields = parser.parse_known_args(arguments)
     if own.experiment is None or own.experiment.startswith("-"):
         parser.print_help()
@@ -84,7 +86,8 @@ def _main(arguments: list[str]) -> int:
     if path.is_dir():
         _list(path, Console())
         return 0
-    experiment = _override(load_experiment(path), fields, path)
+    options = {f"{name} {settings['metavar']}": words for name, (words, settings) in _OPTIONS.items()}
+    experiment = overridden(load_experiment(path), fields, path, options)
     cluster = Cluster.named(own.coordinator, own.processes, own.process)
     if cluster is None:
         return _run(experiment, own.runs)
@@ -121,71 +124,11 @@ def _keep_compiled(runs: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(runs.absolute() / ".compiled"))
 
 
-def load_experiment(path: Path) -> Experiment:
-    """The experiment that a Python file's `config()` returns. Raises UserError where there is none."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; list a folder's experiments with: python -m distill.run FOLDER")
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no Python file; an experiment is a .py file with a function config()")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
-    config = getattr(module, "config", None)
-    if not callable(config):
-        raise UserError(f"{path} has no function config(); it must return an Experiment")
-    try:
-        experiment = config()
-    except TypeError as error:
-        # A misspelt field of a dataclass; other TypeErrors are bugs of the file and deserve their traceback.
-        if "unexpected keyword argument" not in str(error) and "missing" not in str(error):
-            raise
-        raise UserError(f"{path}: {error}") from None
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"{path}: config() returned {type(experiment).__name__}, not an Experiment")
-    return experiment
-
-
-def _override(experiment: Experiment, fields: Sequence[str], path: Path) -> Experiment:
-    prog = f"python -m distill.run {path}"
-    refusal = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(refusal):
-            return tyro.cli(
-                Experiment,
-                default=experiment,
-                args=fields,
-                prog=prog,
-                description=experiment.description,
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(f"{_in_one_line(refusal.getvalue())}; all fields: {prog} --help") from None
-
-
-def _in_one_line(box: str) -> str:
-    """What tyro's box of several lines says: its first part, and the nearest option where it suggests some.
-
-    On a UTF-8 terminal the box has a frame with the title in it, else only rules below the title and between parts.
-    """
-    _, *rows = (row.strip("│ ") for row in Text.from_ansi(box).plain.strip().splitlines())
-    parts = [list(part) for is_rule, part in itertools.groupby(rows, lambda row: not row.strip("─-╰╯")) if not is_rule]
-    said = " ".join(parts[0]).removeprefix("Error parsing ").rstrip(".")
-    near = next((row for before, row in itertools.pairwise(rows) if before == "Perhaps you meant:"), None)
-    return said if near is None else f"{said}; perhaps you meant {near.split()[0]}"
-
-
 def _list(folder: Path, console: Console) -> None:
-    files = [file for file in sorted(folder.glob("*.py")) if "def config(" in file.read_text()]
-    if not files:
-        raise UserError(f"{folder} holds no experiment: no .py file with a function config()")
-    width = max(len(str(file)) for file in files)
-    for file in files:
-        console.print(f"{file!s:{width}}  {load_experiment(file).description}", highlight=False, soft_wrap=True)
+    lines = list(listed(folder))
+    width = max(len(str(file)) for file, _ in lines)
+    for file, line in lines:
+        console.print(f"{file!s:{width}}  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -17,30 +17,35 @@ from distill.run_identity import claim_id, require_id
 from qwen3.errors import UserError
 
 _SHOWN_DIFFERENCES = 5
+_WORK = ("evaluations", "stages", "targets", "checkpoints")
+"""What a run has to show for its time; a directory without any of these may still change its configuration."""
 
 
 class RunDirectory:
     """What is done already, and where the rest goes."""
 
-    def __init__(self, path: Path, run_id: str):
+    def __init__(self, path: Path, config: Any):
         self.path = path
-        self.run_id = run_id
+        self.run_id = ""
+        self._config = config
 
     @classmethod
     @contextlib.contextmanager
     def claim(cls, path: Path, experiment: Experiment) -> Iterator["RunDirectory"]:
-        """Create or continue the directory; no other run can claim it meanwhile.
+        """Hold the directory, new or to be continued; no other run can claim it meanwhile.
 
+        Nothing is written before `begin`: a directory that was made for a run that never began is removed again.
         Of processes that run together the first one holds it, and writes to it. Raises UserError in all of them where
-        it cannot be written, another run is in it, or it belongs to another experiment.
+        it cannot be written, another run is in it, or it holds work of another experiment.
         """
         wanted = json.loads(json.dumps(experiment.to_json()))
         require_same("the experiment's fields", json.dumps(wanted).encode)
         with contextlib.ExitStack() as held:
-            yield cls(path, first_says(lambda: cls._claim(path, wanted, held)))
+            first_says(lambda: cls._claim(path, wanted, held))
+            yield cls(path, wanted)
 
     @staticmethod
-    def _claim(path: Path, wanted: Any, held: contextlib.ExitStack) -> str:
+    def _claim(path: Path, wanted: Any, held: contextlib.ExitStack) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / ".lock").open("w")
@@ -53,9 +58,17 @@ class RunDirectory:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process is running in {path}; wait for it or stop it") from None
+        held.callback(_remove_if_never_begun, path)
         _check_config(path / "config.json", wanted)
-        write_atomically(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        return claim_id(path)
+
+    def begin(self) -> None:
+        """Write down whose directory this is, and where it runs: from here on there is work to keep."""
+        self.run_id = first_says(self._begin)
+
+    def _begin(self) -> str:
+        write_atomically(self.path / "config.json", json.dumps(self._config, indent=2) + "\n")
+        write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        return claim_id(self.path)
 
     def evaluation(self, name: str) -> list[EvaluationRow] | None:
         """The rows of a model that has been evaluated, else None."""
@@ -79,7 +92,7 @@ class RunDirectory:
         Raises UserError where it was another one when the run began.
         """
         known = self._read("student", "base")
-        if known is None:
+        if known is None or not first_says(lambda: _holds_work(self.path)):
             self._write("student", "base", fingerprint)
         elif known != fingerprint:
             raise UserError(
@@ -100,8 +113,7 @@ class RunDirectory:
 
 
 def _check_config(file: Path, wanted: Any) -> None:
-    if not file.exists():
-        write_atomically(file, json.dumps(wanted, indent=2) + "\n")
+    if not file.exists() or not _holds_work(file.parent):
         return
     differences = differing_fields(json.loads(file.read_text()), wanted)
     if differences:
@@ -111,3 +123,14 @@ def _check_config(file: Path, wanted: Any) -> None:
             f"{file.parent} holds a run of another configuration ({shown}{more}); "
             "give this one another --name, or delete that directory"
         )
+
+
+def _holds_work(path: Path) -> bool:
+    return any((path / kind).exists() for kind in _WORK)
+
+
+def _remove_if_never_begun(path: Path) -> None:
+    """Called while the lock is held, so that no other run can be in it."""
+    if {file.name for file in path.iterdir()} == {".lock"}:
+        (path / ".lock").unlink()
+        path.rmdir()

@@ -121,6 +121,18 @@ class ModelConfig:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest text that the positions are made for.
+
+        Usually max_position_embeddings, which includes an extension by rope_scaling; Qwen's instructions for YaRN add
+        only rope_scaling, whose factor then tells how far the original length reaches.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or scaling.rope_type == "linear":
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(scaling.factor * scaling.original_max_position_embeddings))
+
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
         """Read `config.json` of a Hugging Face folder. Raises UserError naming the file and what is wrong."""

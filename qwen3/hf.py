@@ -57,6 +57,17 @@ def load(
     return model
 
 
+def check(folder: str | Path) -> ModelConfig:
+    """The architecture of a checkpoint whose weight files' headers fit it; no weight is read.
+
+    Raises UserError as `load` does.
+    """
+    config = ModelConfig.from_folder(folder)
+    model = jax.eval_shape(lambda: Qwen3(config, jax.random.key(0)))
+    _check(SafetensorsFolder(folder), leaves_of(model), config, folder)
+    return config
+
+
 def save(folder: str | Path, model: Qwen3, *, dtype: Any = None, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write weights, config.json and generation_config.json as transformers, vLLM and llama.cpp read them.
 

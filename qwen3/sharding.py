@@ -40,13 +40,18 @@ BATCH = PartitionSpec(("data", "fsdp", "expert"))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshShape:
-    """Devices along each mesh axis; `data=-1` takes what the others leave."""
+    """Devices along each axis of the mesh; the sizes multiply to the number of devices."""
 
     data: int = -1
+    """Devices that share the rows of a batch; -1 takes what the others leave."""
     fsdp: int = 1
+    """Devices that share rows, and each weight by its rows."""
     expert: int = 1
+    """Devices that share rows, and the experts of a layer."""
     tensor: int = 1
+    """Devices that share heads, feed-forward columns and the vocabulary."""
     context: int = 1
+    """Devices that would share a sequence; 1."""
 
     def __post_init__(self) -> None:
         for axis in MESH_AXES:
@@ -66,7 +71,10 @@ def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh
         sizes["data"] = max(1, len(devices) // others)
     if sizes["data"] * others != len(devices):
         text = " × ".join(f"{axis} {sizes[axis]}" for axis in MESH_AXES)
-        raise UserError(f"mesh {text} = {sizes['data'] * others} devices, but there are {len(devices)}")
+        raise UserError(
+            f"mesh {text} = {sizes['data'] * others} devices, but there are {len(devices)}; choose sizes whose product "
+            f"is {len(devices)}, or let mesh.data be -1, which takes what the others leave"
+        )
     grid = np.asarray(devices).reshape([sizes[axis] for axis in MESH_AXES])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

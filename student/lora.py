@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -42,8 +43,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"lora.rank is {self.rank}; it must be at least 1")
-        if self.alpha <= 0:
-            raise UserError(f"lora.alpha is {self.alpha}; it must be above 0")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"lora.alpha is {self.alpha}; it must be a number above 0")
         if not self.targets:
             raise UserError(f"lora.targets is empty; name some of {', '.join(_TARGETS)}")
         for target in self.targets:

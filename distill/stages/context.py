@@ -93,8 +93,7 @@ class RunContext:
 
     def stage_seed(self, name: str) -> int:
         """A seed of its own for everything random in one stage, 32 bits."""
-        words = np.frombuffer(name.encode().ljust(-(-len(name.encode()) // 4) * 4, b"\0"), np.uint32)
-        return int(np.random.SeedSequence([self.seed, *words.tolist()]).generate_state(1)[0])
+        return stage_seed(self.seed, name)
 
     def engine(
         self, model: Qwen3, *, batch_size: int, max_prompt_tokens: int, sampling: Sequence[SamplingParams]
@@ -111,6 +110,12 @@ class RunContext:
             stop_thinking_ids=self.tokenizer.stop_thinking_ids if budgeted else (),
             think_end_id=self.tokenizer.think_end_id,
         )
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """The seed of stage `name` in a run of `seed`, 32 bits."""
+    words = np.frombuffer(name.encode().ljust(-(-len(name.encode()) // 4) * 4, b"\0"), np.uint32)
+    return int(np.random.SeedSequence([seed, *words.tolist()]).generate_state(1)[0])
 
 
 @functools.cache

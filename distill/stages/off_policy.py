@@ -40,18 +40,20 @@ class OffPolicy:
     prompts: int = 10_000
     """Different training prompts that the teacher answers, once each."""
     modes: ModeMix = dataclasses.field(default_factory=ModeMix)
-    thinking: SamplingParams = dataclasses.field(default_factory=lambda: thinking_params(32_768))
+    thinking: SamplingParams = dataclasses.field(default_factory=lambda: thinking_params(30_720))
     """How the teacher samples in thinking mode."""
     non_thinking: SamplingParams = dataclasses.field(default_factory=lambda: non_thinking_params(8_192))
     """How the teacher samples in non-thinking mode."""
     max_prompt_tokens: int = 2_048
+    """Most tokens of a prompt, the chat template's own included; a longer one is refused, not cut."""
     batch_size: int = 64
     """Sequences that the teacher writes at once."""
     top_k: int = 64
     """Teacher entries kept per token; the mass of all others is kept as one number."""
     loss: Loss = dataclasses.field(default_factory=Loss)
     microbatches_per_step: int = 1
-    training: Training = dataclasses.field(default_factory=lambda: Training(steps=1000, row_length=34_816))
+    """Microbatches whose gradients are added up for one update, to train on more rows than fit at once."""
+    training: Training = dataclasses.field(default_factory=lambda: Training(steps=1000, row_length=32_768))
     start_from: str | None = None
     """Stage whose student this one starts from; None for the stage before."""
     targets_of: str | None = None
@@ -65,6 +67,16 @@ class OffPolicy:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if (self.training.steps is None) == (self.flops_of is None):
             raise UserError("give either training.steps or flops_of: one of them must say how long to train")
+        if self.targets_of is None and self.longest_tokens > self.training.row_length:
+            raise UserError(
+                f"prompt and response may have {self.longest_tokens} tokens, training.row_length is "
+                f"{self.training.row_length}; raise it, or lower max_prompt_tokens or max_new_tokens"
+            )
+
+    @property
+    def longest_tokens(self) -> int:
+        """The most that a prompt and the teacher's response to it may have."""
+        return self.max_prompt_tokens + max(self.thinking.max_new_tokens, self.non_thinking.max_new_tokens)
 
     @property
     def spread_rows(self) -> dict[str, int]:

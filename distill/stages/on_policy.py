@@ -1,9 +1,22 @@
-"""On-policy distillation: the student writes in both modes, the teacher judges every token, the KL is minimised."""
+"""On-policy distillation: the student writes in both modes, the teacher judges every token, the KL is minimised.
 
+The loss of a position is a sum over every next word under the student as it is now and the teacher's hidden states.
+Which word was sampled next, and how likely it was, does not enter. So stale rollouts (`max_staleness`) change which
+prefixes are trained and nothing else, for reverse_kl and jsd as for forward_kl: a batch has no place for anything
+that the older weights computed, and targets other than `Hidden` are refused.
+
+There is no importance weight min(π/π_old, C). A weight for the next token would correct an estimate from the
+sampled word, where here the sum over words is exact, and would favour the positions at which the student has become
+surer. What is stale is how often a prefix occurs; the weight for that is the product over all tokens of the
+prefix, whose variance grows with every token, and which would be clipped away. The lag is kept small instead.
+"""
+
+import collections
 import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -32,33 +45,25 @@ from teacher.targets import Hidden
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnPolicy:
-    """The student minimises an exact divergence from the teacher, over the whole vocabulary, on its own responses.
-
-    The loss of a position is a sum over every next word under the student as it is now and the teacher's hidden states.
-    Which word was sampled next, and how likely it was, does not enter. So stale rollouts (`max_staleness`) change which
-    prefixes are trained and nothing else, for reverse_kl and jsd as for forward_kl: a batch has no place for anything
-    that the older weights computed, and targets other than `Hidden` are refused.
-
-    There is no importance weight min(π/π_old, C). A weight for the next token would correct an estimate from the
-    sampled word, where here the sum over words is exact, and would favour the positions at which the student has become
-    surer. What is stale is how often a prefix occurs; the weight for that is the product over all tokens of the
-    prefix, whose variance grows with every token, and which would be clipped away. The lag is kept small instead.
-    """
+    """The student minimises an exact divergence from the teacher, over the whole vocabulary, on its own responses."""
 
     kind: ClassVar[str] = "OnPolicy"
 
     prompts_per_step: int = 64
-    """New training prompts of every step."""
+    """Training prompts of every step. Those of a file come again, in a new order, when all of them were asked: at
+    another step the student writes anew."""
     samples_per_prompt: int = 1
+    """Responses that the student writes to each prompt of a step."""
     modes: ModeMix = dataclasses.field(default_factory=ModeMix)
-    thinking: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(max_new_tokens=32_768))
+    thinking: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(max_new_tokens=30_720))
     """How the student samples in thinking mode; temperature 1 without truncation is the policy itself."""
     non_thinking: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(max_new_tokens=8_192))
     """How the student samples in non-thinking mode."""
     max_prompt_tokens: int = 2_048
+    """Most tokens of a prompt, the chat template's own included; a longer one is refused, not cut."""
     loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
-    training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=34_816))
-    """A step has as many microbatches as its packed rollouts fill."""
+    training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=32_768))
+    """How it learns; a step has as many microbatches as its packed rollouts fill."""
     max_staleness: int = 0
     """Updates by which the weights that write a step's rollouts lag behind those that learn from them: step n learns
     from what the weights after max(0, n - max_staleness) updates have written. 0 is strictly on-policy; above it,
@@ -118,7 +123,8 @@ class _OwnRollouts:
         assert stage.training.steps is not None
         self._stage, self._name, self._context, self._scorer = stage, name, context, scorer
         self._seed = context.stage_seed(name)
-        self._problems = context.tasks.problems("train", stage.training.steps * stage.prompts_per_step, self._seed)
+        count = stage.training.steps * stage.prompts_per_step
+        self._problems = context.tasks.problems("train", count, self._seed, repeat=True)
         self._engine = context.engine(
             model,
             batch_size=stage.prompts_per_step * stage.samples_per_prompt,
@@ -172,16 +178,18 @@ class _OwnRollouts:
 
     def _requests(self, problems: Sequence[Problem]) -> list[Request]:
         stage = self._stage
+        # A small file may give a prompt twice in one step, which are then further samples of it.
+        numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
         return [
             Request(
                 prompt_ids=prompt_ids(problem, mode, self._context.tokenizer, flag_fraction=stage.modes.flag_fraction),
                 prompt_id=problem.problem_id,
-                sample_index=sample,
+                sample_index=next(numbers[problem.problem_id]),
                 mode=mode,
                 params=stage.thinking if mode == THINKING else stage.non_thinking,
             )
             for problem, mode in stage.modes.assign(problems)
-            for sample in range(stage.samples_per_prompt)
+            for _ in range(stage.samples_per_prompt)
         ]
 
     def _score(self, written: Written) -> list[Batch]:

@@ -32,6 +32,7 @@ class Sft:
     """chat: responses in the chat format, prompts not trained. raw: running text, all of it trained."""
     modes: ModeMix = dataclasses.field(default_factory=ModeMix)
     microbatches_per_step: int = 1
+    """Microbatches whose gradients are added up for one update, to train on more rows than fit at once."""
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=1000))
     start_from: str | None = None
     """Stage whose student this one starts from; None for the stage before."""

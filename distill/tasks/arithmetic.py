@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from distill.tasks.drawing import check_fraction, check_weight, mix, stream_seed, unique_problems
-from distill.tasks.problem import Problem, Split
+from distill.tasks.problem import Excluded, Problem, Split, plain_words, split_of
 from distill.tasks.verifiers import equal_integers
 from distill.tasks.working import (
     chain_steps,
@@ -37,10 +37,13 @@ class ChainSum:
     weight: float = 1.0
     """Share of this family, relative to the other's."""
     min_terms: int = 4
+    """Fewest numbers in a chain."""
     max_terms: int = 8
+    """Most numbers in a chain."""
     min_digits: int = 1
-    """Digits of each term; all terms of a problem have equally many."""
+    """Fewest digits of each term; all terms of a problem have equally many."""
     max_digits: int = 1
+    """Most digits of each term."""
     min_total: int | None = None
     """Keep only chains whose running totals are all at least this (0: never negative)."""
     max_total: int | None = None
@@ -93,11 +96,13 @@ class Products:
     weight: float = 1.0
     """Share of this family, relative to the other's."""
     min_digits: int = 2
-    """Digits of the first factor."""
+    """Fewest digits of the first factor."""
     max_digits: int = 3
+    """Most digits of the first factor."""
     min_multiplier_digits: int = 1
-    """Digits of the second factor."""
+    """Fewest digits of the second factor."""
     max_multiplier_digits: int = 1
+    """Most digits of the second factor."""
 
     def __post_init__(self) -> None:
         check_weight("products.weight", self.weight)
@@ -135,7 +140,7 @@ class Arithmetic:
         if self.chain_sum.weight + self.products.weight == 0:
             raise UserError("chain_sum.weight and products.weight are both 0; give one of them a positive weight")
 
-    def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
+    def problems(self, split: Split, count: int, seed: int, without: Excluded | None = None) -> list[Problem]:
         """See `Task.problems`."""
         streams = {
             CHAIN_SUM: (self.chain_sum.weight, self.chain_sum.candidates(seed)),
@@ -143,13 +148,22 @@ class Arithmetic:
         }
         return mix(
             {
-                name: (weight, unique_problems(candidates, split, self.held_out_fraction))
+                name: (weight, unique_problems(candidates, split, self.held_out_fraction, without))
                 for name, (weight, candidates) in streams.items()
             },
             count=count,
             seed=seed,
             split=split,
         )
+
+    def size(self, split: Split, without: Excluded | None = None) -> None:
+        """None: there are as many as the options of the families allow."""
+
+    def holds_out(self, question_text: str) -> bool:
+        """See `Task.holds_out`; of questions in the wording of its families, the held-out share."""
+        question = plain_words(question_text)
+        own = _CHAIN_EXPRESSION.fullmatch(question) or _PRODUCT_FACTORS.fullmatch(question)
+        return own is not None and split_of(question, self.held_out_fraction) == "held_out"
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether the text is the number and nothing else."""

@@ -5,7 +5,7 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping
 
-from distill.tasks.problem import Problem, Split, split_of
+from distill.tasks.problem import Excluded, Problem, Split, split_of
 from qwen3.errors import UserError
 
 
@@ -18,8 +18,12 @@ def stream_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 33
 
 
-def unique_problems(candidates: Iterable[Problem], split: Split, held_out_fraction: float) -> Iterator[Problem]:
-    """The candidates of one side without repeats; ends when the candidates seem to have no new one.
+def unique_problems(
+    candidates: Iterable[Problem], split: Split, held_out_fraction: float, without: Excluded | None = None
+) -> Iterator[Problem]:
+    """The candidates of one side without repeats and without what `without` is true of.
+
+    Ends when the candidates seem to have no new one.
 
     With R problems found, a missing one among equally likely candidates escapes 20·(R+50) draws of its side with
     probability e**-20.
@@ -30,7 +34,8 @@ def unique_problems(candidates: Iterable[Problem], split: Split, held_out_fracti
     seen: set[str] = set()
     draws_without_news = 0
     for problem in candidates:
-        if split_of(problem.question_text, held_out_fraction) == split and problem.problem_id not in seen:
+        new = split_of(problem.question_text, held_out_fraction) == split and problem.problem_id not in seen
+        if new and not (without and without(problem.question_text)):
             seen.add(problem.problem_id)
             draws_without_news = 0
             yield problem

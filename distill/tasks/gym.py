@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from distill.tasks.drawing import check_fraction, check_weight, mix, stream_seed, unique_problems
-from distill.tasks.problem import Problem, Split
+from distill.tasks.problem import Excluded, Problem, Split, split_of
 from qwen3.errors import UserError
 
 _CHUNK_PROBLEMS: Final = 500
@@ -62,6 +62,7 @@ class ReasoningGym:
     """
 
     families: dict[str, GymFamily]
+    """What is asked, by the names that reasoning-gym gives its data sets."""
     held_out_fraction: float = 0.1
     """Share of all questions that is kept from training."""
 
@@ -72,13 +73,13 @@ class ReasoningGym:
         for name, family in self.families.items():
             _check_family(name, family.options)
 
-    def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
+    def problems(self, split: Split, count: int, seed: int, without: Excluded | None = None) -> list[Problem]:
         """See `Task.problems`."""
         return mix(
             {
                 name: (
                     family.weight,
-                    unique_problems(_candidates(name, family.options, seed), split, self.held_out_fraction),
+                    unique_problems(_candidates(name, family.options, seed), split, self.held_out_fraction, without),
                 )
                 for name, family in self.families.items()
             },
@@ -86,6 +87,13 @@ class ReasoningGym:
             seed=seed,
             split=split,
         )
+
+    def size(self, split: Split, without: Excluded | None = None) -> None:
+        """None: there are as many as the options of the families allow."""
+
+    def holds_out(self, question_text: str) -> bool:
+        """See `Task.holds_out`; since what a generator may ask is not known, the held-out share of all questions."""
+        return split_of(question_text, self.held_out_fraction) == "held_out"
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether the family's verifier gives the text, white space around it aside, the full score of 1."""

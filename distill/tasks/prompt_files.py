@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from distill.tasks.drawing import check_fraction
-from distill.tasks.problem import Problem, Split, split_of
+from distill.tasks.problem import Excluded, Problem, Split, plain_words, split_of
 from distill.tasks.verifiers import equal_integers, equal_mathematics, equal_texts
 from qwen3.errors import UserError
 from qwen3.rollout import MODES
@@ -33,15 +33,18 @@ class PromptFile:
     """
 
     path: str
+    """The file."""
     held_out_path: str | None = None
     """A file of the same columns whose problems are all held out. Its questions are then left out of `path`, and
     `held_out_fraction` is not used."""
     held_out_fraction: float = 0.1
     """Share of the questions in `path` that is kept from training."""
     prompt_column: str = "prompt"
+    """Column of the questions, one user turn each."""
     messages_column: str | None = None
     """Column of conversations, `[{"role": "user", "content": "…"}, …]`, used in place of `prompt_column`."""
     answer_column: str = "answer"
+    """Column of the right answers, which the verifier compares with; texts or whole numbers."""
     solution_column: str | None = None
     """Column of worked thinking; may be null in some rows."""
     family_column: str | None = None
@@ -56,15 +59,23 @@ class PromptFile:
         if self.verifier not in _VERIFIERS:
             raise UserError(f"verifier is {self.verifier!r}; use one of {', '.join(_VERIFIERS)}")
 
-    def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
+    def problems(self, split: Split, count: int, seed: int, without: Excluded | None = None) -> list[Problem]:
         """See `Task.problems`; the seed orders the rows."""
         if count < 0:
             raise ValueError(f"count is {count}; ask for 0 or more problems")
-        found = self._sides[split]
+        found = self._side(split, without)
         if count > len(found):
             path = self.held_out_path if split == "held_out" and self.held_out_path else self.path
             raise UserError(f"{path}: has {len(found)} {split} problems, {count} were asked for; ask for fewer")
         return sorted(found, key=lambda problem: _place(problem, seed))[:count]
+
+    def size(self, split: Split, without: Excluded | None = None) -> int:
+        """See `Task.size`: the different questions of one side."""
+        return len(self._side(split, without))
+
+    def holds_out(self, question_text: str) -> bool:
+        """See `Task.holds_out`: whether the file holds the question out."""
+        return plain_words(question_text) in self._held_out_words
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether the text is the answer, as `verifier` compares them."""
@@ -73,13 +84,25 @@ class PromptFile:
     def working_is_correct(self, problem: Problem, thinking_text: str) -> None:
         """None: a file says what is right, not which ways lead there."""
 
+    def _side(self, split: Split, without: Excluded | None) -> list[Problem]:
+        found = self._sides[split]
+        return found if without is None else [problem for problem in found if not without(problem.question_text)]
+
+    @functools.cached_property
+    def _held_out_words(self) -> frozenset[str]:
+        return frozenset(plain_words(problem.question_text) for problem in self._sides["held_out"])
+
     @functools.cached_property
     def _sides(self) -> dict[Split, list[Problem]]:
         sides: dict[Split, list[Problem]] = {"train": [], "held_out": []}
         if self.held_out_path is not None:
             sides["held_out"] = list(self._read(self.held_out_path).values())
-            held_out = {_words(problem) for problem in sides["held_out"]}
-            sides["train"] = [problem for problem in self._read(self.path).values() if _words(problem) not in held_out]
+            held_out = {plain_words(problem.question_text) for problem in sides["held_out"]}
+            sides["train"] = [
+                problem
+                for problem in self._read(self.path).values()
+                if plain_words(problem.question_text) not in held_out
+            ]
             return sides
         for problem in self._read(self.path).values():
             sides[split_of(problem.question_text, self.held_out_fraction)].append(problem)
@@ -236,10 +259,6 @@ def _kind(value: object) -> str:
     if isinstance(value, int | float):
         return f"the number {value}"
     return f"a {type(value).__name__}"
-
-
-def _words(problem: Problem) -> str:
-    return " ".join(problem.question_text.split())
 
 
 def _place(problem: Problem, seed: int) -> bytes:

@@ -126,7 +126,17 @@ def experiment(teacher: str) -> Experiment:
             "ahead": dataclasses.replace(on_policy, max_staleness=2, start_from="off_policy"),
         },
         export_stage="on_policy",
-        evaluation=Evaluation(problems=6, samples_per_problem=2, pass_at=(2,), batch_size=8, **sampling),
+        evaluation=Evaluation(
+            problems=6,
+            samples_per_problem=2,
+            pass_at=(2,),
+            batch_size=8,
+            max_prompt_tokens=80,
+            thinking=SamplingParams(
+                max_new_tokens=24, thinking_budget=8, temperature=0.9, top_p=0.95, top_k=30, min_p=0.01
+            ),
+            non_thinking=SamplingParams(max_new_tokens=8),
+        ),
         compute_dtype="float32",
         export_dtype="float32",
     )

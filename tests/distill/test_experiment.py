@@ -1,13 +1,22 @@
 """An experiment is checked as a whole before anything runs."""
 
+import ast
 import dataclasses
-from typing import Any
+import inspect
+import itertools
+import textwrap
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from distill.evaluate import Evaluation
 from distill.experiment import Experiment, differing_fields
-from distill.stages import OffPolicy, OnPolicy, Sft
+from distill.experiment_file import _configuration_classes
+from distill.field_types import misfit
+from distill.stages import OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.loop import Training
 from qwen3.errors import UserError
 from tests.distill import miniature
@@ -26,7 +35,7 @@ def changed(experiment: Experiment, stage: str, **fields: Any) -> Experiment:
 
 def test_lineage_leaves_comparisons_out(experiment: Experiment) -> None:
     assert experiment.lineage() == ["pretraining", "off_policy", "on_policy"]
-    assert dataclasses.replace(experiment, export_stage=None).lineage() == ["pretraining", "off_policy", "same_outputs"]
+    assert dataclasses.replace(experiment, export_stage=None).lineage() == ["pretraining", "off_policy", "ahead"]
     assert experiment.start_of("same_outputs") == "off_policy"
     assert experiment.start_of("pretraining") is None
 
@@ -70,6 +79,8 @@ def test_stages_check_their_own_fields() -> None:
         OffPolicy(training=Training(steps=None))
     with pytest.raises(UserError, match="row_length is 4096; raise it"):
         OnPolicy(training=Training(steps=1, row_length=4096))
+    with pytest.raises(UserError, match=r"may have 32768 tokens, training\.row_length is 4096; raise it"):
+        OffPolicy(training=Training(steps=1, row_length=4096))
     with pytest.raises(UserError, match=r"training\.row_length is 0"):
         Training(row_length=0)
     with pytest.raises(UserError, match="pass_at holds 16"):
@@ -78,9 +89,15 @@ def test_stages_check_their_own_fields() -> None:
         Evaluation(modes=("thinkin",))  # type: ignore[arg-type]
 
 
-def test_defaults_of_the_stages_fit_together() -> None:
-    assert OnPolicy().training.row_length >= OnPolicy().max_prompt_tokens + OnPolicy().thinking.max_new_tokens
-    assert OffPolicy().training.row_length >= OffPolicy().max_prompt_tokens + OffPolicy().thinking.max_new_tokens
+@pytest.mark.parametrize("owner", [OnPolicy(), OffPolicy(), Evaluation()])
+def test_defaults_fill_the_context_of_qwen3s_base_models(owner: OnPolicy | OffPolicy | Evaluation) -> None:
+    assert owner.max_prompt_tokens + owner.thinking.max_new_tokens == 32_768
+
+
+def test_rows_hold_what_another_stage_writes(experiment: Experiment) -> None:
+    training = dataclasses.replace(experiment.stages["same_outputs"].training, row_length=96)
+    with pytest.raises(UserError, match="row_length is 96, but what off_policy writes may have 104 tokens; raise it"):
+        changed(experiment, "same_outputs", training=training)
 
 
 def test_json_names_every_difference(experiment: Experiment) -> None:
@@ -91,3 +108,46 @@ def test_json_names_every_difference(experiment: Experiment) -> None:
     ]
     assert differing_fields(experiment.to_json(), experiment.to_json()) == []
     assert experiment.to_json()["stages"]["off_policy"]["kind"] == "OffPolicy"
+
+
+def test_every_field_is_described() -> None:
+    """What --help and an editor show; a field that is a dataclass speaks for itself."""
+    undescribed = []
+    for kind in _configuration_classes():
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(definition, ast.ClassDef)
+        for statement, following in itertools.pairwise(definition.body):
+            described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            if isinstance(statement, ast.AnnAssign) and not described:
+                assert isinstance(statement.target, ast.Name)
+                hint = typing.get_type_hints(kind)[statement.target.id]
+                plain = not dataclasses.is_dataclass(hint) and typing.get_origin(hint) is not typing.ClassVar
+                undescribed += [f"{kind.__name__}.{statement.target.id}"] if plain else []
+    assert undescribed == []
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "message"),
+    [
+        ("8", int, "it is '8'; it must be a whole number"),
+        (True, int, "it is True; it must be a whole number"),
+        (np.int64(3), int, None),
+        (1, float, None),
+        (None, int | None, None),
+        (1.5, int | None, "it is 1.5; it must be a whole number or None"),
+        ((1, "2"), tuple[int, ...], "[1] is '2'; it must be a whole number"),
+        ([1], tuple[int, ...], "it is [1]; it must be a tuple, each entry a whole number"),
+        ({"a": 1, "b": "c"}, Mapping[str, int], ".b is 'c'; it must be a whole number"),
+        ("kl", Literal["jsd", "skew_kl"], "it is 'kl'; it must be 'jsd' or 'skew_kl'"),
+        ({}, Evaluation, "it is {}; it must be Evaluation"),
+        (Evaluation(shown="4"), Evaluation, "shown is '4'; it must be a whole number"),  # type: ignore[arg-type]
+        ({"x": Sft(form="rwa")}, Mapping[str, Stage], ".x.form is 'rwa'; it must be 'chat' or 'raw'"),  # type: ignore[arg-type]
+        (Sft(training=Training(steps=1.5)), Stage, "training.steps is 1.5; it must be a whole number or None"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_value_of_another_type_is_named(value: Any, hint: Any, message: str | None) -> None:
+    assert misfit(value, hint) == message
+
+
+def test_an_experiment_is_of_its_types(experiment: Experiment) -> None:
+    assert misfit(experiment, Experiment) is None

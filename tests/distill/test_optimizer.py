@@ -1,5 +1,7 @@
 """Learning rates and weight decay are what their names say."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -49,7 +51,21 @@ def test_decay_spares_norms_and_biases_but_not_adapters() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("learning_rate", 0), ("warmup_fraction", 1.5), ("b2", 1.0), ("clip_norm", 0), ("weight_decay", -1)],
+    [
+        ("learning_rate", 0),
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("warmup_fraction", 1.5),
+        ("final_fraction", math.nan),
+        ("b1", math.nan),
+        ("b2", 1.0),
+        ("epsilon", -1),
+        ("epsilon", math.nan),
+        ("clip_norm", 0),
+        ("clip_norm", math.nan),
+        ("weight_decay", -1),
+        ("weight_decay", math.nan),
+    ],
 )
 def test_values_out_of_range_are_named(field: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"optimizer\.{field} is {value}"):

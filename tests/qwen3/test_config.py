@@ -203,3 +203,18 @@ def test_folder_errors_name_the_file(tmp_path):
     path.mkdir()
     with pytest.raises(UserError, match=f"{path} cannot be read"):
         ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("positions", "scaling", "longest"),
+    [
+        (40960, None, 40960),
+        # As Qwen's model cards have it: only rope_scaling is added.
+        (40960, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        (131072, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        (16384, {"rope_type": "linear", "factor": 4.0}, 16384),
+    ],
+)
+def test_the_longest_context_counts_an_extension_once(positions, scaling, longest):
+    raw = {"max_position_embeddings": positions, "rope_scaling": scaling}
+    assert ModelConfig.from_hf(QWEN3 | raw).longest_context == longest

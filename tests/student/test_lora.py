@@ -153,7 +153,8 @@ def test_rollouts_are_drawn_from_the_adapted_student(folders: dict[str, Path]) -
     ("fields", "message"),
     [
         ({"rank": 0}, r"lora\.rank is 0; it must be at least 1"),
-        ({"alpha": 0.0}, r"lora\.alpha is 0\.0; it must be above 0"),
+        ({"alpha": 0.0}, r"lora\.alpha is 0\.0; it must be a number above 0"),
+        ({"alpha": float("nan")}, r"lora\.alpha is nan; it must be a number above 0"),
         ({"targets": ()}, r"lora\.targets is empty; name some of q_proj, k_proj"),
         ({"targets": ("q_proj", "gate_porj")}, "'gate_porj', which is no projection; perhaps you meant 'gate_proj'"),
         ({"targets": ("everything",)}, "'everything', which is no projection; use some of q_proj"),
