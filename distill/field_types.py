@@ -49,7 +49,7 @@ def described(hint: Any) -> str:
         return f"a tuple, each entry {described(parts[0])}"
     if origin is not None:
         return f"a dictionary, each value {described(parts[1])}"
-    return _WORDS.get(hint) or getattr(hint, "__name__", str(hint))
+    return _WORDS.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def _fits_plainly(value: Any, hint: Any) -> bool:

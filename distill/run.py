@@ -120,7 +120,7 @@ def _keep_compiled(runs: Path) -> None:
     What is read back are the same instructions, so the numbers are the same. Half an entry that a kill left behind is
     passed over with a warning.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(runs.absolute() / ".compiled"))
 
 

@@ -35,19 +35,19 @@ def experiment(teacher: str) -> Experiment:
 
 @pytest.fixture
 def short_file(tmp_path: Path) -> PromptFile:
-    """Eighteen problems to train on, of which the tenth is as long as twenty tokens and more."""
+    """Eighteen problems to train on, of which the tenth is the longest."""
     path = tmp_path / "short.jsonl"
     rows = [{"prompt": f"What is {n} + 1?", "answer": n + 1, "working": f"{n}+1={n + 1}"} for n in range(18)]
-    rows[9]["prompt"] = "What, if I may ask you again, is 9 + 1, and why would anybody ask?"
+    rows[9]["prompt"] = "State the final answer to the following arithmetic problem: 9 + 1 ="
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(json.dumps(row | {"prompt": f"Is it {row['answer']}?"}) + "\n" for row in rows[:7]))
     return PromptFile(path=str(path), held_out_path=str(held_out), solution_column="working")
 
 
-def check(experiment: Experiment, finished: tuple[str, ...] = ()) -> None:
+def check(experiment: Experiment, finished: tuple[str, ...] = (), devices: int = 1) -> None:
     assert experiment.teacher is not None
-    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    mesh = make_mesh(MeshShape(), jax.devices()[:devices])
     tokenizer = ChatTokenizer.from_folder(experiment.teacher.path)
     preflight(experiment, mesh, tokenizer, TaskMixture(experiment.tasks), Progress(), finished)
 
@@ -59,13 +59,11 @@ def changed(experiment: Experiment, stage: str, **fields: Any) -> Experiment:
 
 
 def _longer_responses(experiment: Experiment) -> Experiment:
-    longer = changed(
-        experiment, "off_policy", thinking=SamplingParams(max_new_tokens=200),
-        training=dataclasses.replace(experiment.stages["off_policy"].training, row_length=300),
-    )  # fmt: skip
-    return changed(longer, "same_outputs", training=dataclasses.replace(
-        longer.stages["same_outputs"].training, row_length=300
-    ))  # fmt: skip
+    stages = dict(experiment.stages)
+    for name in ("off_policy", "same_outputs"):
+        training = dataclasses.replace(stages[name].training, row_length=300)
+        stages[name] = dataclasses.replace(stages[name], thinking=SamplingParams(max_new_tokens=200), training=training)
+    return dataclasses.replace(experiment, stages=stages)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +133,13 @@ def test_a_file_has_enough_prompts_or_is_refused(experiment: Experiment, short_f
 def test_the_longest_prompt_is_the_one_that_is_named(experiment: Experiment, short_file: PromptFile) -> None:
     whole = changed(dataclasses.replace(experiment, tasks={"ours": short_file}), "pretraining", problems=18)
     whole = changed(whole, "off_policy", prompts=18, max_prompt_tokens=30)
-    with pytest.raises(UserError, match=r"of 'What, if I may ask you again, is 9 \+ 1, and why would anybod…', has"):
+    with pytest.raises(UserError, match=r"of 'State the final answer to the following arithmetic problem: …', has"):
         check(whole)
+
+
+def test_writing_ahead_needs_one_device_for_all(experiment: Experiment) -> None:
+    with pytest.raises(UserError, match=r"stages\.ahead\.max_staleness is 2, but 2 devices .* set it to 0"):
+        check(experiment, devices=2)
 
 
 def test_stages_that_have_finished_are_not_asked_again(experiment: Experiment) -> None:
