@@ -8,8 +8,10 @@ is stored beside it, because the array files themselves carry no check and a fli
 import json
 import logging
 import os
+import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
@@ -126,7 +128,8 @@ class Checkpointer:
 
     def _restore_item(self, step: int, name: str, args: Any) -> Any:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+            with _later_failures_unsaid():
+                return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
         # Orbax reports a damaged file as any of ten types, bare Exception among them.
         except Exception as error:
             raise UserError(self._damaged(step, _one_line(error))) from error
@@ -220,10 +223,28 @@ def _listed(names: list[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + more
 
 
+@contextmanager
+def _later_failures_unsaid() -> Iterator[None]:
+    """Keeps reads that are still under way when one fails from printing a traceback each.
+
+    Orbax closes its event loop at the first failure; those that end later find it closed, and Python reports them as
+    unraisable. After a failure the filter stays: nobody knows when the last one ends.
+    """
+    report = sys.unraisablehook
+
+    def filtered(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = filtered
+    yield
+    sys.unraisablehook = report
+
+
 def _one_line(error: BaseException) -> str:
-    # TensorStore appends the whole specification of the array and places in its own source.
-    line = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
-    return line or type(error).__name__
+    # TensorStore appends the whole specification of the array and places in its own source, orbax the former again.
+    text = str(error).partition(" [tensorstore_spec=")[0].partition(" See full TensorStore details")[0]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:

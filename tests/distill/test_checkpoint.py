@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,23 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
+
+
+def test_of_many_arrays_that_cannot_be_read_one_line_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    weights = {str(n): np.random.default_rng(n).normal(size=(200, 300)).astype(np.float32) for n in range(30)}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, weights, {})
+    for file in tmp_path.glob("1/arrays/**/d/*"):
+        cut(file)
+    for _ in range(5):
+        with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match="is damaged") as refused:
+            checkpointer.restore(weights)
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 800
+    time.sleep(0.2)
+    assert not printed
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
