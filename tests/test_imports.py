@@ -178,7 +178,9 @@ def _write_tree(root: Path, files: dict[str, str]) -> None:
 # jax refuses to change this setting once a backend is up: the public way to learn that none is.
 _IMPORT_EVERYTHING = """
 import importlib, json, os, sys
-import jax, flax.nnx, grain, optax, orbax.checkpoint, tensorboardX  # what libraries set is not ours to judge
+# What libraries set is not ours to judge.
+import jax, flax.nnx, grain, optax, orbax.checkpoint, tensorboardX
+import jax.experimental.pallas.mosaic_gpu, jax.experimental.pallas.tpu
 def state():
     return {**{f"jax.{k}": repr(v) for k, v in jax.config.values.items()}, **os.environ}
 before, changed = state(), {}
