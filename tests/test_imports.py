@@ -28,10 +28,12 @@ TEST_ONLY = {"accelerate", "hypothesis", "peft", "pytest", "torch", "transformer
 
 
 def module_files(root: Path) -> dict[str, Path]:
-    """Dotted name -> file, of every module in the packages under `root`."""
+    """Dotted name -> file, of every module in the packages under `root`; a folder without __init__.py is data."""
     files = {}
     for init in sorted(root.glob("*/__init__.py")):
         for file in sorted(init.parent.rglob("*.py")):
+            if not (file.parent / "__init__.py").exists():
+                continue
             parts = file.relative_to(root).with_suffix("").parts
             files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     return files

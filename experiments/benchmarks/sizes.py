@@ -6,18 +6,21 @@ from types import MappingProxyType
 
 from qwen3.config import ModelConfig
 
-SEQUENCE_TOKENS = 256
-PROMPT_TOKENS = 64
-NEW_TOKENS = SEQUENCE_TOKENS - PROMPT_TOKENS
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """One row of models and the batch that a training step takes, in sequences of `SEQUENCE_TOKENS`."""
+    """One row of models and the batch that a training step takes."""
 
     teacher: ModelConfig
     student: ModelConfig
     batch_size: int
+    sequence_tokens: int = 256
+    prompt_tokens: int = 64
+    """Where the student writes, it goes on after so many tokens."""
+
+    @property
+    def new_tokens(self) -> int:
+        return self.sequence_tokens - self.prompt_tokens
 
 
 def _size(vocab_size: int, batch_size: int) -> Size:

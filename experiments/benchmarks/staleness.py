@@ -21,7 +21,8 @@ from distill.progress import Progress
 from distill.stages import OnPolicy
 from distill.stages.context import StopRequest
 from experiments import quickstart
-from experiments.benchmarks.machine import machine, peak_rss_mb
+from experiments.benchmarks.machine import machine
+from experiments.benchmarks.turns import peak_rss_mb
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
