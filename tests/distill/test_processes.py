@@ -179,21 +179,55 @@ sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
 """
 
 
-def test_processes_agree(tmp_path: Path) -> None:
-    _, environment = miniature.launch_command(tmp_path, tmp_path, devices=1)
+DYING = """
+import os, signal, sys
+from distill import processes
+
+
+def work():
+    processes.any_process(False)
+    if sys.argv[2] == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    processes.any_process(False)
+    return 0
+
+
+sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
+"""
+
+
+def run_two(program: str, folder: Path, *arguments: str) -> list[tuple[int, str]]:
+    """Status and errors of two processes of `program`, given an address, their number and `arguments`."""
+    _, environment = miniature.launch_command(folder, folder, devices=1)
     address = free_address()
     launched = [
         subprocess.Popen(
-            [sys.executable, "-c", PRIMITIVES, address, str(process)],
+            [sys.executable, "-c", program, address, str(process), *arguments],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
         for process in range(2)
     ]
-    for process in launched:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    errors = [process.communicate(timeout=120)[1] for process in launched]
+    return [(process.returncode, error) for process, error in zip(launched, errors, strict=True)]
+
+
+def test_processes_agree(tmp_path: Path) -> None:
+    for status, errors in run_two(PRIMITIVES, tmp_path):
+        assert status == 0, errors
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_whichever_dies_the_other_says_so_and_ends(tmp_path: Path, dying: int) -> None:
+    ended = run_two(DYING, tmp_path, str(dying))
+    assert ended[dying][0] == -signal.SIGKILL
+    status, errors = ended[1 - dying]
+    assert status == 1, errors
+    # jax's own line about the lost connection may stand beside it, an abort's stack trace must not.
+    said = f"error (process {1 - dying} of 2): process {dying} has ended, and the run with it"
+    assert [line for line in errors.splitlines() if line.startswith(said)], errors
+    assert "JAX distributed service detected fatal errors" not in errors
 
 
 @pytest.mark.parametrize(
