@@ -10,6 +10,7 @@ as the longest sequence by then. A pool smaller than its default therefore saves
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,7 +87,7 @@ class Engine:
         unroll_layers: int = UNROLL_LAYERS,
         page_size: int = 32,
         pages: int | None = None,
-        tokens_per_dispatch: int = 64,
+        tokens_per_dispatch: int = 256,
     ):
         sizes = {
             "batch_size": batch_size,
@@ -271,7 +272,8 @@ class Engine:
     ) -> tuple[State, Pages, Written]:
         """Write until as few as `leave` slots are active. A few loops see more and more pages: attention costs what
         the longest sequence has filled."""
-        batch, most, longest = self.batch_size, self.tokens_per_dispatch, self.max_new_tokens
+        batch, longest = self.batch_size, self.max_new_tokens
+        most = min(self.tokens_per_dispatch, longest)
         written = Written(
             tokens=jnp.full((most, batch), self.pad_id, jnp.int32),
             chosen=jnp.zeros((most, batch), bool),
@@ -279,27 +281,32 @@ class Engine:
         )
         layers = layers_of(model, unroll=self.unroll)
         keys = _row_keys(seed, policy_step, fixed.prompt_hash, fixed.sample_index)
-        write_token = functools.partial(self._write_token, model, layers, fixed, keys, plan)
+        # Those of all steps at once: a row that is still written has come one position further at every step.
+        uniforms = _uniforms(keys, state.position + 1 + jnp.arange(most)[:, None])
+        write_token = functools.partial(self._write_token, model, layers, fixed, uniforms, plan)
         how: Any = {"mesh": mesh, "unroll": self.unroll}
 
         def going(end: int) -> Callable[[tuple[_Loop, Any] | tuple[_Loop, Any, Any]], Array]:
             return functools.partial(self._unfinished, leave, end * self.page_size)
 
-        def write(end: int, carry: tuple[_Loop, Pages, Array]) -> tuple[_Loop, Pages, Array]:
-            """Write as long as `end` pages hold every sequence."""
+        def write(end: int, tokens: int, carry: tuple[_Loop, Pages, Array]) -> tuple[_Loop, Pages, Array]:
+            """Write at most `tokens` more as long as `end` pages hold every sequence."""
             loop, pages, source = carry
-            start, target = loop.state.position, fixed.page_table
+            first, start, target = loop.step, loop.state.position, fixed.page_table
             cache = gather_cache(self.config, pages, source[:, :end], **how)
-            loop, cache = jax.lax.while_loop(going(end), write_token, (loop, cache))
-            pages = keep_pages(self.config, pages, cache, target[:, :end], start, tokens=most, **how)
+            loop, cache = jax.lax.while_loop(
+                lambda carry: going(end)(carry) & (carry[0].step - first < tokens), write_token, (loop, cache)
+            )
+            pages = keep_pages(self.config, pages, cache, target[:, :end], start, tokens=tokens, **how)
             return loop, pages, target
 
         segments = min(_MOST_SEGMENTS, -(-longest // _SEGMENT_TOKENS))
         ends = {self._pages_for(self.max_prompt_tokens + longest * (i + 1) // segments - 1) for i in range(segments)}
         carry = _Loop(jnp.int32(0), state, written), pages, fixed.source_table
-        for end in sorted(ends):
-            # A loop of one or no turn: a conditional would copy the pages.
-            carry = jax.lax.while_loop(going(end), functools.partial(write, end), carry)
+        for begin, end in itertools.pairwise((0, *sorted(ends))):
+            # What the longest sequence has room for: another turn is taken where it has ended and shorter ones go on.
+            tokens = min(most, (end - begin) * self.page_size)
+            carry = jax.lax.while_loop(going(end), functools.partial(write, end, tokens), carry)
         loop, pages, _ = carry
         return loop.state, pages, loop.written
 
@@ -307,22 +314,21 @@ class Engine:
         loop = carry[0]
         state = loop.state
         enough = jnp.sum(state.active) <= leave
-        return ~enough & (loop.step < self.tokens_per_dispatch) & (jnp.max(state.position * state.active) < end)
+        return ~enough & (loop.step < len(loop.written.tokens)) & (jnp.max(state.position * state.active) < end)
 
     def _write_token(
         self,
         model: Qwen3,
         layers: tuple[Layer, ...],
         fixed: Fixed,
-        keys: Array,
+        uniforms: Float[Array, "n B 2"],
         plan: Plan,
         carry: tuple[_Loop, Cache],
     ) -> tuple[_Loop, Cache]:
         loop, cache = carry
         now, state, active = loop.step, loop.state, loop.state.active
         hidden, cache = step(model, layers, cache, state.token, state.position, unroll=self.unroll)
-        uniforms = _uniforms(keys, state.position + 1)
-        sampled, logprobs = choose_tokens(_logits(model, hidden), fixed.sampling, uniforms, plan)
+        sampled, logprobs = choose_tokens(_logits(model, hidden), fixed.sampling, uniforms[now], plan)
 
         tokens, closed, forced = sampled, state.closed, state.forced
         chosen = active
@@ -368,8 +374,11 @@ def _row_keys(seed: Array, policy_step: Array, prompt_hash: Int[Array, "B"], sam
     return fold(jax.vmap(jax.random.fold_in, (None, 0))(base, prompt_hash), sample_index)
 
 
-def _uniforms(keys: Array, positions: Int[Array, "B"]) -> Float[Array, "B 2"]:
-    return jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position), (2,)))(keys, positions)
+def _uniforms(keys: Array, positions: Int[Array, "n B"]) -> Float[Array, "n B 2"]:
+    def draw(key: Array, position: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), (2,))
+
+    return jax.vmap(jax.vmap(draw), (None, 0))(keys, positions)
 
 
 def _mesh(model: Qwen3) -> Mesh | None:

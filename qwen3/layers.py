@@ -103,8 +103,10 @@ def _project(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(equation: str, x: Array, kernel: Array) -> Array:
-    """`jnp.einsum`, whose own derivative by `kernel` comes out transposed: on CPU that takes twice as long."""
-    return jnp.einsum(equation, x, kernel)
+    """`jnp.einsum`, whose own derivative by `kernel` comes out transposed: on CPU that takes twice as long. Over heads
+    it would also sum in another order than they lie in, for which XLA copies the kernel at every call."""
+    summed = set.intersection(*map(set, equation.split("->")[0].split(",")))
+    return jnp.tensordot(x, kernel, len(summed))
 
 
 def _product_forward(equation: str, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -177,6 +177,17 @@ def test_rollouts_are_the_same_from_few_small_pages_in_short_dispatches(models, 
         np.testing.assert_allclose(rollout.sampler_logprobs, wanted.sampler_logprobs, atol=1e-5)
 
 
+def test_a_short_sequence_goes_on_where_a_long_one_has_ended(models):
+    engine = make_engine(max_prompt_tokens=64, max_new_tokens=256, stop_ids=(), batch_size=2)
+    # The first ends at position 194, where attention sees 256 tokens; the second is at 150 then and goes beyond them.
+    prompts = tuple(range(1, 65)), tuple(range(80, 100))
+    requests = [make_request(prompts[0], max_new_tokens=131), make_request(prompts[1], max_new_tokens=256)]
+    together = engine.generate(models["dense"], requests, seed=0, policy_step=0)[1]
+    alone = engine.generate(models["dense"], requests[1:], seed=0, policy_step=0)[0]
+    np.testing.assert_array_equal(together.tokens, alone.tokens)
+    np.testing.assert_allclose(together.sampler_logprobs, alone.sampler_logprobs, atol=1e-5)
+
+
 def test_a_mixture_of_experts_does_not_mix_rows(models):
     engine = make_engine(CONFIGS["moe"])
     requests = [make_request(prompt, sample_index) for prompt in PROMPTS[:3] for sample_index in range(2)]
