@@ -5,7 +5,7 @@ Pages keep what sequences have read. While tokens are written, a few dozen a tim
 side in a `Cache`: gathering them at every token, as `kernels_pallas` would for XLA, takes CPU up to half as long
 again as the token itself.
 
-Layers of a shallow model are taken out of their stacks once per call and unrolled, each with a cache of its own: a
+Layers of a shallow model are taken out of their stacks and unrolled, each with a cache of its own: a
 scan over stacked layers copies every layer's weights at every token, which makes small batches on CPU almost half as
 fast. Deep models are scanned: taking their layers out would hold their weights twice, and unrolling them would compile
 for minutes. Either way the decoding loop updates caches in place.
@@ -68,10 +68,8 @@ def make_pages(config: ModelConfig, dtype: Any, *, pages: int, page_size: int, m
     )
 
 
-def layers_of(model: Qwen3, *, unroll: bool) -> tuple[Layer, ...]:
-    """The units of the decoding loop: single layers if unrolled, else whole stacks."""
-    if not unroll:
-        return tuple(model.stacks)
+def layers_of(model: Qwen3) -> tuple[Layer, ...]:
+    """The layers of all stacks, one by one."""
     runs = zip(model.stacks, model.config.layer_runs(), strict=True)
     return tuple(jax.tree.map(lambda x, i=i: x[i], stack) for stack, (_, count) in runs for i in range(count))
 

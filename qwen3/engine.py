@@ -5,48 +5,55 @@ sequence ends takes the next request. Several tokens are written in one dispatch
 Shapes are fixed by the engine, so a loop of training and sampling never compiles again. A rollout depends only on
 the weights and on (seed, policy step, prompt, sample index): every token has a random key of its own.
 
+On CPU the slots are divided into one group a core, each with requests, pages and a thread of its own: XLA computes
+the small products of a decoding step on one core alone, but several programs side by side.
+
 What is held beside the weights: the pages, and during a dispatch a copy of the slots' own ones side by side, as long
 as the longest sequence by then. A pool smaller than its default therefore saves at most half.
 """
 
+import dataclasses
 import functools
-import itertools
+import os
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from qwen3.cache import Cache, Pages, gather_cache, keep_pages, layers_of, make_pages, prefill, step
+from qwen3.cache import Pages, layers_of, make_pages, prefill
 from qwen3.config import ModelConfig
+from qwen3.decoding import Decoder
 from qwen3.errors import UserError
 from qwen3.model import UNROLL_LAYERS, Layer, Qwen3
 from qwen3.pages import PagePool
 from qwen3.rollout import THINKING, Rollout
-from qwen3.sampling import Plan, choose_tokens
+from qwen3.sampling import Plan
 from qwen3.sharding import BATCH, check_rows, fetch, place, row_shares
-from qwen3.slots import Fixed, Prompts, Request, Slots, State, Written
+from qwen3.slots import Prompts, Request, Slots, State, Written
 
 __all__ = ["Engine", "OnProgress", "Request"]
 
-_SEGMENT_TOKENS = 64
-_MOST_SEGMENTS = 4
 _PREFILL_TOKENS = 256
 _STOP_WIDTH = 8
+_GROUP_ROWS = 4
 _NEVER = np.iinfo(np.int32).max
 OnProgress = Callable[[int, int], None]
 """Called with the rollouts that ended and the tokens in them since the last call."""
 
 
-class _Loop(NamedTuple):
-    """The decoding loop's carry."""
+@dataclasses.dataclass
+class _Group:
+    """Slots that are written together, in one dispatch after the other."""
 
-    step: Int[Array, ""]
-    state: State
-    written: Written
+    requests: list[int]
+    """Indices of the requests that these slots write."""
+    slots: Slots
+    pages: Pages
 
 
 class Engine:
@@ -65,6 +72,7 @@ class Engine:
         page_size: Tokens a page.
         pages: Pages in the pool; None for what `batch_size` sequences of the longest kind need. With fewer, a request
             waits until its prompt and all its `max_new_tokens` fit, less the pages that it shares: none is cut short.
+            Groups have equal parts of it.
         tokens_per_dispatch: Most tokens that each slot writes before the host looks again. It looks earlier where
             requests wait and an eighth of the slots have ended.
 
@@ -117,18 +125,29 @@ class Engine:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_new_tokens = max_new_tokens
         self.stop_ids = tuple(stop_ids)
-        self.pad_id = pad_id
         self.stop_thinking_ids = tuple(stop_thinking_ids)
-        self.think_end_id = think_end_id
-        self.unroll = config.num_hidden_layers <= unroll_layers
+        self.pad_id = pad_id
         self.page_size = page_size
+        self.unroll = config.num_hidden_layers <= unroll_layers
+        self._decoder = Decoder(
+            config=config,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            pad_id=pad_id,
+            stop_thinking_ids=self.stop_thinking_ids,
+            think_end_id=think_end_id,
+            unroll=self.unroll,
+            page_size=page_size,
+            tokens_per_dispatch=min(tokens_per_dispatch, max_new_tokens),
+        )
         # The last token that is written is never read.
-        self._table_pages = self._pages_for(max_prompt_tokens + max_new_tokens - 1)
+        self._table_pages = self._decoder.pages_for(max_prompt_tokens + max_new_tokens - 1)
         self.pages = batch_size * self._table_pages if pages is None else pages
-        self.tokens_per_dispatch = tokens_per_dispatch
         self._check_pages(1)
+        self._compiling = threading.Lock()
+        self._layers = jax.jit(layers_of)
         self._read = jax.jit(self._read_prompts, static_argnames="mesh", donate_argnames="pages")
-        self._decode = jax.jit(self._decode_loop, static_argnames=("plan", "mesh"), donate_argnames="pages")
+        self._decode = jax.jit(self._decoder.write, static_argnames=("plan", "mesh"), donate_argnames="pages")
 
     def generate(
         self,
@@ -168,36 +187,51 @@ class Engine:
         if not requests:
             return []
         plan = Plan.of([request.params for request in requests], self.config.vocab_size)
-        slots = self._slots(requests, shares)
-        pages = make_pages(
-            self.config,
-            model.compute_dtype,
-            pages=shares * (self.pages // shares + 1),
-            page_size=self.page_size,
-            mesh=mesh,
-        )
         numbers = np.uint32(seed), np.uint32(policy_step)
+        layers = self._layers(model) if self.unroll else tuple(model.stacks)
+        groups = self._groups(requests, shares, model.compute_dtype, mesh)
         rollouts: dict[int, Rollout] = {}
-        while len(rollouts) < len(requests):
+        with ThreadPoolExecutor(len(groups)) as threads:
+
+            def write(group: _Group) -> Future[tuple[State, Written]]:
+                return threads.submit(self._write, model, layers, group, numbers, plan, mesh)
+
+            writing = {write(group): group for group in groups}
+            while writing:
+                for future in wait(writing, return_when=FIRST_COMPLETED).done:
+                    group = writing.pop(future)
+                    done = group.slots.collect(*future.result(), policy_step)
+                    rollouts.update((group.requests[index], rollout) for index, rollout in done)
+                    if done and on_progress is not None:
+                        on_progress(len(done), sum(len(rollout.response) for _, rollout in done))
+                    if group.slots.writing or group.slots.waiting:
+                        writing[write(group)] = group
+        return [rollouts[index] for index in range(len(requests))]
+
+    def _write(
+        self,
+        model: Qwen3,
+        layers: tuple[Layer, ...],
+        group: _Group,
+        numbers: tuple[np.uint32, np.uint32],
+        plan: Plan,
+        mesh: Mesh | None,
+    ) -> tuple[State, Written]:
+        """Fill the free slots of a group and write in all of them until enough have ended."""
+        slots = group.slots
+        # Groups run the same programs: one compiles them, the others wait for it.
+        with self._compiling:
             if (admitted := slots.admit()) is not None:
                 prompts, chunks = admitted
                 placed = _place(prompts, PartitionSpec(None, *BATCH), mesh)
-                pages = self._read(model, pages, placed, np.int32(chunks), mesh=mesh)
+                group.pages = self._read(model, group.pages, placed, np.int32(chunks), mesh=mesh)
             # Where none waits, nothing is gained by ending a dispatch before its last slot has ended.
-            leave = max(0, slots.writing - -(-self.batch_size // 8)) if slots.waiting else 0
+            leave = max(0, slots.writing - -(-slots.size // 8)) if slots.waiting else 0
             fixed, state = _place((slots.fixed, slots.state), BATCH, mesh)
-            state, pages, written = self._decode(
-                model, pages, fixed, state, np.int32(leave), *numbers, plan=plan, mesh=mesh
+            state, group.pages, written = self._decode(
+                model, layers, group.pages, fixed, state, np.int32(leave), *numbers, plan=plan, mesh=mesh
             )
-            state, written = fetch((state, written))
-            done = slots.collect(state, written, policy_step)
-            rollouts.update(done)
-            if done and on_progress is not None:
-                on_progress(len(done), sum(len(rollout.response) for _, rollout in done))
-        return [rollouts[index] for index in range(len(requests))]
-
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)
+        return fetch((state, written))
 
     def _check_pages(self, shares: int) -> None:
         if self.pages // shares < self._table_pages:
@@ -233,22 +267,39 @@ class Engine:
         budget = request.params.thinking_budget
         return _NEVER if budget is None or request.mode != THINKING else budget
 
-    def _slots(self, requests: Sequence[Request], shares: int) -> Slots:
+    def _groups(self, requests: Sequence[Request], shares: int, dtype: Any, mesh: Mesh | None) -> list[_Group]:
         stop_ids = [self._stop_ids(request) for request in requests]
-        own_rows = min(self.batch_size // shares, max(1, _PREFILL_TOKENS // self.max_prompt_tokens))
-        return Slots(
-            requests,
-            stop_ids,
-            [self._budget(request) for request in requests],
-            batch_size=self.batch_size,
-            pools=[PagePool(self.pages // shares, self.page_size) for _ in range(shares)],
-            prefill_rows=shares * own_rows,
-            prompt_tokens=self.max_prompt_tokens,
-            prompt_pages=self._pages_for(self.max_prompt_tokens),
-            table_pages=self._table_pages,
-            stop_width=-(-max(map(len, stop_ids)) // _STOP_WIDTH) * _STOP_WIDTH,
-            pad_id=self.pad_id,
-        )
+        count = self._most_groups if mesh is None else 1
+        rows, pages = self.batch_size // count, self.pages // count
+        prefill_rows = min(rows // shares, max(1, _PREFILL_TOKENS // self.max_prompt_tokens))
+        groups = []
+        for indices in np.array_split(np.arange(len(requests)), min(count, len(requests))):
+            slots = Slots(
+                [requests[i] for i in indices],
+                [stop_ids[i] for i in indices],
+                [self._budget(requests[i]) for i in indices],
+                batch_size=rows,
+                pools=[PagePool(pages // shares, self.page_size) for _ in range(shares)],
+                prefill_rows=shares * prefill_rows,
+                prompt_tokens=self.max_prompt_tokens,
+                prompt_pages=self._decoder.pages_for(self.max_prompt_tokens),
+                table_pages=self._table_pages,
+                stop_width=-(-max(map(len, stop_ids)) // _STOP_WIDTH) * _STOP_WIDTH,
+                pad_id=self.pad_id,
+            )
+            empty = make_pages(
+                self.config, dtype, pages=shares * (pages // shares + 1), page_size=self.page_size, mesh=mesh
+            )
+            groups.append(_Group(indices.tolist(), slots, empty))
+        return groups
+
+    @functools.cached_property
+    def _most_groups(self) -> int:
+        """One a core on CPU, else one in all; each has at least `_GROUP_ROWS` slots and pages for one sequence."""
+        if jax.default_backend() != "cpu":
+            return 1
+        most = min(os.cpu_count() or 1, self.batch_size // _GROUP_ROWS, self.pages // self._table_pages)
+        return max((n for n in range(1, most + 1) if self.batch_size % n == 0), default=1)
 
     def _read_prompts(self, model: Qwen3, pages: Pages, prompts: Prompts, chunks: Array, *, mesh: Mesh | None) -> Pages:
         def read(chunk: Array, pages: Pages) -> Pages:
@@ -256,129 +307,6 @@ class Engine:
             return prefill(model, pages, part.tokens, part.lengths, part.page_table, mesh=mesh)
 
         return jax.lax.fori_loop(0, chunks, read, pages)
-
-    def _decode_loop(
-        self,
-        model: Qwen3,
-        pages: Pages,
-        fixed: Fixed,
-        state: State,
-        leave: Array,
-        seed: Array,
-        policy_step: Array,
-        *,
-        plan: Plan,
-        mesh: Mesh | None,
-    ) -> tuple[State, Pages, Written]:
-        """Write until as few as `leave` slots are active. A few loops see more and more pages: attention costs what
-        the longest sequence has filled."""
-        batch, longest = self.batch_size, self.max_new_tokens
-        most = min(self.tokens_per_dispatch, longest)
-        written = Written(
-            tokens=jnp.full((most, batch), self.pad_id, jnp.int32),
-            chosen=jnp.zeros((most, batch), bool),
-            logprobs=jnp.zeros((most, batch), jnp.float32),
-        )
-        layers = layers_of(model, unroll=self.unroll)
-        keys = _row_keys(seed, policy_step, fixed.prompt_hash, fixed.sample_index)
-        # Those of all steps at once: a row that is still written has come one position further at every step.
-        uniforms = _uniforms(keys, state.position + 1 + jnp.arange(most)[:, None])
-        write_token = functools.partial(self._write_token, model, layers, fixed, uniforms, plan)
-        how: Any = {"mesh": mesh, "unroll": self.unroll}
-
-        def going(end: int) -> Callable[[tuple[_Loop, Any] | tuple[_Loop, Any, Any]], Array]:
-            return functools.partial(self._unfinished, leave, end * self.page_size)
-
-        def write(end: int, tokens: int, carry: tuple[_Loop, Pages, Array]) -> tuple[_Loop, Pages, Array]:
-            """Write at most `tokens` more as long as `end` pages hold every sequence."""
-            loop, pages, source = carry
-            first, start, target = loop.step, loop.state.position, fixed.page_table
-            cache = gather_cache(self.config, pages, source[:, :end], **how)
-            loop, cache = jax.lax.while_loop(
-                lambda carry: going(end)(carry) & (carry[0].step - first < tokens), write_token, (loop, cache)
-            )
-            pages = keep_pages(self.config, pages, cache, target[:, :end], start, tokens=tokens, **how)
-            return loop, pages, target
-
-        segments = min(_MOST_SEGMENTS, -(-longest // _SEGMENT_TOKENS))
-        ends = {self._pages_for(self.max_prompt_tokens + longest * (i + 1) // segments - 1) for i in range(segments)}
-        carry = _Loop(jnp.int32(0), state, written), pages, fixed.source_table
-        for begin, end in itertools.pairwise((0, *sorted(ends))):
-            # What the longest sequence has room for: another turn is taken where it has ended and shorter ones go on.
-            tokens = min(most, (end - begin) * self.page_size)
-            carry = jax.lax.while_loop(going(end), functools.partial(write, end, tokens), carry)
-        loop, pages, _ = carry
-        return loop.state, pages, loop.written
-
-    def _unfinished(self, leave: Array, end: int, carry: tuple[_Loop, Any] | tuple[_Loop, Any, Any]) -> Array:
-        loop = carry[0]
-        state = loop.state
-        enough = jnp.sum(state.active) <= leave
-        return ~enough & (loop.step < len(loop.written.tokens)) & (jnp.max(state.position * state.active) < end)
-
-    def _write_token(
-        self,
-        model: Qwen3,
-        layers: tuple[Layer, ...],
-        fixed: Fixed,
-        uniforms: Float[Array, "n B 2"],
-        plan: Plan,
-        carry: tuple[_Loop, Cache],
-    ) -> tuple[_Loop, Cache]:
-        loop, cache = carry
-        now, state, active = loop.step, loop.state, loop.state.active
-        hidden, cache = step(model, layers, cache, state.token, state.position, unroll=self.unroll)
-        sampled, logprobs = choose_tokens(_logits(model, hidden), fixed.sampling, uniforms[now], plan)
-
-        tokens, closed, forced = sampled, state.closed, state.forced
-        chosen = active
-        if self.stop_thinking_ids:
-            text = jnp.asarray(self.stop_thinking_ids, jnp.int32)
-            forcing = ~closed & (state.written >= fixed.budget)
-            tokens = jnp.where(forcing, text[jnp.minimum(forced, len(text) - 1)], sampled)
-            forced = forced + forcing
-            closed = closed | (~forcing & (sampled == self.think_end_id)) | (forced == len(text))
-            chosen = active & ~forcing
-        finished = chosen & jnp.any(tokens[:, None] == fixed.stop_ids, axis=-1)
-        count = state.written + active
-        goes_on = active & ~finished & (count < fixed.max_new)
-        written = Written(
-            tokens=loop.written.tokens.at[now].set(jnp.where(active, tokens, self.pad_id)),
-            chosen=loop.written.chosen.at[now].set(chosen),
-            logprobs=loop.written.logprobs.at[now].set(jnp.where(chosen, logprobs, 0)),
-        )
-        state = State(
-            # A slot that has ended reads its last token again and again: its pages last no further.
-            token=jnp.where(goes_on, tokens, state.token),
-            position=state.position + goes_on,
-            written=count,
-            forced=forced,
-            closed=closed,
-            active=goes_on,
-            finished=state.finished | finished,
-        )
-        return _Loop(now + 1, state, written), cache
-
-
-def _logits(model: Qwen3, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-    head = model.head.astype(hidden.dtype)
-    by_word = jnp.einsum("VD,BD->VB", head, hidden, preferred_element_type=jnp.float32)
-    # With the vocabulary's rows first, the product of a few hidden states is up to twice as fast on CPU. The barriers
-    # keep XLA from swapping the operands back, and from sampling over a transposed view.
-    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(by_word).T)
-
-
-def _row_keys(seed: Array, policy_step: Array, prompt_hash: Int[Array, "B"], sample_index: Int[Array, "B"]) -> Array:
-    base = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), policy_step)
-    fold = jax.vmap(jax.random.fold_in)
-    return fold(jax.vmap(jax.random.fold_in, (None, 0))(base, prompt_hash), sample_index)
-
-
-def _uniforms(keys: Array, positions: Int[Array, "n B"]) -> Float[Array, "n B 2"]:
-    def draw(key: Array, position: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, position), (2,))
-
-    return jax.vmap(jax.vmap(draw), (None, 0))(keys, positions)
 
 
 def _mesh(model: Qwen3) -> Mesh | None:

@@ -138,6 +138,11 @@ class Slots:
         )
 
     @property
+    def size(self) -> int:
+        """B."""
+        return len(self._open)
+
+    @property
     def writing(self) -> int:
         """Slots that write."""
         return sum(slot is not None for slot in self._open)

@@ -1,5 +1,7 @@
 """Rollouts: equal to transformers where greedy, independent of company, budgets and masks exact, compiled once."""
 
+import os
+
 import jax
 import jax.monitoring
 import jax.numpy as jnp
@@ -186,6 +188,20 @@ def test_a_short_sequence_goes_on_where_a_long_one_has_ended(models):
     alone = engine.generate(models["dense"], requests[1:], seed=0, policy_step=0)[0]
     np.testing.assert_array_equal(together.tokens, alone.tokens)
     np.testing.assert_allclose(together.sampler_logprobs, alone.sampler_logprobs, atol=1e-5)
+
+
+def test_groups_of_slots_write_what_one_group_writes(models, engine, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    requests = mixed_requests()
+    told = []
+    written = make_engine(batch_size=8).generate(
+        models["dense"], requests, seed=0, policy_step=5, on_progress=lambda count, _: told.append(count)
+    )
+    assert sum(told) == len(requests)
+    for rollout, wanted in zip(written, engine.generate(models["dense"], requests, seed=0, policy_step=5), strict=True):
+        np.testing.assert_array_equal(rollout.tokens, wanted.tokens)
+        np.testing.assert_array_equal(rollout.loss_mask, wanted.loss_mask)
+        np.testing.assert_allclose(rollout.sampler_logprobs, wanted.sampler_logprobs, atol=1e-5)
 
 
 def test_a_mixture_of_experts_does_not_mix_rows(models):

@@ -1,0 +1,170 @@
+"""The decoding loop that the engine compiles: from pages and the slots' state to tokens, many a dispatch."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from qwen3.cache import Cache, Pages, gather_cache, keep_pages, step
+from qwen3.config import ModelConfig
+from qwen3.model import Layer, Qwen3
+from qwen3.sampling import Plan, choose_tokens
+from qwen3.slots import Fixed, State, Written
+
+_SEGMENT_TOKENS = 64
+_MOST_SEGMENTS = 4
+
+
+class _Loop(NamedTuple):
+    """The decoding loop's carry."""
+
+    step: Int[Array, ""]
+    state: State
+    written: Written
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """What the loop's program is made of; `qwen3.engine.Engine` explains the fields."""
+
+    config: ModelConfig
+    max_prompt_tokens: int
+    max_new_tokens: int
+    pad_id: int
+    stop_thinking_ids: tuple[int, ...]
+    think_end_id: int | None
+    unroll: bool
+    page_size: int
+    tokens_per_dispatch: int
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-tokens // self.page_size)
+
+    def write(
+        self,
+        model: Qwen3,
+        layers: tuple[Layer, ...],
+        pages: Pages,
+        fixed: Fixed,
+        state: State,
+        leave: Array,
+        seed: Array,
+        policy_step: Array,
+        *,
+        plan: Plan,
+        mesh: Mesh | None,
+    ) -> tuple[State, Pages, Written]:
+        """Write until as few as `leave` slots are active. A few loops see more and more pages: attention costs what
+        the longest sequence has filled."""
+        batch, most, longest = len(state.token), self.tokens_per_dispatch, self.max_new_tokens
+        written = Written(
+            tokens=jnp.full((most, batch), self.pad_id, jnp.int32),
+            chosen=jnp.zeros((most, batch), bool),
+            logprobs=jnp.zeros((most, batch), jnp.float32),
+        )
+        keys = _row_keys(seed, policy_step, fixed.prompt_hash, fixed.sample_index)
+        # Those of all steps at once: a row that is still written has come one position further at every step.
+        uniforms = _uniforms(keys, state.position + 1 + jnp.arange(most)[:, None])
+        write_token = functools.partial(self._write_token, model, layers, fixed, uniforms, plan)
+        how: Any = {"mesh": mesh, "unroll": self.unroll}
+
+        def going(end: int) -> Callable[[tuple[_Loop, Any] | tuple[_Loop, Any, Any]], Array]:
+            return functools.partial(self._unfinished, leave, end * self.page_size)
+
+        def write(end: int, tokens: int, carry: tuple[_Loop, Pages, Array]) -> tuple[_Loop, Pages, Array]:
+            """Write at most `tokens` more as long as `end` pages hold every sequence."""
+            loop, pages, source = carry
+            first, start, target = loop.step, loop.state.position, fixed.page_table
+            cache = gather_cache(self.config, pages, source[:, :end], **how)
+            loop, cache = jax.lax.while_loop(
+                lambda carry: going(end)(carry) & (carry[0].step - first < tokens), write_token, (loop, cache)
+            )
+            pages = keep_pages(self.config, pages, cache, target[:, :end], start, tokens=tokens, **how)
+            return loop, pages, target
+
+        segments = min(_MOST_SEGMENTS, -(-longest // _SEGMENT_TOKENS))
+        ends = {self.pages_for(self.max_prompt_tokens + longest * (i + 1) // segments - 1) for i in range(segments)}
+        carry = _Loop(jnp.int32(0), state, written), pages, fixed.source_table
+        for begin, end in itertools.pairwise((0, *sorted(ends))):
+            # What the longest sequence has room for: another turn is taken where it has ended and shorter ones go on.
+            tokens = min(most, (end - begin) * self.page_size)
+            carry = jax.lax.while_loop(going(end), functools.partial(write, end, tokens), carry)
+        loop, pages, _ = carry
+        return loop.state, pages, loop.written
+
+    def _unfinished(self, leave: Array, end: int, carry: tuple[_Loop, Any] | tuple[_Loop, Any, Any]) -> Array:
+        loop = carry[0]
+        state = loop.state
+        enough = jnp.sum(state.active) <= leave
+        return ~enough & (loop.step < self.tokens_per_dispatch) & (jnp.max(state.position * state.active) < end)
+
+    def _write_token(
+        self,
+        model: Qwen3,
+        layers: tuple[Layer, ...],
+        fixed: Fixed,
+        uniforms: Float[Array, "n B 2"],
+        plan: Plan,
+        carry: tuple[_Loop, Cache],
+    ) -> tuple[_Loop, Cache]:
+        loop, cache = carry
+        now, state, active = loop.step, loop.state, loop.state.active
+        hidden, cache = step(model, layers, cache, state.token, state.position, unroll=self.unroll)
+        sampled, logprobs = choose_tokens(_logits(model, hidden), fixed.sampling, uniforms[now], plan)
+
+        tokens, closed, forced = sampled, state.closed, state.forced
+        chosen = active
+        if self.stop_thinking_ids:
+            text = jnp.asarray(self.stop_thinking_ids, jnp.int32)
+            forcing = ~closed & (state.written >= fixed.budget)
+            tokens = jnp.where(forcing, text[jnp.minimum(forced, len(text) - 1)], sampled)
+            forced = forced + forcing
+            closed = closed | (~forcing & (sampled == self.think_end_id)) | (forced == len(text))
+            chosen = active & ~forcing
+        finished = chosen & jnp.any(tokens[:, None] == fixed.stop_ids, axis=-1)
+        count = state.written + active
+        goes_on = active & ~finished & (count < fixed.max_new)
+        written = Written(
+            tokens=loop.written.tokens.at[now].set(jnp.where(active, tokens, self.pad_id)),
+            chosen=loop.written.chosen.at[now].set(chosen),
+            logprobs=loop.written.logprobs.at[now].set(jnp.where(chosen, logprobs, 0)),
+        )
+        state = State(
+            # A slot that has ended reads its last token again and again: its pages last no further.
+            token=jnp.where(goes_on, tokens, state.token),
+            position=state.position + goes_on,
+            written=count,
+            forced=forced,
+            closed=closed,
+            active=goes_on,
+            finished=state.finished | finished,
+        )
+        return _Loop(now + 1, state, written), cache
+
+
+def _logits(model: Qwen3, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    head = model.head.astype(hidden.dtype)
+    by_word = jnp.einsum("VD,BD->VB", head, hidden, preferred_element_type=jnp.float32)
+    # With the vocabulary's rows first, the product of a few hidden states is up to twice as fast on CPU. The barriers
+    # keep XLA from swapping the operands back, and from sampling over a transposed view.
+    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(by_word).T)
+
+
+def _row_keys(seed: Array, policy_step: Array, prompt_hash: Int[Array, "B"], sample_index: Int[Array, "B"]) -> Array:
+    base = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), policy_step)
+    fold = jax.vmap(jax.random.fold_in)
+    return fold(jax.vmap(jax.random.fold_in, (None, 0))(base, prompt_hash), sample_index)
+
+
+def _uniforms(keys: Array, positions: Int[Array, "n B"]) -> Float[Array, "n B 2"]:
+    def draw(key: Array, position: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), (2,))
+
+    return jax.vmap(jax.vmap(draw), (None, 0))(keys, positions)
