@@ -69,7 +69,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             mesh=mesh,
             tokenizer=teacher_tokenizer,
             tasks=tasks,
-            load_teacher=functools.cache(lambda: _teacher(experiment, mesh)),
+            load_teacher=functools.cache(lambda: _teacher(experiment, mesh, progress)),
             metrics=metrics,
             progress=progress,
             stop=stop,
@@ -120,10 +120,11 @@ def _student(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh) -> Qw
     return model
 
 
-def _teacher(experiment: Experiment, mesh: Mesh) -> TeacherModel:
+def _teacher(experiment: Experiment, mesh: Mesh, progress: Progress) -> TeacherModel:
     assert experiment.teacher is not None
     path, dtype = experiment.teacher.path, jnp.dtype(experiment.teacher.dtype)
-    model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh)
+    with progress.reading("loading the teacher") as on_read:
+        model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh, on_read=on_read)
     return TeacherModel(model=model, fingerprint=fingerprint(path))
 
 

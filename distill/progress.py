@@ -6,6 +6,7 @@ no control code is written: a line when enough time has passed, and one when a t
 """
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 
 _SPEED_WINDOW_SECONDS = 30.0
+_SHOWN_BYTES = 10**8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +151,25 @@ class Progress:
         finally:
             self._depth -= 1
             self._end(task)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """What a loader tells how far it is, in bytes done and in all; shown with GB/s where it takes a while."""
+        with contextlib.ExitStack() as opened:
+            task: Task | None = None
+
+            def on_read(done_bytes: int, total_bytes: int) -> None:
+                nonlocal task
+                if total_bytes < _SHOWN_BYTES:
+                    return
+                if task is None:
+                    task = opened.enter_context(self.task(name, round(total_bytes / 1e6), unit="MB"))
+                megabytes = round(done_bytes / 1e6) - task.completed_steps
+                if megabytes:
+                    per_second = task.speed.steps_per_second
+                    task.advance(megabytes, values={"GB/s": per_second / 1e3} if per_second else None)
+
+            yield on_read
 
     def changed(self, task: Task) -> None:
         """Shows the new state of `task`; called by the task itself."""

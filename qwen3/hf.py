@@ -3,10 +3,9 @@
 import collections
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,9 @@ from qwen3.folder import complete_folder
 from qwen3.hf_names import HEAD_NAME, Leaf, Tensor, leaves_of
 from qwen3.model import Qwen3
 from qwen3.safetensors_folder import SafetensorsFolder, some_names, split_shards, write_index
-from qwen3.sharding import fetch, shardings
+from qwen3.sharding import fetch
+from qwen3.streaming import OnRead, stream
 
-_Bounds = tuple[tuple[int, int], ...]
-_PIECE_ENTRIES = 2 * 2**20  # of a tensor read at once: enough for the disk, too little to show in memory
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer that old Llama checkpoints store and that is computed here
 
 
@@ -34,16 +32,18 @@ def load(
     param_dtype: Any = jnp.float32,
     compute_dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
+    on_read: OnRead | None = None,
 ) -> Qwen3:
     """Read a checkpoint: one file or sharded, experts one by one or fused, in bfloat16, float16 or float32.
 
-    Host memory stays near what is kept there: on CPU the weights themselves, on accelerators one parameter at a time
-    as far as this host's devices hold it. With `mesh` the table of `qwen3.sharding` places every part, else the
-    default device gets all. A head that is stored beside tied embeddings is ignored.
+    Host memory stays near what is kept there (on CPU the weights themselves, on accelerators nothing): beside it
+    come two slabs of weights, see `qwen3.streaming.stream`. With `mesh` the table of `qwen3.sharding` places every
+    part, and every process reads what its devices need; else the default device gets all. A head that is stored
+    beside tied embeddings is ignored.
 
     Raises:
-        UserError: config.json or a weight file is missing or malformed, or tensors are missing, unexpected or of the
-            wrong shape; one line names them.
+        UserError: config.json or a weight file is missing or malformed, tensors are missing, unexpected or of the
+            wrong shape, or a weight is not a finite number; one line names them.
     """
     config = ModelConfig.from_folder(folder)
     files = SafetensorsFolder(folder)
@@ -52,8 +52,8 @@ def load(
     )
     leaves = leaves_of(model)
     _check(files, leaves, config, folder)
-    for leaf in leaves:
-        setattr(leaf.owner, leaf.attribute, leaf.param.replace(_place(files, leaf, mesh)))
+    for leaf, array in zip(leaves, stream(files, leaves, mesh, on_read), strict=True):
+        setattr(leaf.owner, leaf.attribute, leaf.param.replace(array))
     return model
 
 
@@ -106,15 +106,8 @@ def save(folder: str | Path, model: Qwen3, *, dtype: Any = None, max_shard_bytes
         _write_json(partial / "generation_config.json", {key: end for key, end in ends.items() if end is not None})
 
 
-def _stored(files: SafetensorsFolder, tensor: Tensor) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of what the files hold for a weight: the weight by itself unless only the fused one is there."""
-    if tensor.fused is not None and tensor.name not in files.shapes and tensor.fused.name in files.shapes:
-        return tensor.fused.name, tensor.fused.shape
-    return tensor.name, tensor.shape
-
-
 def _check(files: SafetensorsFolder, leaves: list[Leaf], config: ModelConfig, folder: str | Path) -> None:
-    expected = dict(_stored(files, tensor) for leaf in leaves for tensor in leaf.tensors)
+    expected = dict(tensor.stored(files.shapes) for leaf in leaves for tensor in leaf.tensors)
     unexpected = [
         name
         for name in files.shapes
@@ -135,93 +128,6 @@ def _check(files: SafetensorsFolder, leaves: list[Leaf], config: ModelConfig, fo
     ]
     if faults:
         raise UserError(f"{folder}: weights do not fit config.json; {'; '.join(faults)}")
-
-
-def _place(files: SafetensorsFolder, leaf: Leaf, mesh: Mesh | None) -> jax.Array:
-    """Read a parameter, each part that some device needs once, and put it there."""
-    param = leaf.param
-    shape, dtype = param.get_value().shape, param.get_value().dtype
-    if mesh is None:
-        return jax.device_put(_read(files, leaf, [tuple((0, size) for size in shape)], dtype)[0])
-    sharding = shardings(param, mesh).get_value()
-    devices_of: dict[_Bounds, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        devices_of.setdefault(bounds, []).append(device)
-    parts = _read(files, leaf, list(devices_of), dtype)
-    placed = [
-        jax.device_put(part, device) for part, to in zip(parts, devices_of.values(), strict=True) for device in to
-    ]
-    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
-
-
-def _read(files: SafetensorsFolder, leaf: Leaf, parts: list[_Bounds], dtype: Any) -> list[np.ndarray]:
-    """The parts of a parameter within `parts` (start, stop of every axis); what is stored is read once for all."""
-    outs = [_aligned_empty([stop - start for start, stop in bounds], dtype) for bounds in parts]
-    for tensor in leaf.tensors:
-        targets = [
-            _target(leaf, tensor, bounds, out)
-            for bounds, out in zip(parts, outs, strict=True)
-            if all(start <= at < stop for at, (start, stop) in zip(tensor.lead, bounds, strict=False))
-        ]
-        name, stored_shape = _stored(files, tensor)
-        before = 0
-        if tensor.fused is not None and name == tensor.fused.name:
-            before = tensor.lead[-1] * stored_shape[1] + tensor.fused.row
-        width = math.prod(tensor.shape[1:])
-        step = max(1, _PIECE_ENTRIES // width)
-        for start in range(0, tensor.shape[0], step):
-            stop = min(start + step, tensor.shape[0])
-            wanted = [target for target in targets if target.rows.start < stop and start < target.rows.stop]
-            if not wanted:
-                continue
-            values = files.read(name, (before + start) * width, (stop - start) * width)
-            values = values.reshape(stop - start, *tensor.shape[1:])
-            for rows, columns, view in wanted:
-                first, last = max(start, rows.start), min(stop, rows.stop)
-                view[first - rows.start : last - rows.start] = values[(slice(first - start, last - start), *columns)]
-    return outs
-
-
-class _Target(NamedTuple):
-    """Where rows and columns of a stored tensor go: a view, in the stored orientation, of the part that gets them."""
-
-    rows: slice
-    columns: tuple[slice, ...]
-    view: np.ndarray
-
-
-def _target(leaf: Leaf, tensor: Tensor, bounds: _Bounds, out: np.ndarray) -> _Target:
-    depth = len(tensor.lead)
-    shape = leaf.param.get_value().shape[depth:]
-    view = out[tuple(at - start for at, (start, _) in zip(tensor.lead, bounds, strict=False))]
-    rows, *columns = _torch_index(shape, bounds[depth:], tensor.inputs)
-    if tensor.inputs is not None:
-        view = view.reshape(*(part.stop - part.start for part in columns), rows.stop - rows.start).T
-    return _Target(rows, tuple(columns), view)
-
-
-def _torch_index(shape: tuple[int, ...], bounds: _Bounds, inputs: int | None) -> tuple[slice, ...]:
-    """What `bounds` within a weight of ours selects in PyTorch's shape of it."""
-    if inputs is None:
-        return tuple(slice(*bound) for bound in bounds)
-    outputs = _flat(shape[inputs:], bounds[inputs:])
-    return (outputs, _flat(shape[:inputs], bounds[:inputs])) if inputs else (outputs,)
-
-
-def _flat(shape: tuple[int, ...], bounds: _Bounds) -> slice:
-    """One slice of the flattened axes; only the first of them is ever split (heads are, within a head nothing is)."""
-    inner = math.prod(shape[1:])
-    assert all(bound == (0, size) for bound, size in zip(bounds[1:], shape[1:], strict=True))
-    return slice(bounds[0][0] * inner, bounds[0][1] * inner)
-
-
-def _aligned_empty(shape: list[int], dtype: Any) -> np.ndarray:
-    """Memory that begins at a multiple of 64 bytes, which the CPU backend takes over instead of copying."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    buffer = np.empty(size + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _host_tensors(order: list[tuple[Leaf, Tensor]], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:

@@ -6,6 +6,7 @@ PyTorch stores a linear layer as [out, in], this project as [in..., out...] with
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -65,6 +66,12 @@ class Tensor:
     layer: int
     inputs: int | None
     fused: "Fused | None" = None
+
+    def stored(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+        """Name and shape of what files with `shapes` hold for it: itself unless only the fused tensor is there."""
+        if self.fused is not None and self.name not in shapes and self.fused.name in shapes:
+            return self.fused.name, self.fused.shape
+        return self.name, self.shape
 
 
 class Fused(NamedTuple):

@@ -19,6 +19,15 @@ from qwen3.errors import UserError
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
+# The bits of each dtype's exponent, all set in infinities and NaN.
+_EXPONENTS: dict[np.dtype, tuple[type[np.unsignedinteger], int]] = {
+    _DTYPES["F32"]: (np.uint32, 0x7F800000),
+    _DTYPES["BF16"]: (np.uint16, 0x7F80),
+    _DTYPES["F16"]: (np.uint16, 0x7C00),
+}
+_CHECKED_ENTRIES = 2**16
+# Beside a file that aria2 has given its full size but not all its bytes; what other programs leave is too short.
+_UNFINISHED_SUFFIX = ".aria2"
 
 
 class _Location(NamedTuple):
@@ -56,15 +65,30 @@ class SafetensorsFolder:
                 "download the checkpoint's safetensors files (other formats are not read)"
             )
 
+    def itemsize(self, name: str) -> int:
+        """Bytes of one stored entry of a tensor."""
+        return self._locations[name].dtype.itemsize
+
     def read(self, name: str, start: int, count: int) -> np.ndarray:
-        """`count` entries of a tensor from entry `start` on, flattened in its stored (row-major) order and dtype."""
+        """`count` entries of a tensor from entry `start` on, flattened in its stored (row-major) order and dtype.
+
+        May be called from several threads. Raises UserError where the file fails or an entry is no finite number,
+        which no header tells.
+        """
         path, offset, dtype = self._locations[name]
+        values = np.empty(count, dtype)
         try:
-            values = np.fromfile(path, dtype, count, offset=offset + start * dtype.itemsize)
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset + start * dtype.itemsize)
+                left = values.view(np.uint8).data
+                while left and (got := file.readinto(left)):
+                    left = left[got:]
         except OSError as error:
             raise UserError(f"{path}: {name} cannot be read ({error.strerror}); download the file again") from None
-        if len(values) != count:
+        if left:
             raise UserError(f"{path}: {name} ends early; the file was changed while it was read")
+        if not _all_finite(values):
+            raise UserError(f"{path}: {name} holds values that are no finite numbers; download the file again")
         return values
 
     def _read_header(self, path: Path, tensors: list[str] | None) -> None:
@@ -103,6 +127,9 @@ class SafetensorsFolder:
 
 def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
     """The entries of a file that safetensors finds sound, and the offset in bytes where values begin."""
+    unfinished = path.with_name(path.name + _UNFINISHED_SUFFIX)
+    if unfinished.exists():
+        raise UserError(f"{path} is not downloaded to its end ({unfinished.name} lies beside it); finish the download")
     try:
         with safe_open(path, framework="np"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -113,6 +140,15 @@ def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
         raise UserError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
     header.pop("__metadata__", None)
     return header, 8 + size
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """Whether no exponent is all ones; as integers that is several times as fast as `isfinite`."""
+    kind, exponent = _EXPONENTS[values.dtype]
+    bits = values.view(kind)
+    # A little at a time, so that what is masked stays in the cache.
+    blocks = (bits[first : first + _CHECKED_ENTRIES] for first in range(0, len(bits), _CHECKED_ENTRIES))
+    return all(int(np.max(block & kind(exponent))) < exponent for block in blocks)
 
 
 def some_names(names: list[str], limit: int = 4) -> str:

@@ -131,3 +131,25 @@ def test_markup_in_lines_is_shown_as_it_is(clock):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_reading_shows_its_speed_in_bytes(clock):
+    progress, output = plain(clock, line_interval_seconds=10)
+    with progress, progress.reading("loading the teacher") as on_read:
+        for done in range(1, 21):
+            clock.seconds += 2
+            on_read(done * 5 * 10**9, 100 * 10**9)
+    assert output.getvalue().splitlines() == [
+        "loading the teacher: 100,000 MB",
+        "loading the teacher  30,000/100,000 MB (30%)  GB/s 2.50  28 s left",
+        "loading the teacher  55,000/100,000 MB (55%)  GB/s 2.50  18 s left",
+        "loading the teacher  80,000/100,000 MB (80%)  GB/s 2.50  8.0 s left",
+        "loading the teacher  100,000/100,000 MB (100%)  GB/s 2.50  took 38 s",
+    ]
+
+
+def test_reading_little_is_not_shown(clock):
+    progress, output = plain(clock)
+    with progress, progress.reading("loading the teacher") as on_read:
+        on_read(10**6, 10**6)
+    assert output.getvalue() == ""

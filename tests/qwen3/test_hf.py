@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jax.sharding import NamedSharding
 from safetensors.numpy import load_file, save_file
 
-from qwen3 import hf
+from qwen3 import hf, streaming
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
 from qwen3.folder import complete_folder
+from qwen3.hf_names import leaves_of
 from qwen3.model import Qwen3
-from qwen3.sharding import MeshShape, make_mesh
+from qwen3.safetensors_folder import SafetensorsFolder
+from qwen3.sharding import MeshShape, make_mesh, shardings
 
 CONFIG = ModelConfig(
     model_type="qwen3_moe",
@@ -138,6 +141,58 @@ def test_fused_experts_on_a_mesh(folder, model):
     assert_equal(hf.load(folder, mesh=make_mesh(MeshShape(expert=4, tensor=2))), model)
 
 
+@pytest.mark.parametrize("shape", [None, {"expert": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}])
+def test_slabs_of_a_layer_and_pieces_of_a_row_make_the_same_weights(model, tmp_path, monkeypatch, shape):
+    monkeypatch.setattr(streaming, "SLAB_BYTES", 1)
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 1)
+    hf.save(tmp_path, model, dtype="bfloat16", max_shard_bytes=1500)
+    mesh = None if shape is None else make_mesh(MeshShape(**shape))
+    stored = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        loaded = hf.load(tmp_path, param_dtype=dtype, mesh=mesh)
+        assert_equal(loaded, jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), stored))
+    if mesh is not None:
+        placed = shardings(loaded, mesh)
+        for leaf, sharding in zip(jax.tree.leaves(loaded), jax.tree.leaves(placed), strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_progress_counts_every_stored_byte_once(folder, model):
+    for mesh in (None, make_mesh(MeshShape(fsdp=2, expert=2, tensor=2))):
+        told = []
+        hf.load(folder, mesh=mesh, on_read=lambda done, total, told=told: told.append((done, total)))
+        assert [done for done, _ in told] == sorted({done for done, _ in told})
+        assert {total for _, total in told} == {sum(leaf.nbytes for leaf in jax.tree.leaves(model))}
+        assert told[-1][0] == told[-1][1]
+
+
+def test_experts_of_other_hosts_are_not_read(folder, model, monkeypatch):
+    """As on the first of two hosts with the first half of the devices each."""
+    mesh = make_mesh(MeshShape(expert=2, tensor=2, data=2))
+    of_host = set(mesh.devices[:, :, 0].flat)
+    everywhere = NamedSharding.addressable_devices_indices_map
+
+    def of_this_host(sharding, shape):
+        return {device: index for device, index in everywhere(sharding, shape).items() if device in of_host}
+
+    monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", of_this_host)
+    files = SafetensorsFolder(folder)
+    read = []
+    monkeypatch.setattr(
+        files, "read", lambda name, *where: read.append(name) or SafetensorsFolder.read(files, name, *where)
+    )
+    leaf = next(leaf for leaf in leaves_of(model) if leaf.module_name == "gate_proj" and len(leaf.tensors[0].lead) == 2)
+    layout = streaming._Layout(files, leaf, mesh)
+    (slab,) = layout.slabs()
+    outs = [np.zeros([stop - start for start, stop in bounds], np.float32) for bounds in slab]
+    for piece in layout.pieces(slab):
+        layout.fill(piece, slab, outs)
+    assert {name.split(".")[5] for name in read} == {"0", "1"}
+    whole = np.asarray(leaf.param.get_value())
+    for bounds, out in zip(slab, outs, strict=True):
+        np.testing.assert_array_equal(out, whole[tuple(slice(*bound) for bound in bounds)])
+
+
 def test_saving_from_a_mesh(folder, model, tmp_path):
     hf.save(tmp_path / "again", hf.load(folder, mesh=make_mesh(MeshShape(fsdp=2, expert=2, tensor=2))))
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
@@ -195,6 +250,28 @@ def test_a_damaged_shard_is_named(model, tmp_path):
     truncate(shard)
     with pytest.raises(UserError, match=f"{shard} is truncated"):
         hf.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_no_weight_has_are_named(folder, model, dtype, bad):
+    hf.save(folder, model, dtype=dtype)
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(folder, lambda tensors: tensors[name].__setitem__((11, 7), bad))
+    with pytest.raises(UserError, match=f"{WEIGHTS}: {name} holds values that are no"):
+        hf.load(folder)
+
+
+def test_the_largest_finite_values_are_weights(folder, model):
+    largest = np.finfo(np.float32).max
+    change(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(slice(0, 2), (largest, -largest)))
+    assert np.asarray(hf.load(folder).final_norm[...])[:2].tolist() == [largest, -largest]
+
+
+def test_a_download_that_goes_on_is_named(folder):
+    (folder / f"{WEIGHTS}.aria2").touch()
+    with pytest.raises(UserError, match=f"{folder / WEIGHTS} is not downloaded to its end .*{WEIGHTS}.aria2.* finish"):
+        hf.load(folder)
 
 
 def test_missing_files_are_named(folder):
@@ -294,7 +371,7 @@ def test_a_model_is_replaced_but_nothing_else(folder, model):
 MEMORY = """
 import json, sys
 import jax, numpy as np
-from qwen3 import hf
+from qwen3 import hf, streaming
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
 
