@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.linear_kl import Divergence, DivergenceName, linear_kl_at_ids, linear_kl_full
 from qwen3.errors import UserError
-from teacher.targets import AtIds, Hidden, Targets, TopK
+from teacher.targets import AtIds, Hidden, Sampled, Targets, TopK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,8 @@ def distillation_loss(
       statistic that the targets cannot give is absent.
 
     Raises:
-      ValueError: `Hidden` targets without a teacher head or a head without them, or shapes that do not fit.
+      ValueError: `Hidden` targets without a teacher head or a head without them, `Sampled` targets with another loss
+        than forward_kl, or shapes that do not fit.
     """
     if isinstance(targets, Hidden):
         if teacher_head is None:
@@ -73,10 +75,12 @@ def distillation_loss(
             block_tokens=block_tokens,
             block_vocab=block_vocab,
         )
-    if not isinstance(targets, TopK | AtIds):
-        raise ValueError(f"targets is a {type(targets).__name__}; pass TopK, AtIds or Hidden")
+    if not isinstance(targets, TopK | AtIds | Sampled):
+        raise ValueError(f"targets is a {type(targets).__name__}; pass TopK, AtIds, Hidden or Sampled")
     if teacher_head is not None:
         raise ValueError(f"teacher_head is given with {type(targets).__name__} targets, which do not use it; remove it")
+    if isinstance(targets, Sampled):
+        return _sampled_loss(hidden, head, targets, weights, loss, block_tokens, block_vocab)
     return linear_kl_at_ids(
         hidden,
         head,
@@ -88,3 +92,32 @@ def distillation_loss(
         block_tokens=block_tokens,
         block_vocab=block_vocab,
     )
+
+
+def _sampled_loss(
+    hidden: Array, head: Array, targets: Sampled, weights: Array, loss: Loss, block_tokens, block_vocab
+) -> tuple[Array, dict[str, Array]]:
+    """The cross-entropy to the drawn words less the teacher's own entropy: on average KL(teacher‖student).
+
+    A single estimate can be negative. Statistics that would be of the draws and not of the teacher are absent.
+    """
+    if loss.name != "forward_kl":
+        raise ValueError(f"loss {loss.name} over Sampled targets is not right on average; only forward_kl is")
+    total, stats = linear_kl_at_ids(
+        hidden,
+        head,
+        targets.ids,
+        targets.log_shares,
+        jnp.full_like(targets.entropy, -jnp.inf),
+        weights,
+        divergence=loss.divergence,
+        block_tokens=block_tokens,
+        block_vocab=block_vocab,
+    )
+    # The op's teacher is the drawn distribution; what its entropy is off by does not depend on the student.
+    excess = jnp.where(weights == 0, 0, stats["teacher_entropy"] - targets.entropy)
+    return total + jnp.sum(weights * excess), {
+        "divergence": stats["divergence"] + excess,
+        "student_entropy": stats["student_entropy"],
+        "teacher_entropy": jnp.where(weights == 0, 0, targets.entropy),
+    }

@@ -6,6 +6,7 @@ and counts as one more bucket.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -44,7 +45,25 @@ class Hidden:
     hidden: Float[Array, "*batch D"]
 
 
-Targets = TopK | AtIds | Hidden
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Words drawn from the teacher, for small stores: unlike `TopK`, right on average about its whole vocabulary.
+
+    Of N draws from p, the share of each word drawn stands for its probability. That is a distribution p̂ with E[p̂] = p,
+    so the gradient of the forward KL from it, q - p̂, is on average that from p; the k most likely words alone, however
+    their tail is counted, leave the student nothing to learn the tail from. Random sampling knowledge distillation
+    (arXiv 2503.16870), at proposal temperature 1, where all importance weights are 1.
+    """
+
+    ids: Int[Array, "*batch N"]
+    """The words drawn, without duplicates; id -1, share -inf: absent."""
+    log_shares: Float[Array, "*batch N"]
+    entropy: Float[Array, "*batch"]
+    """The teacher's own, over its whole vocabulary, in nats: with it the divergence too is right on average."""
+
+
+Targets = TopK | AtIds | Hidden | Sampled
 
 # Tokens whose logits [tokens, V] are held at a time while targets are made.
 _BLOCK_TOKENS = 128
@@ -101,6 +120,39 @@ def at_ids_targets(
 
     logprobs, log_tail = _by_token_blocks(hidden, head, block, block_tokens)
     return AtIds(ids=ids, logprobs=logprobs, log_tail=log_tail)
+
+
+def sampled_targets(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    draws: int,
+    key: Array,
+    *,
+    block_tokens: int = _BLOCK_TOKENS,
+) -> Sampled:
+    """`draws` words of softmax(hidden · headᵀ) at every position, with replacement, and its exact entropy.
+
+    Memory as `top_k_targets`. Raises ValueError for draws below 1.
+    """
+    if draws < 1:
+        raise ValueError(f"draws {draws} must be at least 1")
+    uniform = jax.random.uniform(key, (*hidden.shape[:2], draws))
+
+    def block(logits, start):
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        probabilities = jnp.exp(logprobs)
+        reached = jnp.cumsum(probabilities, axis=-1)
+        # A word of no mass has nothing between what is reached before it and at it, so none is ever drawn.
+        points = lax.dynamic_slice_in_dim(uniform, start, logits.shape[1], 1) * reached[..., -1:]
+        search = jnp.vectorize(functools.partial(jnp.searchsorted, side="right"), signature="(v),(n)->(n)")
+        drawn = jnp.minimum(search(reached, points), logits.shape[-1] - 1)
+        ids = unique_ids(drawn)
+        times = jnp.sum(ids[..., :, None] == drawn[..., None, :], axis=-1)
+        log_shares = jnp.where(ids < 0, -jnp.inf, jnp.log(jnp.maximum(times, 1) / draws))
+        return ids, log_shares, -jnp.sum(probabilities * jnp.where(probabilities > 0, logprobs, 0), axis=-1)
+
+    ids, log_shares, entropy = _by_token_blocks(hidden, head, block, block_tokens)
+    return Sampled(ids=ids, log_shares=log_shares, entropy=entropy)
 
 
 def unique_ids(ids: Int[Array, "*batch J"]) -> Int[Array, "*batch J"]:

@@ -7,7 +7,7 @@ import pytest
 
 from distill.losses import Loss, distillation_loss
 from qwen3.errors import UserError
-from teacher.targets import Hidden, at_ids_targets, one_hot, top_k_targets
+from teacher.targets import Hidden, Sampled, at_ids_targets, one_hot, sampled_targets, top_k_targets
 
 B, T, D, V = 2, 6, 8, 31
 LOSSES = [
@@ -73,6 +73,63 @@ def test_forward_kl_to_the_data_is_the_cross_entropy(arrays):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, expected_gradients)
     right = (hidden @ head.T).argmax(-1)[:, :-1] == tokens[:, 1:]
     np.testing.assert_array_equal(stats["top1_agreement"][:, :-1], right)
+
+
+def test_one_drawn_word_is_on_average_the_whole_divergence_with_its_gradient(arrays):
+    hidden, head, teacher_hidden, teacher_head, weights = arrays
+    p = jax.nn.softmax(teacher_hidden @ teacher_head.T)
+    entropy = -jnp.sum(p * jnp.log(p), -1)
+
+    def mean(hidden, head):
+        def add(total, word):
+            drawn = Sampled(ids=jnp.full((B, T, 1), word), log_shares=jnp.zeros((B, T, 1)), entropy=entropy)
+            loss, stats = distillation_loss(hidden, head, drawn, weights * p[..., word], LOSSES[0])
+            return total + loss, stats
+
+        return jax.lax.scan(add, 0.0, jnp.arange(V))
+
+    def whole(hidden, head):
+        targets = Hidden(hidden=teacher_hidden)
+        return distillation_loss(hidden, head, targets, weights, LOSSES[0], teacher_head=teacher_head)
+
+    (value, stats), gradients = jax.jit(jax.value_and_grad(mean, (0, 1), has_aux=True))(hidden, head)
+    (expected, expected_stats), expected_gradients = jax.jit(jax.value_and_grad(whole, (0, 1), has_aux=True))(
+        hidden, head
+    )
+    # float32 sums over all words by two routes
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, expected_gradients)
+    divergence = jnp.sum(stats["divergence"] * jnp.moveaxis(p, -1, 0), 0)
+    np.testing.assert_allclose(divergence, expected_stats["divergence"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stats["teacher_entropy"][0], expected_stats["teacher_entropy"], rtol=1e-5)
+
+
+def test_drawn_words_give_their_cross_entropy_less_the_teachers_entropy(arrays):
+    hidden, head, teacher_hidden, teacher_head, weights = arrays
+    targets = sampled_targets(teacher_hidden, teacher_head, 5, jax.random.key(3))
+    (value, stats), (by_hidden, by_head) = jax.jit(
+        jax.value_and_grad(lambda *a: distillation_loss(*a, targets, weights, LOSSES[0]), (0, 1), has_aux=True)
+    )(hidden, head)
+    h, heads, w = (np.asarray(array, np.float64) for array in (hidden, head, weights))
+    logits = h @ heads.T
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    shares = (np.exp(targets.log_shares)[..., None] * (np.asarray(targets.ids)[..., None] == np.arange(V))).sum(-2)
+    divergence = -(shares * logprobs).sum(-1) - targets.entropy
+    slope = w[..., None] * (np.exp(logprobs) - shares)
+    # float32 against float64
+    np.testing.assert_allclose(value, (w * divergence).sum(), rtol=1e-5)
+    np.testing.assert_allclose(stats["divergence"], np.where(w == 0, 0, divergence), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(by_hidden, slope @ heads, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(by_head, np.einsum("BTV,BTD->VD", slope, h), rtol=1e-4, atol=1e-6)
+    assert set(stats) == {"divergence", "student_entropy", "teacher_entropy"}
+
+
+@pytest.mark.parametrize("loss", LOSSES[1:], ids=lambda loss: loss.name)
+def test_only_the_forward_kl_is_right_on_average_over_drawn_words(arrays, loss):
+    hidden, head, teacher_hidden, teacher_head, weights = arrays
+    targets = sampled_targets(teacher_hidden, teacher_head, 5, jax.random.key(3))
+    with pytest.raises(ValueError, match=f"loss {loss.name} over Sampled targets is not right on average"):
+        distillation_loss(hidden, head, targets, weights, loss)
 
 
 @pytest.mark.parametrize("loss", LOSSES[:2], ids=lambda loss: loss.name)

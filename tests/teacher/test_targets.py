@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from teacher.targets import AtIds, Hidden, TopK, at_ids_targets, one_hot, top_k_targets, unique_ids
+from teacher.targets import (
+    AtIds,
+    Hidden,
+    TopK,
+    at_ids_targets,
+    one_hot,
+    sampled_targets,
+    top_k_targets,
+    unique_ids,
+)
 
 B, T, D, V, J = 8, 5, 6, 23, 4
 
@@ -119,3 +128,47 @@ def test_targets_travel_as_pytrees(targets):
 def test_an_impossible_k_is_refused(teacher, k):
     with pytest.raises(ValueError, match=f"k {k} must lie between 1 and the vocabulary's {V} words"):
         top_k_targets(*teacher[:2], k)
+
+
+def test_drawn_words_stand_for_the_teacher_on_average(teacher):
+    hidden, head, words = teacher
+    draws, rounds = 3, 2000
+    keys = jax.random.split(jax.random.key(0), rounds)
+
+    @jax.jit
+    def mean_shares(keys):
+        def add(total, key):
+            drawn = sampled_targets(hidden, head, draws, key)
+            return total + jnp.sum(jnp.exp(drawn.log_shares)[..., None] * jax.nn.one_hot(drawn.ids, V), axis=-2), None
+
+        return jax.lax.scan(add, jnp.zeros((B, T, V)), keys)[0] / rounds
+
+    p = np.exp(words)
+    # Five standard deviations of a mean of rounds · draws indicators, and five draws for words of hardly any mass.
+    noise = np.sqrt(p * (1 - p) / (rounds * draws))
+    np.testing.assert_array_less(np.abs(mean_shares(keys) - p), 5 * noise + 5 / (rounds * draws))
+
+
+@pytest.mark.parametrize("block_tokens", [16, 24, 1000])  # blocks of 2, 3 and all 5 positions
+def test_draws_are_shares_without_duplicates_beside_the_exact_entropy(teacher, block_tokens):
+    hidden, head, words = teacher
+    key = jax.random.key(1)
+    targets = sampled_targets(hidden, head, 6, key, block_tokens=block_tokens)
+    np.testing.assert_allclose(np.exp(targets.log_shares).sum(-1), 1, rtol=1e-6)  # float32
+    np.testing.assert_array_equal(targets.ids, unique_ids(targets.ids))
+    np.testing.assert_array_equal(targets.ids < 0, np.isneginf(targets.log_shares))
+    np.testing.assert_allclose(targets.entropy, -(np.exp(words) * words).sum(-1), rtol=1e-5, atol=1e-6)  # float32
+    np.testing.assert_array_equal(targets.ids, sampled_targets(hidden, head, 6, key).ids)
+
+
+def test_a_word_without_mass_is_never_drawn():
+    hidden, head = jnp.ones((1, 1, 1)), jnp.full((V, 1), -200.0).at[jnp.array([3, 7])].set(0.0)
+    targets = sampled_targets(hidden, head, 64, jax.random.key(0))
+    assert set(np.unique(targets.ids)) == {-1, 3, 7}
+    np.testing.assert_allclose(targets.entropy, np.log(2), rtol=1e-6)  # float32
+
+
+def test_at_least_one_word_is_drawn(teacher):
+    hidden, head, _ = teacher
+    with pytest.raises(ValueError, match="draws 0 must be at least 1"):
+        sampled_targets(hidden, head, 0, jax.random.key(0))
