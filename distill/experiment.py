@@ -88,6 +88,11 @@ class Experiment:
             source = self.stages[stage.targets_of]
             if not isinstance(source, OffPolicy) or source.targets_of is not None:
                 raise UserError(f"stages.{name}.targets_of is {stage.targets_of!r}, which writes no targets of its own")
+            if source.draws is not None and stage.loss.name != "forward_kl":
+                raise UserError(
+                    f"stages.{name}.loss is {stage.loss.name}, but {stage.targets_of} keeps drawn words, which give "
+                    "only forward_kl"
+                )
             if source.longest_tokens > stage.training.row_length:
                 raise UserError(
                     f"stages.{name}.training.row_length is {stage.training.row_length}, but what {stage.targets_of} "

@@ -87,7 +87,7 @@ def _check_stage_lengths(field: str, stage: Stage, models: Mapping[str, ModelCon
     if isinstance(stage, Sft) or (isinstance(stage, OffPolicy) and stage.targets_of is not None):
         return
     _check_positions(field, stage.max_prompt_tokens, [stage.thinking, stage.non_thinking], models)
-    if isinstance(stage, OffPolicy) and stage.top_k > models["teacher"].vocab_size:
+    if isinstance(stage, OffPolicy) and stage.draws is None and stage.top_k > models["teacher"].vocab_size:
         raise UserError(
             f"{field}.top_k is {stage.top_k}, but the teacher's vocabulary has {models['teacher'].vocab_size} entries; "
             "lower it"

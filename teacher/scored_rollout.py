@@ -6,7 +6,7 @@ so nothing that is read can run code.
 
 import dataclasses
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -35,7 +35,7 @@ def empty_targets(entries: int) -> EmptyTargets:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoredRollout:
-    """A rollout of T tokens and the teacher's J top entries at each position, on the host.
+    """A rollout of T tokens and the teacher's J top entries, or J words drawn from it, at each position, on the host.
 
     Row t speaks about token t + 1. Rows where the rollout's loss mask is False carry no information: the store does
     not keep them and gives `empty_targets` back.
@@ -47,6 +47,9 @@ class ScoredRollout:
     """Log-probabilities over the whole vocabulary, never renormalised over the J entries."""
     log_tail: Float32[np.ndarray, "T"]
     """Logarithm of the mass on all other words."""
+    entropy: Float32[np.ndarray, "T"] | None = None
+    """The teacher's, given where the entries are drawn words: ids without duplicates (-1: absent), logprobs the
+    logarithms of their shares, log_tail -inf. None: they are its top entries."""
 
     def __post_init__(self) -> None:
         length = len(self.rollout.tokens)
@@ -58,6 +61,8 @@ class ScoredRollout:
             )
         if self.log_tail.shape != (length,):
             raise ValueError(f"log_tail {self.log_tail.shape} must be [T] for the rollout's T = {length} tokens")
+        if self.entropy is not None and self.entropy.shape != (length,):
+            raise ValueError(f"entropy {self.entropy.shape} must be [T] for the rollout's T = {length} tokens")
 
 
 def encode(record: ScoredRollout) -> bytes:
@@ -72,6 +77,8 @@ def encode(record: ScoredRollout) -> bytes:
         "logprobs": record.logprobs[kept].astype(np.float32, copy=False),
         "log_tail": record.log_tail[kept].astype(np.float32, copy=False),
     }
+    if record.entropy is not None:
+        arrays["entropy"] = record.entropy[kept].astype(np.float32, copy=False)
     scalars = {
         field.name: getattr(rollout, field.name)
         for field in dataclasses.fields(Rollout)
@@ -88,13 +95,15 @@ def decode(record: bytes) -> ScoredRollout:
     header_bytes = int.from_bytes(record[:8], "little")
     scalars = json.loads(json.loads(record[8 : 8 + header_bytes])["__metadata__"]["rollout"])
     kept = arrays["loss_mask"]
-    filling = empty_targets(arrays["ids"].shape[1])
-    expanded = []
-    for name, fill in zip(("ids", "logprobs", "log_tail"), filling, strict=True):
+    filling: dict[str, Any] = empty_targets(arrays["ids"].shape[1])._asdict()
+    if "entropy" in arrays:
+        filling["entropy"] = 0
+    expanded = {}
+    for name, fill in filling.items():
         stored = arrays[name]
         full = np.empty((len(kept), *stored.shape[1:]), stored.dtype)
         full[:] = fill
         full[kept] = stored
-        expanded.append(full)
+        expanded[name] = full
     rollout = Rollout(tokens=arrays["tokens"], loss_mask=kept, sampler_logprobs=arrays["sampler_logprobs"], **scalars)
-    return ScoredRollout(rollout=rollout, ids=expanded[0], logprobs=expanded[1], log_tail=expanded[2])
+    return ScoredRollout(rollout=rollout, **expanded)

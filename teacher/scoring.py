@@ -11,7 +11,7 @@ from qwen3.model import Qwen3
 from qwen3.rollout import Rollout
 from qwen3.sharding import batch_sharding, fetch, place
 from teacher.scored_rollout import ScoredRollout
-from teacher.targets import Hidden, TopK, top_k_targets
+from teacher.targets import Hidden, Sampled, TopK, sampled_targets, top_k_targets
 
 
 class Scorer:
@@ -38,6 +38,23 @@ class Scorer:
 
         Raises ValueError for more than `rows` rollouts or one longer than `length`.
         """
+        targets = fetch(_top_k(self._model, *self._rows(rollouts, rows, length, pad_id), k))
+        return _records(rollouts, targets.ids, targets.logprobs, targets.log_tail)
+
+    def sample_rollouts(
+        self, rollouts: list[Rollout], *, draws: int, seed: int, number: int, rows: int, length: int, pad_id: int
+    ) -> list[ScoredRollout]:
+        """`draws` words drawn from the teacher at every position, for small stores; else as `score_rollouts`.
+
+        What is drawn depends on `seed`, on `number`, of which each batch has its own, and on the place in the batch.
+        """
+        placed = self._rows(rollouts, rows, length, pad_id)
+        targets = fetch(_sampled(self._model, *placed, np.uint32(seed), np.uint32(number), draws))
+        log_tail = np.full_like(targets.entropy, -np.inf)
+        return _records(rollouts, targets.ids, targets.log_shares, log_tail, targets.entropy)
+
+    def _rows(self, rollouts: list[Rollout], rows: int, length: int, pad_id: int) -> tuple[Array, Array, Array]:
+        """Tokens, positions and segment ids [rows, length]."""
         longest = max(len(rollout.tokens) for rollout in rollouts)
         if len(rollouts) > rows or longest > length:
             raise ValueError(f"{len(rollouts)} rollouts of up to {longest} tokens do not fit {rows} rows of {length}")
@@ -47,17 +64,30 @@ class Scorer:
             tokens[row, : len(rollout.tokens)] = rollout.tokens
             segment_ids[row, : len(rollout.tokens)] = 1
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-        placed = place((tokens, positions, segment_ids), self._placement)
-        targets = fetch(_top_k(self._model, *placed, k))
-        return [
+        return place((tokens, positions, segment_ids), self._placement)
+
+
+def _records(
+    rollouts: list[Rollout],
+    ids: np.ndarray,
+    logprobs: np.ndarray,
+    log_tail: np.ndarray,
+    entropy: np.ndarray | None = None,
+) -> list[ScoredRollout]:
+    """Each rollout with its own row of the arrays, without the padding."""
+    records = []
+    for row, rollout in enumerate(rollouts):
+        kept = row, slice(len(rollout.tokens))
+        records.append(
             ScoredRollout(
                 rollout=rollout,
-                ids=targets.ids[row, : len(rollout.tokens)],
-                logprobs=targets.logprobs[row, : len(rollout.tokens)],
-                log_tail=targets.log_tail[row, : len(rollout.tokens)],
+                ids=ids[kept],
+                logprobs=logprobs[kept],
+                log_tail=log_tail[kept],
+                entropy=None if entropy is None else entropy[kept],
             )
-            for row, rollout in enumerate(rollouts)
-        ]
+        )
+    return records
 
 
 @jax.jit
@@ -68,3 +98,11 @@ def _hidden(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array) -
 @functools.partial(jax.jit, static_argnums=4)
 def _top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k: int) -> TopK:
     return top_k_targets(model.hidden(tokens, positions, segment_ids), model.head, k)
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def _sampled(
+    model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, seed: Array, number: Array, draws: int
+) -> Sampled:
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    return sampled_targets(model.hidden(tokens, positions, segment_ids), model.head, draws, key)

@@ -50,12 +50,17 @@ def rollout_example(rollout: Rollout, **per_token: np.ndarray) -> Example:
 
 
 def scored_example(record: ScoredRollout) -> Example:
-    """The arrays of a rollout and of its targets: target_ids, target_logprobs, target_log_tail."""
+    """The arrays of a rollout and of its targets: target_ids, target_logprobs, target_log_tail.
+
+    Of drawn words also target_entropy.
+    """
+    drawn = {} if record.entropy is None else {"target_entropy": record.entropy}
     return rollout_example(
         record.rollout,
         target_ids=record.ids,
         target_logprobs=record.logprobs,
         target_log_tail=record.log_tail,
+        **drawn,
     )
 
 

@@ -25,7 +25,7 @@ from qwen3.sampling import SamplingParams, non_thinking_params, thinking_params
 from teacher.scored_rollout import ScoredRollout
 from teacher.scoring import Scorer
 from teacher.store import TargetStore, TargetStoreWriter
-from teacher.targets import TopK
+from teacher.targets import Sampled, TopK
 
 _SAMPLED_RECORDS = 512
 """Records from which the cost of a packed row is estimated."""
@@ -33,7 +33,7 @@ _SAMPLED_RECORDS = 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OffPolicy:
-    """The student minimises a divergence from the teacher's stored top-k targets on the teacher's own responses."""
+    """The student minimises a divergence from the teacher's stored targets on the teacher's own responses."""
 
     kind: ClassVar[str] = "OffPolicy"
 
@@ -50,6 +50,9 @@ class OffPolicy:
     """Sequences that the teacher writes at once."""
     top_k: int = 64
     """Teacher entries kept per token; the mass of all others is kept as one number."""
+    draws: int | None = None
+    """Words drawn from the teacher per token, kept in place of its top_k: a dozen give a small store from which the
+    forward KL, and no other loss, is right on average over the whole vocabulary. None: keep the top_k."""
     loss: Loss = dataclasses.field(default_factory=Loss)
     microbatches_per_step: int = 1
     """Microbatches whose gradients are added up for one update, to train on more rows than fit at once."""
@@ -65,6 +68,10 @@ class OffPolicy:
         for name in ("prompts", "max_prompt_tokens", "batch_size", "top_k", "microbatches_per_step"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.draws is not None and self.draws < 1:
+            raise UserError(f"draws is {self.draws}; it must be at least 1, or None to keep the top_k")
+        if self.draws is not None and self.loss.name != "forward_kl":
+            raise UserError(f"loss {self.loss.name} cannot be had from drawn words: use forward_kl, or draws None")
         if (self.training.steps is None) == (self.flops_of is None):
             raise UserError("give either training.steps or flops_of: one of them must say how long to train")
         if self.targets_of is None and self.longest_tokens > self.training.row_length:
@@ -134,8 +141,8 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     sampling = {"thinking": dataclasses.asdict(stage.thinking), "non_thinking": dataclasses.asdict(stage.non_thinking)}
     prompts = hashlib.blake2b(repr([(r.prompt_ids, r.mode) for r in requests]).encode(), digest_size=16).hexdigest()
     identity = {
-        "teacher": teacher.fingerprint, "top_k": stage.top_k, "seed": seed, "prompts": prompts, "sampling": sampling,
-        "batch_size": stage.batch_size,
+        "teacher": teacher.fingerprint, "top_k": stage.top_k, "draws": stage.draws, "seed": seed,
+        "prompts": prompts, "sampling": sampling, "batch_size": stage.batch_size,
     }  # fmt: skip
     require_same(f"the prompts of stage {name}", prompts.encode)
 
@@ -167,8 +174,11 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
                         teacher.model, requests[first : first + stage.batch_size], seed=seed, policy_step=0
                     )
                 with watch.timing("score"):
-                    records = scorer.score_rollouts(
-                        rollouts, k=stage.top_k, rows=stage.batch_size, length=length, pad_id=context.tokenizer.pad_id
+                    shape = {"rows": stage.batch_size, "length": length, "pad_id": context.tokenizer.pad_id}
+                    records = (
+                        scorer.score_rollouts(rollouts, k=stage.top_k, **shape)
+                        if stage.draws is None
+                        else scorer.sample_rollouts(rollouts, draws=stage.draws, seed=seed, number=shard, **shape)
                     )
                 context.require_directory()
                 first_says(functools.partial(_write_shard, directory, identity, shard, records, watch))
@@ -214,13 +224,7 @@ class _StoredTargets:
         del step, model, spent
         arrays = [next(self._batches) for _ in range(self._microbatches)]
         flops = sum(documents_flops(self._flops, batch) for batch in arrays)
-        batches = [
-            Batch.of(
-                batch,
-                TopK(ids=batch["target_ids"], logprobs=batch["target_logprobs"], log_tail=batch["target_log_tail"]),
-            )
-            for batch in arrays
-        ]
+        batches = [Batch.of(batch, _targets(batch)) for batch in arrays]
         return StepData(batches=batches, train_flops=flops)
 
     def state(self) -> Mapping[str, Any]:
@@ -228,3 +232,11 @@ class _StoredTargets:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._batches.set_state(state["batches"])
+
+
+def _targets(batch: Mapping[str, Any]) -> TopK | Sampled:
+    """What the store keeps says which they are."""
+    ids, logprobs = batch["target_ids"], batch["target_logprobs"]
+    if "target_entropy" in batch:
+        return Sampled(ids=ids, log_shares=logprobs, entropy=batch["target_entropy"])
+    return TopK(ids=ids, logprobs=logprobs, log_tail=batch["target_log_tail"])

@@ -16,6 +16,7 @@ from distill.evaluate import Evaluation
 from distill.experiment import Experiment, differing_fields
 from distill.experiment_file import _configuration_classes
 from distill.field_types import misfit
+from distill.losses import Loss
 from distill.stages import OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.loop import Training
 from qwen3.errors import UserError
@@ -81,6 +82,10 @@ def test_stages_check_their_own_fields() -> None:
         OnPolicy(training=Training(steps=1, row_length=4096))
     with pytest.raises(UserError, match=r"may have 32768 tokens, training\.row_length is 4096; raise it"):
         OffPolicy(training=Training(steps=1, row_length=4096))
+    with pytest.raises(UserError, match="draws is 0"):
+        OffPolicy(draws=0)
+    with pytest.raises(UserError, match="loss reverse_kl cannot be had from drawn words"):
+        OffPolicy(draws=12, loss=Loss(name="reverse_kl"))
     with pytest.raises(UserError, match=r"training\.row_length is 0"):
         Training(row_length=0)
     with pytest.raises(UserError, match="pass_at holds 16"):
@@ -92,6 +97,12 @@ def test_stages_check_their_own_fields() -> None:
 @pytest.mark.parametrize("owner", [OnPolicy(), OffPolicy(), Evaluation()])
 def test_defaults_fill_the_context_of_qwen3s_base_models(owner: OnPolicy | OffPolicy | Evaluation) -> None:
     assert owner.max_prompt_tokens + owner.thinking.max_new_tokens == 32_768
+
+
+def test_drawn_words_of_another_stage_give_only_the_forward_kl(experiment: Experiment) -> None:
+    drawn = changed(experiment, "off_policy", draws=12)
+    with pytest.raises(UserError, match=r"same_outputs\.loss is reverse_kl, but off_policy keeps drawn words"):
+        changed(drawn, "same_outputs", loss=Loss(name="reverse_kl"))
 
 
 def test_rows_hold_what_another_stage_writes(experiment: Experiment) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import resource
@@ -44,6 +45,13 @@ def scored(seed: int, length: int | None = None, entries: int = 4) -> ScoredRoll
     )
 
 
+def drawn(seed: int) -> ScoredRollout:
+    """As `scored`, but of words drawn from the teacher."""
+    record = scored(seed)
+    entropy = np.random.default_rng(seed).random(len(record.log_tail), np.float32)
+    return dataclasses.replace(record, log_tail=np.full_like(record.log_tail, -np.inf), entropy=entropy)
+
+
 def write_store(directory: Path, shards: int = 3, records: int = 5) -> list[ScoredRollout]:
     writer = TargetStoreWriter(directory, IDENTITY)
     everything = []
@@ -67,6 +75,20 @@ def assert_same(read: ScoredRollout, written: ScoredRollout) -> None:
     for left, right in pairs:
         np.testing.assert_array_equal(left, right)
         assert left.dtype == right.dtype
+
+
+def test_drawn_words_keep_the_teachers_entropy() -> None:
+    written = drawn(7)
+    read = decode(encode(written))
+    assert_same(read, written)
+    kept = written.rollout.loss_mask
+    assert read.entropy is not None
+    assert written.entropy is not None
+    np.testing.assert_array_equal(read.entropy[kept], written.entropy[kept])
+    assert np.all(np.isfinite(read.log_tail[~kept]))
+    assert decode(encode(scored(7))).entropy is None
+    with pytest.raises(ValueError, match=r"entropy \(1,\) must be \[T\]"):
+        dataclasses.replace(written, entropy=np.zeros(1, np.float32))
 
 
 def test_round_trip_is_exact_at_every_position_with_a_target(tmp_path: Path) -> None:
