@@ -80,6 +80,8 @@ class Plan:
     """Some row has top-p without top-k."""
     tempered: bool
     """Some row has another temperature than 1."""
+    cut: bool
+    """Some row that draws from the whole vocabulary is greedy or has min-p."""
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab_size: int) -> "Plan":
@@ -91,6 +93,7 @@ class Plan:
             whole=bool(open_rows) or not top_k,
             nucleus=any(p.top_p < 1 for p in open_rows if not p.greedy),
             tempered=any(p.temperature not in (0, 1) for p in params),
+            cut=any(p.greedy or p.min_p > 0 for p in open_rows),
         )
 
 
@@ -130,7 +133,8 @@ def choose_tokens(
     uniforms = jnp.where(rows.greedy[:, None], 0, uniforms)
     peak = jnp.max(logits, axis=-1, keepdims=True)
     shifted = logits - peak
-    log_total = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    # By blocks, as they are drawn: one pass over the vocabulary serves both where nothing is dropped.
+    log_total = jnp.log(jnp.sum(jnp.sum(_blocks(jnp.exp(shifted)), axis=-1), axis=-1))
     tokens = _from_whole(shifted, rows, uniforms, plan) if plan.whole else None
     if plan.candidates:
         short = _from_candidates(shifted, rows, uniforms[:, 1], plan)
@@ -145,15 +149,20 @@ def _from_whole(
 ) -> Int[Array, "B"]:
     """Draw by block, then within the block, among the tokens above every threshold."""
     scaled = shifted / rows.temperature[:, None] if plan.tempered else shifted
-    kept = scaled >= rows.log_min_p[:, None]
+    weights = jnp.exp(scaled)
+    if plan.cut:
+        weights = jnp.where(scaled >= rows.log_min_p[:, None], weights, 0)
     if plan.nucleus:
-        kept &= _nucleus(scaled, rows.top_p)
-    weights = jnp.where(kept, jnp.exp(scaled), 0)
-    weights = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % _BLOCK)))
-    blocks = weights.reshape(weights.shape[0], -1, _BLOCK)
+        weights = jnp.where(_nucleus(scaled, rows.top_p), weights, 0)
+    blocks = _blocks(weights)
     block = _draw(jnp.sum(blocks, axis=-1), uniforms[:, 0])
     inner = _draw(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
     return block * _BLOCK + inner
+
+
+def _blocks(weights: Float[Array, "B V"]) -> Float[Array, "B b w"]:
+    weights = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % _BLOCK)))
+    return weights.reshape(weights.shape[0], -1, _BLOCK)
 
 
 def _from_candidates(

@@ -1,5 +1,7 @@
 """Draws against the distribution that transformers' own filters leave, and the edges where rounding could slip."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,13 +92,17 @@ def test_a_wider_plan_changes_no_row():
 
 
 def test_plans_ask_for_no_more_than_needed():
-    off = {"candidates": 0, "whole": True, "nucleus": False, "tempered": False}
-    assert Plan.of([make_params(), make_params(temperature=0)], VOCABULARY) == Plan(**off)
-    assert Plan.of([thinking_params(8)], VOCABULARY) == Plan(candidates=32, whole=False, nucleus=False, tempered=True)
-    assert Plan.of([make_params(top_k=33), make_params(top_p=0.5)], VOCABULARY) == Plan(
-        candidates=64, whole=True, nucleus=True, tempered=False
+    off = Plan(candidates=0, whole=True, nucleus=False, tempered=False, cut=False)
+    short = dataclasses.replace(off, candidates=32, whole=False, tempered=True)
+    assert Plan.of([make_params()], VOCABULARY) == off
+    assert Plan.of([make_params(), make_params(temperature=0)], VOCABULARY) == dataclasses.replace(off, cut=True)
+    assert Plan.of([make_params(min_p=0.1)], VOCABULARY) == dataclasses.replace(off, cut=True)
+    assert Plan.of([thinking_params(8)], VOCABULARY) == short
+    assert Plan.of([make_params(top_k=33), make_params(top_p=0.5)], VOCABULARY) == dataclasses.replace(
+        off, candidates=64, nucleus=True
     )
-    assert Plan.of([make_params(temperature=0, top_k=5, top_p=0.5)], VOCABULARY) == Plan(**off)
+    greedy = make_params(temperature=0, top_k=5, top_p=0.5)
+    assert Plan.of([greedy], VOCABULARY) == dataclasses.replace(off, cut=True)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.999])
