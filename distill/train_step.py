@@ -130,7 +130,7 @@ def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool) -> Callable[.
         trained: Qwen3, frozen: Qwen3, batch: Batch, denominator: Array, head: Array | None
     ) -> tuple[Array, dict[str, Array]]:
         model = joined(trained, frozen)
-        out = model(batch.tokens, batch.positions, batch.segment_ids, rematerialise=rematerialise)
+        out = model(batch.tokens, batch.positions, batch.segment_ids, rematerialise=rematerialise, mesh=mesh)
         weights = batch.loss_mask.astype(jnp.float32) / denominator
         total, stats = distillation_loss(out.hidden, model.head, batch.targets, weights, loss, teacher_head=head)
         metrics = _by_mode(stats, batch) | {"loss": total}

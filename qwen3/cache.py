@@ -96,7 +96,7 @@ def prefill(
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Pages]:
             return attention(q, k, v, segments), write(pages, k, v, page_table + first)
 
-        x, pages, _ = layer(x, rot, segments != 0, attend)
+        x, pages, _ = layer(x, rot, segments != 0, attend, mesh)
         return (x, pages), None
 
     carry, firsts = (model.embed_tokens(tokens), pages), _first_pages(model.config, pages, mesh)
@@ -161,6 +161,7 @@ def step(
     tokens: Int[Array, "B"],
     positions: Int[Array, "B"],
     *,
+    mesh: Mesh | None,
     unroll: bool,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Read one token a row, written to slot `positions`. Returns final hidden states and the longer cache."""
@@ -179,7 +180,7 @@ def step(
             )
             return _attend_cache(q, KeyValue(longer.k[place], longer.v[place]), visible), longer
 
-        x, longer, _ = layer(x, rot, real, attend)
+        x, longer, _ = layer(x, rot, real, attend, mesh)
         return x, longer
 
     def scanned(carry: tuple[Array, KeyValue], unit: tuple[Layer, Array]) -> tuple[tuple[Array, KeyValue], None]:

@@ -72,8 +72,8 @@ class Decoder:
         keys = _row_keys(seed, policy_step, fixed.prompt_hash, fixed.sample_index)
         # Those of all steps at once: a row that is still written has come one position further at every step.
         uniforms = _uniforms(keys, state.position + 1 + jnp.arange(most)[:, None])
-        write_token = functools.partial(self._write_token, model, layers, fixed, uniforms, plan)
         how: Any = {"mesh": mesh, "unroll": self.unroll}
+        write_token = functools.partial(self._write_token, model, layers, fixed, uniforms, plan, how)
 
         def going(end: int) -> Callable[[tuple[_Loop, Any] | tuple[_Loop, Any, Any]], Array]:
             return functools.partial(self._unfinished, leave, end * self.page_size)
@@ -112,11 +112,12 @@ class Decoder:
         fixed: Fixed,
         uniforms: Float[Array, "n B 2"],
         plan: Plan,
+        how: Any,
         carry: tuple[_Loop, Cache],
     ) -> tuple[_Loop, Cache]:
         loop, cache = carry
         now, state, active = loop.step, loop.state, loop.state.active
-        hidden, cache = step(model, layers, cache, state.token, state.position, unroll=self.unroll)
+        hidden, cache = step(model, layers, cache, state.token, state.position, **how)
         sampled, logprobs = choose_tokens(_logits(model, hidden), fixed.sampling, uniforms[now], plan)
 
         tokens, closed, forced = sampled, state.closed, state.forced

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import attention
@@ -43,14 +44,14 @@ class Layer(nnx.Module):
         self.ffn = Moe(config, ffn_key, dtype) if moe else Mlp(config, ffn_key, dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rot: Rotation, real: Array, attend: Attend
+        self, x: Float[Array, "B T D"], rot: Rotation, real: Array, attend: Attend, mesh: Mesh | None = None
     ) -> tuple[Float[Array, "B T D"], Any, RouterStats | None]:
         """Returns the residual stream, what `attend` keeps (a cache), and the router's load."""
         out, kept = self.attention(rms_norm(x, self.attention_norm, self.epsilon), rot, attend)
         x = x + out
         normed = rms_norm(x, self.ffn_norm, self.epsilon)
         if isinstance(self.ffn, Moe):
-            out, stats = self.ffn(normed, real)
+            out, stats = self.ffn(normed, real, mesh)
             return x + out, kept, stats
         return x + self.ffn(normed), kept, None
 
@@ -91,10 +92,13 @@ class Qwen3(nnx.Module):
         segment_ids: Int[Array, "B T"],
         *,
         rematerialise: bool = False,
+        mesh: Mesh | None = None,
     ) -> Output:
         """Hidden states of packed rows; segment 0 is padding, every other id a document of its own.
 
         `rematerialise` keeps only the residual stream of each layer for the backward pass and recomputes the rest.
+        `mesh` is where the weights and rows lie as `qwen3.sharding` says; without it XLA spreads the experts' work as
+        it sees fit.
         """
         rot = rotation(self.config, positions)
         real = segment_ids != 0
@@ -103,7 +107,7 @@ class Qwen3(nnx.Module):
             return attention(q, k, v, segment_ids), None
 
         def body(x: Array, layer: Layer) -> tuple[Array, RouterStats | None]:
-            x, _, stats = layer(x, rot, real, attend)
+            x, _, stats = layer(x, rot, real, attend, mesh)
             return x, stats
 
         x = self.embed_tokens(tokens)
@@ -124,8 +128,10 @@ class Qwen3(nnx.Module):
     def final(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
 
-    def hidden(self, tokens: Array, positions: Array, segment_ids: Array) -> Float[Array, "B T D"]:
-        return self(tokens, positions, segment_ids).hidden
+    def hidden(
+        self, tokens: Array, positions: Array, segment_ids: Array, mesh: Mesh | None = None
+    ) -> Float[Array, "B T D"]:
+        return self(tokens, positions, segment_ids, mesh=mesh).hidden
 
     def logits(self, tokens: Array, positions: Array, segment_ids: Array) -> Float[Array, "B T V"]:
         """All logits in float32, for tests and small inputs: training and scoring never hold them."""

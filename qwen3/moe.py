@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from kernels_pallas import moe_dispatch
 from qwen3.config import ModelConfig
 from qwen3.layers import weight
+from qwen3.sharding import BATCH
 
 
 class RouterStats(NamedTuple):
@@ -33,15 +35,22 @@ class Moe(nnx.Module):
         self.up = weight(keys[2], (experts, width, inner), ("experts", "embed", "expert_mlp"), scale, dtype)
         self.down = weight(keys[3], (experts, inner, width), ("experts", "expert_mlp", "embed"), scale, dtype)
 
-    def __call__(self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> tuple[Float[Array, "B T D"], RouterStats]:
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], mesh: Mesh | None = None
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """On `mesh` every device sorts its own tokens, and they are exchanged over the expert axis."""
         flat = x.reshape(-1, x.shape[-1])
         logits = flat.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
         weights, expert_ids, probabilities = moe_dispatch.route(
             logits, self.experts_per_token, normalise=self.normalise
         )
-        out = moe_dispatch.expert_ffn(
-            flat, weights, expert_ids, *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        )
+        operands = flat, weights, expert_ids, *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        if mesh is None or mesh.size == 1:
+            out = moe_dispatch.expert_ffn(*operands)
+        else:
+            out = moe_dispatch.expert_ffn_on_mesh(
+                *operands, mesh=mesh, token_axes=BATCH[0], expert_axis="expert", inner_axis="tensor"
+            )
         mask = real.reshape(-1, 1).astype(jnp.float32)
         chosen = jnp.sum(jax.nn.one_hot(expert_ids, logits.shape[-1], dtype=jnp.float32), axis=1)
         return out.reshape(x.shape), RouterStats(jnp.sum(chosen * mask, axis=0), jnp.sum(probabilities * mask, axis=0))

@@ -19,6 +19,7 @@ class Scorer:
 
     def __init__(self, model: Qwen3, mesh: Mesh):
         self._model = model
+        self._mesh = mesh
         self._placement = batch_sharding(mesh)
 
     @property
@@ -29,7 +30,7 @@ class Scorer:
         self, tokens: Int[np.ndarray, "B T"], positions: Int[np.ndarray, "B T"], segment_ids: Int[np.ndarray, "B T"]
     ) -> Hidden:
         """Final hidden states: with `head` they are the exact distribution at every position."""
-        return _hidden(self._model, *place((tokens, positions, segment_ids), self._placement))
+        return _hidden(self._model, *place((tokens, positions, segment_ids), self._placement), self._mesh)
 
     def score_rollouts(
         self, rollouts: list[Rollout], *, k: int, rows: int, length: int, pad_id: int
@@ -38,7 +39,7 @@ class Scorer:
 
         Raises ValueError for more than `rows` rollouts or one longer than `length`.
         """
-        targets = fetch(_top_k(self._model, *self._rows(rollouts, rows, length, pad_id), k))
+        targets = fetch(_top_k(self._model, *self._rows(rollouts, rows, length, pad_id), k, self._mesh))
         return _records(rollouts, targets.ids, targets.logprobs, targets.log_tail)
 
     def sample_rollouts(
@@ -49,7 +50,7 @@ class Scorer:
         What is drawn depends on `seed`, on `number`, of which each batch has its own, and on the place in the batch.
         """
         placed = self._rows(rollouts, rows, length, pad_id)
-        targets = fetch(_sampled(self._model, *placed, np.uint32(seed), np.uint32(number), draws))
+        targets = fetch(_sampled(self._model, *placed, np.uint32(seed), np.uint32(number), draws, self._mesh))
         log_tail = np.full_like(targets.entropy, -np.inf)
         return _records(rollouts, targets.ids, targets.log_shares, log_tail, targets.entropy)
 
@@ -90,19 +91,26 @@ def _records(
     return records
 
 
-@jax.jit
-def _hidden(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array) -> Hidden:
-    return Hidden(hidden=model.hidden(tokens, positions, segment_ids))
-
-
 @functools.partial(jax.jit, static_argnums=4)
-def _top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k: int) -> TopK:
-    return top_k_targets(model.hidden(tokens, positions, segment_ids), model.head, k)
+def _hidden(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, mesh: Mesh) -> Hidden:
+    return Hidden(hidden=model.hidden(tokens, positions, segment_ids, mesh))
 
 
-@functools.partial(jax.jit, static_argnums=6)
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k: int, mesh: Mesh) -> TopK:
+    return top_k_targets(model.hidden(tokens, positions, segment_ids, mesh), model.head, k)
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7))
 def _sampled(
-    model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, seed: Array, number: Array, draws: int
+    model: Qwen3,
+    tokens: Array,
+    positions: Array,
+    segment_ids: Array,
+    seed: Array,
+    number: Array,
+    draws: int,
+    mesh: Mesh,
 ) -> Sampled:
     key = jax.random.fold_in(jax.random.key(seed), number)
-    return sampled_targets(model.hidden(tokens, positions, segment_ids), model.head, draws, key)
+    return sampled_targets(model.hidden(tokens, positions, segment_ids, mesh), model.head, draws, key)

@@ -1,5 +1,6 @@
-"""Routing to experts and the experts' feed-forward, without dropping a token."""
+"""Routing to experts and the experts' feed-forward, without dropping a token, on one device or across a mesh."""
 
 from kernels_pallas.moe_dispatch.api import expert_ffn, route
+from kernels_pallas.moe_dispatch.exchange import expert_ffn_on_mesh
 
-__all__ = ["expert_ffn", "route"]
+__all__ = ["expert_ffn", "expert_ffn_on_mesh", "route"]

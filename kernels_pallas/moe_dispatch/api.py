@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.moe_dispatch import reference, xla
+from kernels_pallas.moe_dispatch import experts, reference
+from kernels_pallas.platforms import choose
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["xla", "reference", "tpu"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu")
 
 
 def route(
@@ -40,18 +42,20 @@ def expert_ffn(
     """Σ_x weights[m, x] · SwiGLU of expert expert_ids[m, x] on token m; no token is ever dropped.
 
     Differentiable in everything but `expert_ids`. The weighted sum is float32, the result has the dtype of `x`.
-    Raises ValueError where shapes disagree or the implementation is unknown.
+    `implementation` is that of the grouped products. Raises ValueError where shapes disagree, the implementation is
+    unknown or of another platform, or a kernel asked for by name has no such dtype.
     """
+    check(x, weights, expert_ids, gate, up, down)
+    if choose("moe_dispatch", implementation, IMPLEMENTATIONS) == "reference":
+        return reference.expert_ffn(x, weights, expert_ids, gate, up, down)
+    return experts.expert_ffn(x, weights, expert_ids, gate, up, down, implementation).astype(x.dtype)
+
+
+def check(x: Array, weights: Array, expert_ids: Array, gate: Array, up: Array, down: Array) -> None:
+    """Raises ValueError, naming the argument, where shapes disagree."""
     if gate.shape != up.shape or down.shape != (gate.shape[0], gate.shape[2], gate.shape[1]):
         raise ValueError(f"gate {gate.shape}, up {up.shape}, down {down.shape} must be [E,D,F], [E,D,F], [E,F,D]")
     if x.ndim != 2 or x.shape[1] != gate.shape[1]:
         raise ValueError(f"x is {x.shape}; it must be [M, {gate.shape[1]}]")
     if weights.shape != expert_ids.shape or weights.shape[0] != x.shape[0]:
         raise ValueError(f"weights {weights.shape} and expert_ids {expert_ids.shape} must both be [{x.shape[0]}, X]")
-    match implementation or "xla":
-        case "xla":
-            return xla.expert_ffn(x, weights, expert_ids, gate, up, down)
-        case "reference":
-            return reference.expert_ffn(x, weights, expert_ids, gate, up, down)
-        case other:
-            raise ValueError(f"implementation {other!r} is unknown; use 'xla', 'reference' or None")

@@ -1,5 +1,6 @@
-"""Values and gradients of expert dispatch against the reference that runs every expert on every token."""
+"""Values and gradients of expert dispatch, on one device and on a mesh, against every expert run on every token."""
 
+import contextlib
 import functools
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from kernels_pallas import moe_dispatch
-from kernels_pallas.moe_dispatch import xla
+from kernels_pallas.moe_dispatch import exchange, permute
+from tests.kernels_pallas.interpreters import interpret
 
 WIDTH, INNER = 12, 10
 
@@ -71,16 +73,13 @@ def test_unbalanced_routing_and_empty_experts(expert_ids):
     assert all(not np.any(gradient[jnp.array(unused)]) for gradient in matrices)
 
 
-def test_chunks_do_not_change_the_result(monkeypatch):
+def test_on_a_kernel():
     inputs = make_inputs(50, 8, 2)
-    whole = value_and_gradients("xla", *inputs)
-    compiled.cache_clear()
-    monkeypatch.setattr(xla, "_CHUNK_BYTES", 3 * 3 * WIDTH * INNER * 4)
-    chunked = value_and_gradients("xla", *inputs)
-    compiled.cache_clear()
-    for mine, theirs in zip(chunked, whole, strict=True):
+    with interpret("tpu"):
+        results = jax.block_until_ready(value_and_gradients("tpu", *inputs))
+    for mine, theirs in zip(results, value_and_gradients("reference", *inputs), strict=True):
         # float32 sums in another order.
-        np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_bfloat16_stays_near_float32():
@@ -98,18 +97,75 @@ def test_bfloat16_stays_near_float32():
         np.testing.assert_allclose(mine.astype(jnp.float32), theirs, atol=0.02 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_every_row_has_a_slot_of_its_own_in_a_block_of_its_expert(seed):
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_row_has_a_place_of_its_own_among_those_of_its_expert(seed, alignment):
     rng = np.random.default_rng(seed)
-    rows, experts = int(rng.integers(1, 300)), int(rng.integers(1, 12))
-    expert_of_row = rng.integers(0, experts, rows) ** 2 // experts
-    block = xla._block_rows(rows, experts)
-    blocks = -(-rows // block) + experts
-    slots, block_expert = map(np.asarray, xla._layout(jnp.asarray(expert_of_row), experts, block, blocks))
-    assert len(set(slots.tolist())) == rows
-    assert slots.min() >= 0
-    assert slots.max() < blocks * block
-    np.testing.assert_array_equal(block_expert[slots // block], expert_of_row)
+    tokens, per_token, experts = int(rng.integers(1, 100)), 3, int(rng.integers(1, 12))
+    expert_ids = rng.integers(-1, experts + 1, (tokens, per_token))
+    where = permute.placement(jnp.asarray(expert_ids), experts, alignment)
+    here = (expert_ids >= 0) & (expert_ids < experts)
+    sizes, places = np.asarray(where.group_sizes), np.asarray(where.place)
+    assert np.all(sizes % alignment == 0)
+    assert np.all(sizes - np.bincount(expert_ids[here], minlength=experts) < alignment)
+    np.testing.assert_array_equal(np.repeat(np.arange(experts), sizes)[places[here]], expert_ids[here])
+    np.testing.assert_array_equal(where.row[places[here]], np.flatnonzero(here))
+    assert np.sum(np.asarray(where.row) < expert_ids.size) == np.sum(here)
+    assert np.all(places[~here] == len(where.row))
+
+
+def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What `jax.lax.ragged_all_to_all` is documented to do, which CPU has not: everyone sees everything, takes some."""
+    here = jax.lax.axis_index(axis_name)
+    everything = [jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)]
+    index = jnp.arange(output.shape[0])
+    for sender, (rows, begins, sizes, targets) in enumerate(zip(*everything, strict=True)):
+        offset = index - targets[here]
+        got = rows.at[begins[here] + offset].get(mode="fill", fill_value=0)
+        inside = (offset >= 0) & (offset < sizes[here])
+        output = jnp.where(inside[:, None], got, output)
+        # What a device expects is what is sent to it.
+        output = jnp.where(sizes[here] == recv_sizes[sender], output, jnp.nan)
+    return output
+
+
+@contextlib.contextmanager
+def emulated():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+        patch.setattr(exchange, "platform", lambda: "tpu")
+        yield
+
+
+def on_mesh(x, weights, expert_ids, gate, up, down, cotangent, **options):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "expert", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    options |= {"token_axes": ("data", "expert"), "expert_axis": "expert", "inner_axis": "tensor", "mesh": mesh}
+
+    def loss(x, weights, gate, up, down):
+        out = moe_dispatch.expert_ffn_on_mesh(x, weights, expert_ids, gate, up, down, **options)
+        return jnp.sum(out * cotangent), out
+
+    with emulated():
+        gradients, out = jax.jit(jax.grad(loss, argnums=range(5), has_aux=True))(x, weights, gate, up, down)
+    return out, *gradients
+
+
+@pytest.mark.parametrize("way", ["all_gather", "ragged"])
+@pytest.mark.parametrize("expert_ids", [None, np.tile([[6, 5]], (24, 1))], ids=["spread", "all_to_one_device"])
+def test_value_and_every_gradient_on_a_mesh(way, expert_ids):
+    inputs = make_inputs(24, 8, 2, expert_ids=expert_ids)
+    expected = value_and_gradients("reference", *inputs)
+    for mine, theirs in zip(on_mesh(*inputs, exchange=way), expected, strict=True):
+        # float32 sums in another order.
+        np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_receiving_more_than_there_is_room_for_is_seen_by_all():
+    inputs = make_inputs(24, 8, 2, expert_ids=np.tile([[6, 5]], (24, 1)))
+    # Two devices send 6 tokens each, for two experts.
+    exact, *_ = on_mesh(*inputs, exchange="ragged", receive_rows=24)
+    np.testing.assert_allclose(exact, value_and_gradients("reference", *inputs)[0], atol=1e-4, rtol=1e-4)
+    assert np.all(np.isnan(on_mesh(*inputs, exchange="ragged", receive_rows=23)[0]))
 
 
 def test_route_takes_the_largest_of_a_float32_softmax():
@@ -137,5 +193,33 @@ def test_wrong_arguments_are_named():
         moe_dispatch.expert_ffn(x[:, 1:], weights, expert_ids, gate, up, down)
     with pytest.raises(ValueError, match="weights"):
         moe_dispatch.expert_ffn(x, weights[:, :1], expert_ids, gate, up, down)
-    with pytest.raises(ValueError, match="implementation 'gpu' is unknown"):
-        moe_dispatch.expert_ffn(x, weights, expert_ids, gate, up, down, implementation="gpu")
+    with pytest.raises(ValueError, match="'triton' of moe_dispatch is unknown"):
+        moe_dispatch.expert_ffn(x, weights, expert_ids, gate, up, down, implementation="triton")
+
+
+def test_what_does_not_fit_a_mesh_is_named():
+    inputs = make_inputs(24, 8, 2)
+    for wrong, options, message in (
+        (make_inputs(22, 8, 2), {}, r"x is \(22, 12\); the mesh splits its 22 rows in 4"),
+        (make_inputs(24, 7, 2), {}, r"gate is \(7, 12, 10\); the mesh splits its 7 rows in 2"),
+        (inputs, {"exchange": "all_to_all"}, "exchange 'all_to_all' is unknown"),
+        (inputs, {"receive_rows": 9}, "receive_rows 9 with exchange 'all_gather': it is for 'ragged'"),
+        (inputs, {"exchange": "ragged", "receive_rows": 0}, "receive_rows 0 .* at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            on_mesh(*wrong, **options)
+    mesh = jax.make_mesh((2, 4), ("expert", "tensor"))
+    axes = {"mesh": mesh, "expert_axis": "expert", "inner_axis": "tensor"}
+    with pytest.raises(ValueError, match=r"token_axes \('tensor',\) must contain the expert axis 'expert'"):
+        moe_dispatch.expert_ffn_on_mesh(*inputs[:6], token_axes=("tensor",), **axes)
+    with pytest.raises(ValueError, match=r"gate is \(8, 12, 10\); the mesh splits its columns in 4"):
+        moe_dispatch.expert_ffn_on_mesh(*inputs[:6], token_axes=("expert",), **axes)
+    with pytest.raises(ValueError, match="exchange 'ragged' does not run on cpu; use 'all_gather'"):
+        moe_dispatch.expert_ffn_on_mesh(
+            *inputs[:6],
+            token_axes=("data",),
+            expert_axis="data",
+            inner_axis="tensor",
+            exchange="ragged",
+            mesh=jax.make_mesh((2, 2), ("data", "tensor")),
+        )

@@ -56,13 +56,17 @@ def make_batch():
     return {"tokens": tokens, "segments": segments, "positions": np.broadcast_to(positions, tokens.shape)}
 
 
-@jax.jit
-def loss_and_gradients(model, batch):
+@functools.partial(jax.jit, static_argnames="mesh")
+def loss_and_gradients(model, batch, mesh=None):
     """Mean cross-entropy of the next token, one denominator for all rows, plus the load-balancing loss."""
 
     def loss(model):
         output = model(
-            batch["tokens"], batch["positions"], batch["segments"], rematerialise=not model.config.num_experts
+            batch["tokens"],
+            batch["positions"],
+            batch["segments"],
+            rematerialise=not model.config.num_experts,
+            mesh=mesh,
         )
         logprobs = jax.nn.log_softmax(output.hidden @ model.head.T)[:, :-1]
         following = batch["tokens"][:, 1:, None]
@@ -93,7 +97,7 @@ def test_loss_and_every_gradient_equal_unsharded(config, shape):
     mesh = make_mesh(MeshShape(**shape))
     placed = jax.device_put(model, shardings(model, mesh))
     batch = jax.device_put(make_batch(), batch_sharding(mesh))
-    loss, gradients = loss_and_gradients(placed, batch)
+    loss, gradients = loss_and_gradients(placed, batch, mesh)
     # float32 sums in another order.
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     paths = jax.tree_util.tree_leaves_with_path(expected)
