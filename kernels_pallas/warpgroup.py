@@ -41,6 +41,16 @@ def add_product(acc: Array, a: Array, b: Any) -> Array:
     return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
+def add_product_of_tiles(acc: Array, a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False) -> Array:
+    """acc + a·b of two tiles, either of them transposed."""
+
+    def multiply(ref: Any) -> None:
+        left = plgpu.transpose_ref(a, (1, 0)) if transpose_a else a
+        plgpu.wgmma(ref, left, plgpu.transpose_ref(b, (1, 0)) if transpose_b else b)
+
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+
 def full(value: float, shape: tuple[int, ...]) -> Array:
     """A constant like a product, or like one number for each of its rows."""
     layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.grouped_matmul import reference, xla
+from kernels_pallas.grouped_matmul import reference
 from kernels_pallas.platforms import choose
 
-Implementation = Literal["xla", "reference", "tpu"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu")
+Implementation = Literal["xla", "reference", "tpu", "gpu"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu", "gpu")
 
 
 def grouped_matmul(
@@ -43,7 +43,7 @@ def grouped_matmul(
 
     Accumulation is float32, the result has the dtype of `x`. Differentiable in `x` and `weight`. Raises ValueError
     where shapes disagree, group sizes are negative, do not sum to M or are not aligned, the implementation is unknown
-    or of another platform, or a kernel asked for by name has no such dtype.
+    or of another platform, or a kernel asked for by name has no such dtype or size.
     """
     name = _check(x, {"weight": weight}, group_sizes, alignment, implementation)
     if name == "reference":
@@ -73,7 +73,8 @@ def grouped_swiglu(
 
 def preferred_alignment(rows: int, groups: int, implementation: Implementation | None = None) -> int:
     """The `alignment` with which an implementation is fastest: padding rows beat laying rows out again, or do not."""
-    return xla.block_rows(rows, groups) if choose("grouped_matmul", implementation, IMPLEMENTATIONS) == "xla" else 1
+    name = choose("grouped_matmul", implementation, IMPLEMENTATIONS)
+    return 1 if name == "reference" else _backend(name).preferred_alignment(rows, groups)
 
 
 def _check(x: Array, weights: dict[str, Array], sizes: Array, alignment: int, implementation: str | None) -> str:
@@ -103,6 +104,13 @@ def _check(x: Array, weights: dict[str, Array], sizes: Array, alignment: int, im
             raise ValueError(
                 f"x, {', '.join(weights)} have dtypes {', '.join(sorted(dtypes))}; implementation {name!r} of "
                 f"grouped_matmul takes one of {', '.join(_backend(name).DTYPES)} for all; cast them, or use 'xla'"
+            )
+        multiple = _backend(name).MULTIPLE
+        width, inner = next(iter(shapes.values()))[1:]
+        if width % multiple or inner % multiple:
+            raise ValueError(
+                f"D {width} and F {inner}: implementation {name!r} of grouped_matmul takes multiples of {multiple}; "
+                "use 'xla'"
             )
     return name
 

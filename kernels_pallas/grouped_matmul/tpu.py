@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 DTYPES = ("bfloat16", "float32")
+MULTIPLE = 1  # of D and F
 _LANES = 128
 _BLOCK_ROWS = 256
 _MATRIX_BYTES = 8 * 2**20  # of the blocks of matrices that are multiplied at a time; twice that is fetched ahead
@@ -110,6 +111,11 @@ def outer_products(
         name="grouped_outer_products",
     )(visits, x, list(cotangents))
     return tuple(outs)
+
+
+def preferred_alignment(rows: int, groups: int) -> int:
+    del rows, groups
+    return 1
 
 
 def _products_kernel(visits, rows, weights, outs, *, groups, combine, transposed):

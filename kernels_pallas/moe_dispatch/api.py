@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.moe_dispatch import experts, reference
 from kernels_pallas.platforms import choose
 
-Implementation = Literal["xla", "reference", "tpu"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu")
+Implementation = Literal["xla", "reference", "tpu", "gpu"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu", "gpu")
 
 
 def route(
@@ -43,7 +43,7 @@ def expert_ffn(
 
     Differentiable in everything but `expert_ids`. The weighted sum is float32, the result has the dtype of `x`.
     `implementation` is that of the grouped products. Raises ValueError where shapes disagree, the implementation is
-    unknown or of another platform, or a kernel asked for by name has no such dtype.
+    unknown or of another platform, or a kernel asked for by name has no such dtype or size.
     """
     check(x, weights, expert_ids, gate, up, down)
     if choose("moe_dispatch", implementation, IMPLEMENTATIONS) == "reference":

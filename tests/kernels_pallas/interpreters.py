@@ -48,6 +48,9 @@ def _interpret_gpu():
     plain = {
         "product_transposed": lambda a, b: product(a[...], b[...].T),
         "add_product": lambda acc, a, b: acc + product(a, b[...]),
+        "add_product_of_tiles": lambda acc, a, b, *, transpose_a=False, transpose_b=False: (
+            acc + product(a[...].T if transpose_a else a[...], b[...].T if transpose_b else b[...])
+        ),
         "full": lambda value, shape: jnp.full(shape, value, jnp.float32),
         "load": lambda source, index, axis: source[index],
         "index_along": functools.partial(jax.lax.broadcasted_iota, jnp.int32),

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas import platforms
-from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, preferred_alignment, tpu
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, preferred_alignment, tpu, xla
 from tests.kernels_pallas.interpreters import interpret
 
-KERNELS = ("tpu",)
+KERNELS = ("tpu", "gpu")
 
 
 @pytest.fixture(autouse=True)
@@ -81,18 +81,28 @@ def test_xla(case):
     check("xla", inputs, sizes)
 
 
-@pytest.mark.parametrize("platform", KERNELS)
-def test_kernels(platform):
-    @settings(max_examples=4, deadline=None, derandomize=True)
-    @given(cases())
-    def run(case):
-        sizes, inputs = case
-        check(platform, inputs, sizes)
-
-    run()
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(cases())
+def test_tpu(case):
+    sizes, inputs = case
+    check("tpu", inputs, sizes)
 
 
-@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+@pytest.mark.parametrize(
+    ("sizes", "rows", "width", "inner", "alignment"),
+    [([0, 70, 0, 33], 200, 128, 64, 1), ([128, 0, 128], 384, 64, 192, 128)],
+    ids=["shared_blocks", "aligned"],
+)
+def test_gpu(sizes, rows, width, inner, alignment):
+    inputs = make_inputs(rows, width, inner, len(sizes), jnp.bfloat16)
+    out, activated, to_x, *matrices = check("gpu", inputs, sizes, alignment)
+    for array in (out, activated, to_x):
+        assert not np.any(array[sum(sizes) :])
+    for gradient in matrices:
+        np.testing.assert_array_equal(np.any(gradient, axis=(1, 2)), np.asarray(sizes) > 0)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
 def test_groups_that_share_blocks_and_empty_ones_at_both_ends(implementation):
     inputs = make_inputs(200, 24, 40, 8, jnp.float32)
     _, _, _, *matrices = check(implementation, inputs, [0, 3, 0, 61, 1, 99, 36, 0])
@@ -101,7 +111,7 @@ def test_groups_that_share_blocks_and_empty_ones_at_both_ends(implementation):
         assert np.all(np.any(gradient[jnp.array([1, 3, 4, 5, 6])], axis=(1, 2)))
 
 
-@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
 @pytest.mark.parametrize("sizes", [[70, 0, 33], [0, 0, 0]])
 def test_rows_behind_the_last_group_are_zeros_and_take_part_in_nothing(implementation, sizes):
     inputs = make_inputs(200, 24, 40, 3, jnp.float32)
@@ -110,6 +120,14 @@ def test_rows_behind_the_last_group_are_zeros_and_take_part_in_nothing(implement
     out, activated, to_x, *_ = check(implementation, inputs, sizes)
     for array in (out, activated, to_x):
         assert not np.any(array[behind:])
+
+
+def test_the_grouped_product_that_xla_has_on_tpu(monkeypatch):
+    monkeypatch.setattr(xla, "platform", lambda: "tpu")
+    assert preferred_alignment(160, 5) == 1
+    inputs = make_inputs(100, 24, 40, 5, jnp.float32)
+    out, *_ = check("xla", inputs, [16, 0, 41, 9, 0])
+    assert not np.any(out[66:])
 
 
 @pytest.mark.parametrize("behind", [0, 32])
@@ -137,14 +155,18 @@ def test_what_a_caller_can_get_wrong_is_named():
         grouped_swiglu(x, gate, up[:, :, 1:], sizes)
     with pytest.raises(ValueError, match="x has no rows"):
         grouped_matmul(x[:0], up, jnp.zeros(3, int))
-    with pytest.raises(ValueError, match="'triton' of grouped_matmul is unknown; use one of xla, reference, tpu"):
+    with pytest.raises(ValueError, match="'triton' of grouped_matmul is unknown; use one of xla, reference, tpu, gpu"):
         grouped_matmul(x, up, sizes, implementation="triton")
     with pytest.raises(ValueError, match="'tpu' of grouped_matmul needs TPU, this platform is cpu"):
         grouped_matmul(x, up, sizes, implementation="tpu")
 
 
-def test_dtypes_that_a_kernel_does_not_take_are_refused(monkeypatch):
+def test_what_a_kernel_does_not_take_is_refused(monkeypatch):
     x, _, up, *_ = make_inputs(12, 4, 6, 3, jnp.float32)
+    monkeypatch.setattr(platforms, "platform", lambda: "gpu")
+    narrow = x.astype(jnp.bfloat16), up.astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match="D 4 and F 6: implementation 'gpu' of grouped_matmul takes multiples of 64"):
+        grouped_matmul(*narrow, jnp.array([4, 0, 8]), implementation="gpu")
     monkeypatch.setattr(platforms, "platform", lambda: "tpu")
     with pytest.raises(ValueError, match=r"dtypes bfloat16, float32; implementation 'tpu' of grouped_matmul takes one"):
         grouped_matmul(x.astype(jnp.bfloat16), up, jnp.array([4, 0, 8]), implementation="tpu")
