@@ -2,8 +2,8 @@
 
 Every device holds some tokens, some experts whole or a slice of their inner columns, and sorts only what it holds.
 "all_gather" shows every token to every device of the expert axis, each adds up what its own experts say, and a
-reduce-scatter brings the sums home; it is what every platform can run. "ragged" sends each token only to the devices
-that hold its experts: 2·X / (number of devices) of the traffic where that is below 1, on platforms that have
+reduce-scatter brings the sums home; it is what every platform can run. "ragged" sends a token once for each of its X
+experts and back, where the other form moves it to and from every device of the axis, on platforms that have
 `jax.lax.ragged_all_to_all`.
 """
 
