@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.linear_kl import reference, xla
 from kernels_pallas.linear_kl.divergence import Divergence
 from kernels_pallas.linear_kl.xla import split_at_ids
+from kernels_pallas.platforms import platform
 
 __all__ = ["IMPLEMENTATIONS", "linear_kl_at_ids", "linear_kl_full", "split_at_ids"]
 
@@ -183,7 +184,7 @@ def _plan(hidden, head, divergence, block_tokens, block_vocab, implementation) -
             raise ValueError(f"{name} {value} must be at least 1, or None for the default")
     batch, length = hidden.shape[:2]
     vocab = head.shape[0]
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = platform() == "cpu"
     if block_vocab is None:
         block_vocab = _cache_block(vocab) if on_cpu else vocab
     if block_tokens is None:
