@@ -2,6 +2,8 @@
 # wheel. Choose a Python with `make quickstart PYTHON=python3.12`.
 PYTHON ?= python3
 VENV ?= .venv
+COMPILE_VENV ?= .venv-compile
+TARGETS ?= v5e,v5p,v6e,tpu7x,h100
 WORKERS ?= 2
 ARGS ?=
 
@@ -10,10 +12,10 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip --quiet
 torch = $(shell grep '^torch==' requirements-test.lock)
 
-.PHONY: help quickstart test lint lock clean
+.PHONY: help quickstart test test-compile compile-all lint lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 quickstart: $(VENV)/.runtime ## Distil the quickstart's student on this machine, from teacher to report
 	$(python) -m distill.run experiments/quickstart.py $(ARGS)
@@ -21,20 +23,26 @@ quickstart: $(VENV)/.runtime ## Distil the quickstart's student on this machine,
 test: $(VENV)/.test ## Run the suite: make test ARGS="tests/qwen3 -k rope"
 	$(python) -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15 $(ARGS)
 
+test-compile: $(COMPILE_VENV)/.compilers ## Compile some kernels for the TPUs and GPUs in TARGETS, which need not be here
+	$(COMPILE_VENV)/bin/python -m experiments.benchmarks.kernels --compile $(TARGETS) --subset $(ARGS)
+
+compile-all: $(COMPILE_VENV)/.compilers ## Compile every kernel at every shape for TARGETS
+	$(COMPILE_VENV)/bin/python -m experiments.benchmarks.kernels --compile $(TARGETS) $(ARGS)
+
 lint: $(VENV)/.test ## Check style, format and types, as the suite does
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 
 # The build backend comes first: packages that the index has only as source are built with the pinned one.
-$(VENV)/.runtime: requirements.lock pyproject.toml
+%/.runtime: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "error: '$(PYTHON)' is not Python 3.11 or newer; name one that is: make $(or $(MAKECMDGOALS),quickstart) PYTHON=python3.11" >&2; exit 1; }
-	@echo "Installing the run-time packages into $(VENV) (once, some minutes)"
-	@$(PYTHON) -m venv $(VENV)
-	@$(pip) install --constraint requirements.lock setuptools
-	@$(pip) install --no-build-isolation --requirement requirements.lock || { echo "$$BUILD_HINT" >&2; exit 1; }
-	@$(pip) install --no-build-isolation --no-deps --editable .
+	@echo "Installing the run-time packages into $* (once, some minutes)"
+	@$(PYTHON) -m venv $*
+	@$*/bin/python -m pip --quiet install --constraint requirements.lock setuptools
+	@$*/bin/python -m pip --quiet install --no-build-isolation --requirement requirements.lock || { echo "$$BUILD_HINT" >&2; exit 1; }
+	@$*/bin/python -m pip --quiet install --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # torch goes alone and first, so that no other package chooses its version.
@@ -44,11 +52,17 @@ $(VENV)/.test: requirements-test.lock $(VENV)/.runtime
 	@$(pip) install --no-build-isolation --requirement requirements-test.lock || { echo "$$BUILD_HINT" >&2; exit 1; }
 	@touch $@
 
+$(COMPILE_VENV)/.compilers: requirements-compile.lock $(COMPILE_VENV)/.runtime
+	@echo "Installing the compilers for TPUs and GPUs into $(COMPILE_VENV) (once, a download of 1 GB)"
+	@$(COMPILE_VENV)/bin/python -m pip --quiet install --requirement requirements-compile.lock || \
+	  { echo "error: the compilers did not install, see above; they need Linux on x86-64, the package index and 3 GB" >&2; exit 1; }
+	@touch $@
+
 export BUILD_HINT = error: packages did not install, see above; if one failed to build, a C compiler is missing \
   (Debian: apt-get install gcc python3-dev; macOS: xcode-select --install)
 
 lock: ## Resolve pyproject.toml afresh into requirements*.lock
 	@PYTHON=$(PYTHON) .ci/lock
 
-clean: ## Remove the environment; runs/ stays
-	rm -rf $(VENV) build *.egg-info
+clean: ## Remove the environments; runs/ stays
+	rm -rf $(VENV) $(COMPILE_VENV) build *.egg-info

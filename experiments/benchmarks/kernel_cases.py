@@ -1,0 +1,250 @@
+"""What the kernels are compiled for and timed at: each operation at the shapes of four Qwen3 models.
+
+An operation is one function here, from a model to its cases, and one line in `OPERATIONS`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from kernels_pallas.attention import attention, attention_part
+from kernels_pallas.linear_kl import Divergence, linear_kl_at_ids, linear_kl_full
+from kernels_pallas.moe_dispatch import expert_ffn, route
+from kernels_pallas.paged_attention import paged_attention
+
+VOCABULARY = 151_936
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """Sizes of one model's layer (arXiv 2505.09388, tables 1 and 2); head size 128 in all of them."""
+
+    name: str
+    width: int
+    heads: int
+    kv_heads: int
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
+    head_size: int = 128
+
+
+MODELS = (
+    Model(name="0.6B", width=1024, heads=16, kv_heads=8),
+    Model(name="8B", width=4096, heads=32, kv_heads=8),
+    Model(name="30B-A3B", width=2048, heads=32, kv_heads=4, experts=128, experts_per_token=8, expert_width=768),
+    Model(name="235B-A22B", width=4096, heads=64, kv_heads=4, experts=128, experts_per_token=8, expert_width=1536),
+)
+LARGEST = MODELS[-1].name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One program on one device."""
+
+    operation: str
+    shape: str
+    """For people; with the operation it names the case."""
+    function: Callable[..., Any]
+    """Takes the arguments, and `implementation` by name."""
+    sample: Callable[[Array], tuple[Any, ...]]
+    """Arguments from a random key."""
+    kernels: tuple[str, ...] = ("tpu", "gpu")
+    """Platforms on which the operation has a kernel; it is XLA's on others."""
+    cudnn: Callable[..., Any] | None = None
+    """The same by cuDNN, to be timed beside it on GPUs."""
+    subset: bool = False
+    """Whether it is one of the few that `make test-compile` compiles."""
+    flops: float = 0
+    """Of the matrix products that the result needs, recomputation not counted."""
+    bytes: float = 0
+    """That must at least be read and written."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation} {self.shape}"
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Shapes and dtypes alone."""
+        return jax.eval_shape(self.sample, jax.random.key(0))
+
+
+def cases() -> Iterator[Case]:
+    for operation in OPERATIONS.values():
+        for model in MODELS:
+            yield from operation(model)
+
+
+def _attention(model: Model) -> Iterator[Case]:
+    """The teacher scores and students train on rows of 4,096 and of 32,768 tokens; one length fits no block."""
+    lengths = [4096, 32_768, *([1000] if model.name == "0.6B" else [])]
+    for length in lengths:
+        q, kv = (1, length, model.heads, model.head_size), (1, length, model.kv_heads, model.head_size)
+
+        def sample(key: Array, q: tuple[int, ...] = q, kv: tuple[int, ...] = kv) -> tuple[Array, ...]:
+            return *_normal(key, q, kv, kv), jnp.ones(q[:2], jnp.int32)
+
+        size = f"{model.name}, {length:,} tokens, {model.heads}/{model.kv_heads} heads"
+        # Two products, over half of all pairs.
+        flops = 2 * length**2 * model.heads * model.head_size
+        subset = model.name == LARGEST and length == 4096
+        yield Case(
+            operation="attention",
+            shape=size,
+            function=attention,
+            sample=sample,
+            cudnn=_cudnn,
+            flops=flops,
+            subset=subset,
+        )
+        yield Case(
+            operation="attention gradient",
+            shape=size,
+            function=_gradient(attention, 3),
+            sample=sample,
+            cudnn=functools.partial(_gradient(_cudnn, 3), implementation="cudnn"),
+            flops=3.5 * flops,  # seven products
+            subset=subset,
+        )
+
+
+def _cudnn(q: Array, k: Array, v: Array, segments: Array, *, implementation: Literal["cudnn"] = "cudnn") -> Array:
+    """Of one segment a row; a mask would cost cuDNN more than it gains."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+
+def _attention_part(model: Model) -> Iterator[Case]:
+    """As Dual Chunk Attention calls it, by which 256K tokens are read."""
+    if model.name != LARGEST:
+        return
+    length = 4096
+
+    def part(q: Array, k: Array, v: Array, segments: Array, first: Array, end: Array, *, implementation: Any) -> Array:
+        out, log_sum_exp = attention_part(q, k, v, segments, (first, end), implementation=implementation)
+        return out + log_sum_exp.swapaxes(1, 2)[..., None].astype(out.dtype)
+
+    def sample(key: Array) -> tuple[Array, ...]:
+        q, kv = (1, length, model.heads, model.head_size), (1, length, model.kv_heads, model.head_size)
+        index = jnp.arange(length)[None]
+        return *_normal(key, q, kv, kv), jnp.ones((1, length), jnp.int32), index // 1024 * 1024, index + 1
+
+    size = f"{model.name}, {length:,} tokens, {model.heads}/{model.kv_heads} heads, chunks of 1,024"
+    yield Case(operation="attention_part", shape=size, function=part, sample=sample)
+    yield Case(operation="attention_part gradient", shape=size, function=_gradient(part, 3), sample=sample)
+
+
+def _paged_attention(model: Model) -> Iterator[Case]:
+    """64 rows that have reached half of 8,192 tokens, one new token each, or four when drafts are verified."""
+    batch, page, table, pages = 64, 64, 128, 8192
+    for new in (1, 4):
+
+        def sample(key: Array, new: int = new) -> tuple[Array, ...]:
+            kv = (pages, model.kv_heads, page, model.head_size)
+            q, k, v = _normal(key, (batch, new, model.heads, model.head_size), kv, kv)
+            own = jax.random.permutation(key, pages).reshape(batch, table)
+            return q, k, v, own, jnp.full((batch,), table * page // 2)
+
+        yield Case(
+            operation="paged_attention",
+            shape=f"{model.name}, {batch} rows of {table * page:,}, {new} new, {model.heads}/{model.kv_heads} heads",
+            function=paged_attention,
+            sample=sample,
+            bytes=2 * 2 * batch * table * page // 2 * model.kv_heads * model.head_size,
+            subset=model.name == LARGEST,
+        )
+
+
+def _experts(model: Model) -> Iterator[Case]:
+    """One layer's experts on 4,096 tokens, routing included."""
+    if not model.experts:
+        return
+    tokens = 4096
+
+    def layer(x: Array, logits: Array, gate: Array, up: Array, down: Array, *, implementation: Any) -> Array:
+        weights, ids, _ = route(logits, model.experts_per_token, normalise=True)
+        return expert_ffn(x, weights, ids, gate, up, down, implementation=implementation)
+
+    def sample(key: Array) -> tuple[Array, ...]:
+        wide = (model.experts, model.width, model.expert_width)
+        shapes = ((tokens, model.width), (tokens, model.experts), wide, wide, (wide[0], wide[2], wide[1]))
+        x, logits, *weights = _normal(key, *shapes)
+        return x, logits.astype(jnp.float32), *(weight * 0.02 for weight in weights)
+
+    size = f"{model.name}, {tokens:,} tokens, {model.experts_per_token} of {model.experts} × {model.expert_width:,}"
+    flops = 6 * tokens * model.experts_per_token * model.width * model.expert_width
+    case = Case(operation="moe_dispatch", shape=size, function=layer, sample=sample, kernels=(), flops=flops)
+    yield case
+    gradient = _gradient(layer, 5)
+    yield dataclasses.replace(case, operation="moe_dispatch gradient", function=gradient, flops=3 * flops)
+
+
+def _linear_kl(model: Model) -> Iterator[Case]:
+    """8,192 tokens of a student against the hidden states of 235B-A22B, or against its 64 likeliest words."""
+    if model.experts:
+        return
+    tokens, words, teacher_width, forward = 8192, 64, MODELS[-1].width, Divergence("forward_kl")
+
+    def full(hidden: Array, head: Array, *constants: Array, implementation: str) -> Array:
+        return linear_kl_full(hidden, head, *constants, divergence=forward, implementation=implementation)[0]
+
+    def at_ids(hidden: Array, head: Array, *constants: Array, implementation: str) -> Array:
+        return linear_kl_at_ids(hidden, head, *constants, divergence=forward, implementation=implementation)[0]
+
+    def sample_full(key: Array) -> tuple[Array, ...]:
+        shapes = [(tokens, model.width), (VOCABULARY, model.width)]
+        shapes += [(tokens, teacher_width), (VOCABULARY, teacher_width)]
+        hidden, head, teacher_hidden, teacher_head = _normal(key, *shapes)
+        weights = jnp.full((1, tokens), 1 / tokens, jnp.float32)
+        return hidden[None], head * 0.02, teacher_hidden[None], teacher_head * 0.02, weights
+
+    def sample_at_ids(key: Array) -> tuple[Array, ...]:
+        hidden, head = _normal(key, (tokens, model.width), (VOCABULARY, model.width))
+        ids = jnp.broadcast_to(jnp.arange(words) * 1999, (1, tokens, words))
+        logprobs = jnp.full((1, tokens, words), jnp.log(0.9 / words))
+        weights = jnp.full((1, tokens), 1 / tokens, jnp.float32)
+        return hidden[None], head * 0.02, ids, logprobs, jnp.full((1, tokens), jnp.log(0.1)), weights
+
+    product = 2 * tokens * VOCABULARY
+    own, teachers = product * model.width, product * teacher_width
+    for operation, function, sample, extra in (
+        ("linear_kl, hidden states", full, sample_full, teachers),
+        ("linear_kl, 64 words", at_ids, sample_at_ids, 0),
+    ):
+        shape = f"{model.name}, {tokens:,} × {VOCABULARY:,}"
+        case = Case(operation=operation, shape=shape, function=function, sample=sample, kernels=(), flops=own + extra)
+        yield case
+        gradient = _gradient(function, 2)
+        yield dataclasses.replace(case, operation=f"{operation}, gradient", function=gradient, flops=3 * own + extra)
+
+
+OPERATIONS: Mapping[str, Callable[[Model], Iterator[Case]]] = MappingProxyType(
+    {
+        "attention": _attention,
+        "attention_part": _attention_part,
+        "paged_attention": _paged_attention,
+        "moe_dispatch": _experts,
+        "linear_kl": _linear_kl,
+    }
+)
+
+
+def _gradient(function: Callable[..., Array], count: int) -> Callable[..., Any]:
+    """The gradients of Σ function·cos(0, 1, 2, …) by its first `count` arguments."""
+
+    def loss(*arguments: Array, implementation: str) -> Array:
+        out = function(*arguments, implementation=implementation)
+        arriving = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return jnp.sum(out.astype(jnp.float32) * arriving)
+
+    return jax.grad(loss, argnums=tuple(range(count)))
+
+
+def _normal(key: Array, *shapes: tuple[int, ...]) -> list[Array]:
+    keys = jax.random.split(key, len(shapes))
+    return [jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, shapes, strict=True)]

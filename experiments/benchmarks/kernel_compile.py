@@ -1,0 +1,126 @@
+"""Compiles cases for accelerators that are not here, in processes of their own: a compiler that aborts ends one."""
+
+import functools
+import importlib.metadata
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.benchmarks.kernel_cases import Case, cases
+from kernels_pallas import topologies
+from qwen3.errors import UserError
+
+_COMPILERS = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
+
+
+class Outcome(NamedTuple):
+    """What became of one case for one target."""
+
+    implementation: str
+    seconds: float = 0
+    temp_bytes: int = 0
+    error: str | None = None
+
+
+def compile_all(chosen: Sequence[Case], targets: Sequence[str], workers: int) -> int:
+    """Print a Markdown table row by row, progress on a terminal's standard error, failures there at the end.
+
+    Returns the exit status: 1 where something did not compile. Raises UserError for a target that is unknown or whose
+    compiler is not installed.
+    """
+    try:
+        for target in targets:
+            topologies.devices(target)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise UserError(str(error)) from None
+    begin, total, failures = time.monotonic(), len(chosen) * len(targets), []
+    print(f"{_versions()}; processor seconds to compile, MiB of temporary memory\n")
+    print(f"| operation | at | {' | '.join(targets)} |\n|---|---|{'---|' * len(targets)}", flush=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        rows = [[pool.submit(compile_case, case.name, target) for target in targets] for case in chosen]
+        for number, (case, row) in enumerate(zip(chosen, rows, strict=True)):
+            outcomes: list[Outcome] = []
+            for target, job in zip(targets, row, strict=True):
+                _progress(f"{number * len(targets) + len(outcomes) + 1}/{total} {case.name}, {target}")
+                outcomes.append(_outcome(job))
+            _progress("")
+            print(f"| {case.operation} | {case.shape} | {' | '.join(map(_cell, outcomes))} |", flush=True)
+            failures += [
+                f"{case.name}, {target}: {outcome.error}"
+                for target, outcome in zip(targets, outcomes, strict=True)
+                if outcome.error is not None
+            ]
+    print(f"\n{total - len(failures)} of {total} compiled in {time.monotonic() - begin:.0f} s, {workers} at a time")
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def compile_case(name: str, target: str) -> Outcome:
+    """Compile the case of that name for one device of the target."""
+    (case,) = (case for case in cases() if case.name == name)
+    mesh = _mesh(target)
+    platform = mesh.devices.item().platform
+    implementation = platform if platform in case.kernels else "xla"
+    function = jax.jit(functools.partial(case.function, implementation=implementation))
+    begin = _processor_seconds()
+    try:
+        compiled = topologies.compile_for(mesh, function, *case.arguments())
+    except Exception as error:  # noqa: BLE001 - whatever a compiler says is a result
+        return Outcome(implementation, error=_one_line(error))
+    seconds = _processor_seconds() - begin
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return Outcome(implementation, seconds, memory.temp_size_in_bytes, topologies.shortage(compiled, target))
+
+
+def _processor_seconds() -> float:
+    """Of this process and of those that it has waited for, such as NVIDIA's assembler: others may be busy beside it."""
+    return sum(os.times()[:4])
+
+
+@functools.cache
+def _mesh(target: str) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(topologies.devices(target)[:1]), ("device",))
+
+
+def _outcome(job: Future[Outcome]) -> Outcome:
+    try:
+        return job.result()
+    except BrokenProcessPool:
+        return Outcome("", error="a compiling process died, here or earlier; --only and --workers 1 find where")
+
+
+def _cell(outcome: Outcome) -> str:
+    if outcome.error is not None:
+        return "**failed**"
+    by = " XLA" if outcome.implementation == "xla" else ""
+    return f"{outcome.seconds:.1f} s, {outcome.temp_bytes / 2**20:,.0f}{by}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def _versions() -> str:
+    def version(package: str) -> str:
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"no {package}"
+
+    return ", ".join(map(version, _COMPILERS))
