@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kernels_pallas.attention import attention, attention_part
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels_pallas.linear_kl import Divergence, linear_kl_at_ids, linear_kl_full
 from kernels_pallas.moe_dispatch import expert_ffn, route
 from kernels_pallas.paged_attention import paged_attention
@@ -160,6 +161,43 @@ def _paged_attention(model: Model) -> Iterator[Case]:
         )
 
 
+def _grouped_matmul(model: Model) -> Iterator[Case]:
+    """The products of one layer's experts on 4,096 tokens, spread evenly: gate and up in one pass, then down."""
+    if not model.experts:
+        return
+    rows = 4096 * model.experts_per_token
+    even = (rows // model.experts,) * model.experts
+    wide = (model.experts, model.width, model.expert_width)
+
+    def sample_swiglu(key: Array) -> tuple[Array, ...]:
+        x, gate, up = _normal(key, (rows, model.width), wide, wide)
+        return x, gate * 0.02, up * 0.02, jnp.array(even)
+
+    def sample_down(key: Array) -> tuple[Array, ...]:
+        x, down = _normal(key, (rows, model.expert_width), (wide[0], wide[2], wide[1]))
+        return x, down * 0.02, jnp.array(even)
+
+    size = f"{model.name}, {rows:,} rows, {model.experts} × {model.width:,} × {model.expert_width:,}"
+    product = 2 * rows * model.width * model.expert_width
+    for operation, function, sample, count, flops in (
+        ("grouped_swiglu", grouped_swiglu, sample_swiglu, 3, 2 * product),
+        ("grouped_matmul", grouped_matmul, sample_down, 2, product),
+    ):
+        subset = model.name == LARGEST
+        case = Case(
+            operation=operation,
+            shape=size,
+            function=function,
+            sample=sample,
+            kernels=("tpu",),
+            flops=flops,
+            subset=subset,
+        )
+        yield case
+        gradient = _gradient(function, count)
+        yield dataclasses.replace(case, operation=f"{operation} gradient", function=gradient, flops=3 * flops)
+
+
 def _experts(model: Model) -> Iterator[Case]:
     """One layer's experts on 4,096 tokens, routing included."""
     if not model.experts:
@@ -228,6 +266,7 @@ OPERATIONS: Mapping[str, Callable[[Model], Iterator[Case]]] = MappingProxyType(
         "attention": _attention,
         "attention_part": _attention_part,
         "paged_attention": _paged_attention,
+        "grouped_matmul": _grouped_matmul,
         "moe_dispatch": _experts,
         "linear_kl": _linear_kl,
     }
