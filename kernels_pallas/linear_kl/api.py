@@ -55,10 +55,10 @@ def linear_kl_full(
         whole (V) where the head is sharded over the vocabulary, or every block is gathered.
       implementation: None (picks "xla"), "xla", or "reference" (materialises [B, T, V]; for tests).
 
-    Peak temporary memory of "xla", in bytes beside arguments and results, with M tokens in a block and the vocabulary
-    rounded up to W words in whole blocks: at most 4·M·(2·W + 8·block_vocab) + 4·block_vocab·(D + Dt). These are the
-    student's and the teacher's logits, what is made of one block of them, and one block of each head. Accumulation is
-    in float32 (float64 for float64 inputs, which doubles the memory).
+    Peak temporary memory of "xla", in bytes beside arguments and results, with M tokens in a block: at most
+    4·M·(2·V + 8·block_vocab) + 4·block_vocab·D. These are the student's and the teacher's logits, what is made of one
+    block of them, and one block of the student's head. Accumulation is in float32 (float64 for float64 inputs, which
+    doubles the memory).
 
     Returns:
       The loss sum, in nats, and per-position statistics without gradient, 0 where the weight is 0: `divergence`,
@@ -100,8 +100,8 @@ def linear_kl_at_ids(
       teacher_log_tail: the logarithm of its mass on all other words; -inf where there is none.
       Others as in `linear_kl_full`.
 
-    Peak temporary memory of "xla", counted as there: 4·M·(W + 4·block_vocab) + 4·block_vocab·D bytes, W being the
-    student's logits alone.
+    Peak temporary memory of "xla", counted as there, with the vocabulary rounded up to W words in whole blocks:
+    4·M·(W + 4·block_vocab) + 4·block_vocab·D bytes. The logits are the student's alone.
 
     Returns:
       As `linear_kl_full`, with `student_entropy` exact over the vocabulary, `teacher_entropy` that of the J + 1

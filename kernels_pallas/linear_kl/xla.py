@@ -99,6 +99,14 @@ class Blocks:
         part = self.slice(array, index, 1)
         return part.reshape(-1, *part.shape[2:])
 
+    def words(self, logits: Float[Array, "V M"], index: Int[Array, ""] | int) -> Float[Array, "block M"]:
+        """A block of logits, each word in one block only."""
+        return self.counted(self.slice(logits, index, 0), index)
+
+    def counted(self, block: Float[Array, "block M"], index: Int[Array, ""] | int) -> Float[Array, "block M"]:
+        """-inf at the words of a block that an earlier block has already counted."""
+        return block if self.size % self.block == 0 else jnp.where(self.fresh(index)[:, None], block, -jnp.inf)
+
     def add(self, array: Array, update: Array, index: Int[Array, ""] | int, axis: int) -> Array:
         if self.count == 1:
             return array + update.astype(array.dtype)
@@ -132,33 +140,36 @@ def full(
         th = jnp.where(live[:, None], positions.tokens(teacher_hidden, index), 0)
         nothing = Mass.nothing(live.shape, _accumulator(hidden))
 
+        # One product each, over all words: for products of their own, blocks of a head would have to be copied.
+        logits = _logits(h, head), _logits(th, teacher_head)
+
         def survey(carry, step):
             student_mass, teacher_mass, student_at_top = carry
-            zs, zt = _logits(h, head, vocab, step[0]), _logits(th, teacher_head, vocab, step[0])
+            zs, zt = (vocab.words(z, step[0]) for z in logits)
             top = zt.max(0)
             at_top = jnp.where(zt == top, zs, -jnp.inf).max(0)
             at_top = jnp.maximum(
                 jnp.where(teacher_mass.top >= top, student_at_top, -jnp.inf),
                 jnp.where(top >= teacher_mass.top, at_top, -jnp.inf),
             )
-            return (student_mass.merge(Mass.of(zs, 0)), teacher_mass.merge(Mass.of(zt, 0)), at_top), (zs, zt)
+            return (student_mass.merge(Mass.of(zs, 0)), teacher_mass.merge(Mass.of(zt, 0)), at_top), None
 
-        masses, logits = vocab.scan(survey, (nothing, nothing, nothing.top))
-        student_mass, teacher_mass, student_at_top = masses
+        (student_mass, teacher_mass, student_at_top), _ = vocab.scan(survey, (nothing, nothing, nothing.top))
         student_lse, teacher_lse = student_mass.log(), teacher_mass.log()
 
         def add_slopes(slope_sum, step):
-            zs, zt = step[1]
+            zs, zt = (vocab.words(z, step[0]) for z in logits)
             slope = contribution_and_slope(divergence, zt - teacher_lse, zs - student_lse)[1]
             return slope_sum + slope.sum(0), None
 
         slope_sum = jnp.zeros(live.shape, student_lse.dtype)
         if with_gradients and not divergence.slopes_cancel:
-            slope_sum, _ = vocab.scan(add_slopes, slope_sum, logits)
+            slope_sum, _ = vocab.scan(add_slopes, slope_sum)
 
         def finish(carry, step):
             value_sum, gradients = carry
-            i, (zs, zt) = step
+            i, _ = step
+            zs, zt = (vocab.words(z, i) for z in logits)
             lp, lq = zt - teacher_lse, zs - student_lse
             value, slope = contribution_and_slope(divergence, lp, lq)
             if with_gradients:
@@ -167,7 +178,7 @@ def full(
             return (value_sum + value.sum(0), gradients), None
 
         start = (jnp.zeros_like(slope_sum), _products_start(h, by_head))
-        (value, gradients), _ = vocab.scan(finish, start, logits)
+        (value, gradients), _ = vocab.scan(finish, start)
         stats = {
             "divergence": value,
             "student_entropy": student_mass.entropy(),
@@ -204,7 +215,7 @@ def at_ids(
 
         def survey(carry, step):
             chosen, rest_mass = carry
-            logits = _logits(h, head, vocab, step[0]).T
+            logits = vocab.counted(_logits(h, vocab.slice(head, step[0], 0)), step[0]).T
             here, rest = split_at_ids(logits, _local(named, vocab, step[0]))
             return (jnp.maximum(chosen, here), rest_mass.merge(Mass.of(rest, -1))), rest
 
@@ -312,17 +323,10 @@ def _add_products(gradients, dz: Array, hidden: Array, head: Array, vocab: Block
     return by_hidden, vocab.add(by_head, update, index, 0)
 
 
-def _logits(hidden: Array, head: Array, vocab: Blocks, index) -> Float[Array, "V M"]:
-    """One vocabulary block of logits; -inf at words that an earlier block has already counted.
-
-    Words come first because few tokens meet many words: on CPU the products with the head are then up to half as fast
-    again, and its gradient needs no transposed copy.
-    """
-    rows = vocab.slice(head, index, 0)
-    logits = jnp.einsum("VD,MD->VM", rows, hidden, preferred_element_type=_accumulator(hidden))
-    if vocab.size % vocab.block == 0:
-        return logits
-    return jnp.where(vocab.fresh(index)[:, None], logits, -jnp.inf)
+def _logits(hidden: Array, head: Array) -> Float[Array, "V M"]:
+    """Words come first because few tokens meet many words: on CPU the products with the head are then up to half as
+    fast again, and its gradient needs no transposed copy."""
+    return jnp.einsum("VD,MD->VM", head, hidden, preferred_element_type=_accumulator(hidden))
 
 
 def _finite(x: Array) -> Array:
