@@ -73,3 +73,17 @@ def rollouts_from_json(data: Mapping[str, Any]) -> list[Rollout]:
         rollouts.append(Rollout(**fields, **{name: array[start:end] for name, array in arrays.items()}))
         start = end
     return rollouts
+
+
+def first_fit_rows(lengths: Sequence[int], row_length: int) -> list[int]:
+    """The row that each document goes to: the longest are placed first, each into the first row with room."""
+    used: list[int] = []
+    row_of = [0] * len(lengths)
+    # Longest first leaves the short ones to fill gaps; sorted is stable, so equal lengths keep their order.
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        row = next((row for row, taken in enumerate(used) if taken + lengths[index] <= row_length), len(used))
+        if row == len(used):
+            used.append(0)
+        used[row] += lengths[index]
+        row_of[index] = row
+    return row_of

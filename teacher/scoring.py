@@ -1,46 +1,98 @@
-"""The teacher reads rows and says what it would have said: the online source of targets."""
+"""The teacher reads rows and says what it would have said: the online source of targets.
+
+Rows go through the model and become hidden states; only from a few positions at a time are logits made of them, so
+[tokens, V] exists for no kind of target.
+"""
 
 import functools
+import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from qwen3.model import Qwen3
-from qwen3.rollout import Rollout
-from qwen3.sharding import batch_sharding, fetch, place
+from qwen3.rollout import Rollout, first_fit_rows
+from qwen3.sharding import batch_sharding, fetch, partition_spec, place, row_shares
 from teacher.scored_rollout import ScoredRollout
-from teacher.targets import Hidden, Sampled, TopK, sampled_targets, top_k_targets
+from teacher.targets import AtIds, Hidden, Sampled, TopK, at_ids_targets, sampled_targets, top_k_targets
+
+AnyTargets = TypeVar("AnyTargets", TopK, AtIds, Hidden, Sampled)
+
+TOKENS_AT_ONCE = 16_384
+"""Tokens of every share of the rows that go through the model together where rollouts are scored; at least a row."""
 
 
 class Scorer:
-    """Scores with one teacher on one mesh; scorers of one architecture share their compiled programs."""
+    """Scores with one teacher on one mesh; scorers of one architecture share their compiled programs.
 
-    def __init__(self, model: Qwen3, mesh: Mesh):
-        self._model = model
-        self._mesh = mesh
+    Tokens, positions and segments come as rows from the host. Targets are not waited for: they are handed out while
+    the devices compute them.
+    """
+
+    def __init__(self, model: Qwen3, mesh: Mesh, *, wanted_on: Mesh | None = None):
+        """`wanted_on` is the mesh on which targets and head are used, if that is another one (see
+        `teacher.placement`): they are moved there as soon as they are computed."""
+        self._model, self._mesh = model, mesh
         self._placement = batch_sharding(mesh)
+        self._wanted_on = mesh if wanted_on is None else wanted_on
 
-    @property
+    @functools.cached_property
     def head(self) -> Float[Array, "V D"]:
-        return self._model.head
+        """The teacher's output matrix, where targets are wanted."""
+        head = self._model.head
+        if self._wanted_on == self._mesh:
+            return head
+        spec = partition_spec(("vocab", "embed"), head.shape, self._wanted_on)
+        return jax.device_put(head, NamedSharding(self._wanted_on, spec))
 
     def hidden(
         self, tokens: Int[np.ndarray, "B T"], positions: Int[np.ndarray, "B T"], segment_ids: Int[np.ndarray, "B T"]
     ) -> Hidden:
         """Final hidden states: with `head` they are the exact distribution at every position."""
-        return _hidden(self._model, *place((tokens, positions, segment_ids), self._placement), self._mesh)
+        return self._moved(_hidden(self._model, *self._placed(tokens, positions, segment_ids), self._mesh))
+
+    def top_k(
+        self,
+        tokens: Int[np.ndarray, "B T"],
+        positions: Int[np.ndarray, "B T"],
+        segment_ids: Int[np.ndarray, "B T"],
+        k: int,
+    ) -> TopK:
+        """The k most likely words at every position and the mass of all others."""
+        return self._moved(_top_k(self._model, *self._placed(tokens, positions, segment_ids), k, self._mesh))
+
+    def at_ids(
+        self,
+        tokens: Int[np.ndarray, "B T"],
+        positions: Int[np.ndarray, "B T"],
+        segment_ids: Int[np.ndarray, "B T"],
+        ids: Int[np.ndarray | Array, "B T J"],
+    ) -> AtIds:
+        """Log-probabilities at the words that the student asks for, such as its own most likely ones."""
+        return self._moved(_at_ids(self._model, *self._placed(tokens, positions, segment_ids, ids), self._mesh))
 
     def score_rollouts(
         self, rollouts: list[Rollout], *, k: int, rows: int, length: int, pad_id: int
     ) -> list[ScoredRollout]:
-        """The k most likely words at every position of each rollout, one rollout a row of `length`.
+        """The k most likely words at every position of each rollout, on the host.
 
-        Raises ValueError for more than `rows` rollouts or one longer than `length`.
+        Rollouts are packed into rows of `length` tokens, of which at most `rows`, and about `TOKENS_AT_ONCE` of every
+        share of the rows, go through the model together: one shape for any rollouts. Raises ValueError for a rollout
+        longer than `length`.
         """
-        targets = fetch(_top_k(self._model, *self._rows(rollouts, rows, length, pad_id), k, self._mesh))
-        return _records(rollouts, targets.ids, targets.logprobs, targets.log_tail)
+
+        def choose(placed: tuple[Array, ...], first_row: int) -> TopK:
+            return _top_k(self._model, *placed, k, self._mesh)
+
+        scored = self._packed(rollouts, rows, length, pad_id, choose)
+        return [
+            ScoredRollout(rollout=rollout, ids=said.ids, logprobs=said.logprobs, log_tail=said.log_tail)
+            for rollout, said in zip(rollouts, scored, strict=True)
+        ]
 
     def sample_rollouts(
         self, rollouts: list[Rollout], *, draws: int, seed: int, number: int, rows: int, length: int, pad_id: int
@@ -49,46 +101,61 @@ class Scorer:
 
         What is drawn depends on `seed`, on `number`, of which each batch has its own, and on the place in the batch.
         """
-        placed = self._rows(rollouts, rows, length, pad_id)
-        targets = fetch(_sampled(self._model, *placed, np.uint32(seed), np.uint32(number), draws, self._mesh))
-        log_tail = np.full_like(targets.entropy, -np.inf)
-        return _records(rollouts, targets.ids, targets.log_shares, log_tail, targets.entropy)
 
-    def _rows(self, rollouts: list[Rollout], rows: int, length: int, pad_id: int) -> tuple[Array, Array, Array]:
-        """Tokens, positions and segment ids [rows, length]."""
-        longest = max(len(rollout.tokens) for rollout in rollouts)
-        if len(rollouts) > rows or longest > length:
-            raise ValueError(f"{len(rollouts)} rollouts of up to {longest} tokens do not fit {rows} rows of {length}")
-        tokens = np.full((rows, length), pad_id, np.int32)
-        segment_ids = np.zeros((rows, length), np.int32)
-        for row, rollout in enumerate(rollouts):
-            tokens[row, : len(rollout.tokens)] = rollout.tokens
-            segment_ids[row, : len(rollout.tokens)] = 1
-        positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-        return place((tokens, positions, segment_ids), self._placement)
+        def draw(placed: tuple[Array, ...], first_row: int) -> Sampled:
+            key = np.uint32(seed), np.uint32(number), np.uint32(first_row)
+            return _sampled(self._model, *placed, *key, draws, self._mesh)
 
-
-def _records(
-    rollouts: list[Rollout],
-    ids: np.ndarray,
-    logprobs: np.ndarray,
-    log_tail: np.ndarray,
-    entropy: np.ndarray | None = None,
-) -> list[ScoredRollout]:
-    """Each rollout with its own row of the arrays, without the padding."""
-    records = []
-    for row, rollout in enumerate(rollouts):
-        kept = row, slice(len(rollout.tokens))
-        records.append(
+        return [
             ScoredRollout(
                 rollout=rollout,
-                ids=ids[kept],
-                logprobs=logprobs[kept],
-                log_tail=log_tail[kept],
-                entropy=None if entropy is None else entropy[kept],
+                ids=said.ids,
+                logprobs=said.log_shares,
+                log_tail=np.full_like(said.entropy, -np.inf),
+                entropy=said.entropy,
             )
-        )
-    return records
+            for rollout, said in zip(rollouts, self._packed(rollouts, rows, length, pad_id, draw), strict=True)
+        ]
+
+    def _packed(
+        self,
+        rollouts: list[Rollout],
+        rows: int,
+        length: int,
+        pad_id: int,
+        score: Callable[[tuple[Array, ...], int], AnyTargets],
+    ) -> list[AnyTargets]:
+        """What `score(tokens, positions and segments, first row)` says about each rollout, on the host."""
+        lengths = [len(rollout.tokens) for rollout in rollouts]
+        if max(lengths) > length:
+            raise ValueError(f"a rollout of {max(lengths)} tokens does not fit rows of {length}")
+        shares = row_shares(self._mesh)
+        row_of = first_fit_rows(lengths, length)
+        at_once = shares * min(max(1, TOKENS_AT_ONCE // length), math.ceil(rows / shares))
+        scored: dict[int, AnyTargets] = {}
+        for first in range(0, max(row_of) + 1, at_once):
+            tokens = np.full((at_once, length), pad_id, np.int32)
+            positions, segment_ids = np.zeros_like(tokens), np.zeros_like(tokens)
+            used = np.zeros(at_once, int)
+            places: dict[int, tuple[int, slice]] = {}
+            for index, row in enumerate(row_of):
+                if first <= row < first + at_once:
+                    begin, count = int(used[row - first]), lengths[index]
+                    where = row - first, slice(begin, begin + count)
+                    tokens[where], positions[where] = rollouts[index].tokens, np.arange(count)
+                    segment_ids[where] = index + 1
+                    used[row - first] += count
+                    places[index] = where
+            targets = fetch(score(self._placed(tokens, positions, segment_ids), first))
+            for index, where in places.items():
+                scored[index] = jax.tree.map(lambda leaf, where=where: leaf[where], targets)
+        return [scored[index] for index in range(len(rollouts))]
+
+    def _placed(self, *arrays: np.ndarray | Array) -> tuple[Array, ...]:
+        return place(arrays, self._placement)
+
+    def _moved(self, targets: AnyTargets) -> AnyTargets:
+        return targets if self._wanted_on == self._mesh else jax.device_put(targets, batch_sharding(self._wanted_on))
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -101,7 +168,14 @@ def _top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k:
     return top_k_targets(model.hidden(tokens, positions, segment_ids, mesh), model.head, k)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7))
+@functools.partial(jax.jit, static_argnums=5)
+def _at_ids(
+    model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, ids: Array, mesh: Mesh
+) -> AtIds:
+    return at_ids_targets(model.hidden(tokens, positions, segment_ids, mesh), model.head, ids)
+
+
+@functools.partial(jax.jit, static_argnums=(7, 8))
 def _sampled(
     model: Qwen3,
     tokens: Array,
@@ -109,8 +183,9 @@ def _sampled(
     segment_ids: Array,
     seed: Array,
     number: Array,
+    first_row: Array,
     draws: int,
     mesh: Mesh,
 ) -> Sampled:
-    key = jax.random.fold_in(jax.random.key(seed), number)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), first_row)
     return sampled_targets(model.hidden(tokens, positions, segment_ids, mesh), model.head, draws, key)

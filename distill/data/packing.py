@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from qwen3.errors import UserError
-from qwen3.rollout import THINKING, Rollout
+from qwen3.rollout import THINKING, Rollout, first_fit_rows
 from teacher.scored_rollout import ScoredRollout, empty_targets
 
 Example = dict[str, np.ndarray]
@@ -150,7 +150,7 @@ def pack_rollouts(
     lengths = [len(example["tokens"]) for example in examples]
     for record, document_length in zip(records, lengths, strict=True):
         _check_length(record, document_length, length)
-    row_of = list(range(len(examples))) if one_per_row else _first_fit_rows(lengths, length)
+    row_of = list(range(len(examples))) if one_per_row else first_fit_rows(lengths, length)
     if max(row_of) >= rows:
         raise ValueError(f"rows is {rows}, but {len(records)} records need {max(row_of) + 1} rows of length {length}")
     padding = _padding(examples[0])
@@ -174,25 +174,12 @@ def pack_rollouts(
 
 def rows_needed(lengths: Sequence[int], length: int) -> int:
     """How many rows of `length` `pack_rollouts(one_per_row=False)` takes for documents of these lengths."""
-    return max(_first_fit_rows(lengths, length), default=-1) + 1
+    return max(first_fit_rows(lengths, length), default=-1) + 1
 
 
 def padding_fraction(batch: Mapping[str, np.ndarray]) -> float:
     """The share of a batch's places that hold no token, 0 to 1."""
     return float(np.mean(batch["segment_ids"] == 0))
-
-
-def _first_fit_rows(lengths: Sequence[int], length: int) -> list[int]:
-    used: list[int] = []
-    row_of = [0] * len(lengths)
-    # Longest first leaves the short ones to fill gaps; sorted is stable, so equal lengths keep their order.
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        row = next((row for row, taken in enumerate(used) if taken + lengths[index] <= length), len(used))
-        if row == len(used):
-            used.append(0)
-        used[row] += lengths[index]
-        row_of[index] = row
-    return row_of
 
 
 def _padding(example: Example) -> dict[str, Any]:
