@@ -34,6 +34,7 @@ from qwen3.model import Qwen3
 from qwen3.sharding import make_mesh
 from student.export import export
 from teacher.fingerprint import fingerprint
+from teacher.placement import own_mesh
 
 
 def execute(experiment: Experiment, directory: Path, progress: Progress, stop: StopRequest) -> Report:
@@ -43,14 +44,14 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
     """
     started = time.monotonic()
     with RunDirectory.claim(directory, experiment) as run, contextlib.ExitStack() as opened:
-        mesh = make_mesh(experiment.mesh)
+        mesh, teacher_mesh = _meshes(experiment)
         teacher_tokenizer = ChatTokenizer.from_folder(
             experiment.teacher.path if experiment.teacher else experiment.student.tokenizer_folder
         )
         tasks = TaskMixture(experiment.tasks)
         agreements = _agreements(experiment, teacher_tokenizer)
         finished = [name for name in experiment.stages if run.cost(name) is not None]
-        preflight(experiment, mesh, teacher_tokenizer, tasks, progress, finished)
+        preflight(experiment, mesh, teacher_mesh, teacher_tokenizer, tasks, progress, finished)
         student = _student(experiment, teacher_tokenizer, mesh)
         agreements += selftest.check_numerics(student, teacher_tokenizer, experiment.evaluation.modes[0])
         for agreement in agreements:
@@ -69,7 +70,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             mesh=mesh,
             tokenizer=teacher_tokenizer,
             tasks=tasks,
-            load_teacher=functools.cache(lambda: _teacher(experiment, mesh, progress)),
+            load_teacher=functools.cache(lambda: _teacher(experiment, teacher_mesh, progress)),
             metrics=metrics,
             progress=progress,
             stop=stop,
@@ -111,6 +112,15 @@ def _metrics(directory: Path) -> MetricsWriter:
     return MetricsWriter(directory) if is_first() else NoMetrics()
 
 
+def _meshes(experiment: Experiment) -> tuple[Mesh, Mesh]:
+    """The student's mesh and the teacher's, which is the same one where they share their devices."""
+    if experiment.teacher is None or experiment.teacher.placement == "colocated":
+        mesh = make_mesh(experiment.mesh)
+        return mesh, mesh
+    teacher_mesh, mesh = own_mesh(experiment.teacher.mesh, experiment.mesh)
+    return mesh, teacher_mesh
+
+
 def _student(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh) -> Qwen3:
     key = jax.random.key(experiment.seed)
     model = experiment.student.build(key, mesh, jnp.float32, jnp.dtype(experiment.compute_dtype))
@@ -125,7 +135,7 @@ def _teacher(experiment: Experiment, mesh: Mesh, progress: Progress) -> TeacherM
     path, dtype = experiment.teacher.path, jnp.dtype(experiment.teacher.dtype)
     with progress.reading("loading the teacher") as on_read:
         model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh, on_read=on_read)
-    return TeacherModel(model=model, fingerprint=fingerprint(path))
+    return TeacherModel(model=model, mesh=mesh, fingerprint=fingerprint(path))
 
 
 def _agreements(experiment: Experiment, tokenizer: ChatTokenizer) -> list[selftest.Agreement]:
@@ -146,12 +156,12 @@ def _stage(name: str, stage: Stage, start: Qwen3, context: RunContext, run: RunD
     if done is not None:
         return trained_model(name, start, stage.training, context), done
     model, spent = stage.run(name, start, context)
-    cost = _cost(name, stage, spent, context.mesh)
+    cost = _cost(name, stage, spent, jax.device_count())
     run.keep_cost(name, record_json(cost))
     return model, cost
 
 
-def _cost(name: str, stage: Stage, spent: Spent, mesh: Mesh) -> StageCost:
+def _cost(name: str, stage: Stage, spent: Spent, devices: int) -> StageCost:
     seconds = {field: getattr(spent, field) or None for field in _SECONDS}
     return StageCost(
         name=name,
@@ -162,7 +172,7 @@ def _cost(name: str, stage: Stage, spent: Spent, mesh: Mesh) -> StageCost:
         student_train_flops=spent.student_train_flops,
         student_sample_flops=spent.student_sample_flops,
         teacher_flops=spent.teacher_flops,
-        device_seconds=spent.seconds * mesh.size,
+        device_seconds=spent.seconds * devices,
         **seconds,
     )
 

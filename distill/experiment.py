@@ -26,8 +26,18 @@ class Teacher:
     """Folder in Hugging Face format."""
     dtype: Dtype = "bfloat16"
     """What the weights are kept and computed in; they are never trained."""
-    placement: Literal["colocated"] = "colocated"
-    """colocated: on the student's mesh, taking turns with it."""
+    placement: Literal["colocated", "own_mesh"] = "colocated"
+    """colocated: on the student's mesh, taking turns with it. own_mesh: on devices of the same job that the student
+    has not, scoring the next rows while the student trains on those before."""
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+    """With own_mesh the teacher's devices along each axis; the student's are those that are left."""
+
+    def __post_init__(self) -> None:
+        if self.placement == "colocated" and self.mesh != MeshShape():
+            raise UserError(
+                "teacher.mesh is set, but teacher.placement is colocated, on the student's mesh; leave it, or set "
+                "teacher.placement to own_mesh"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ _PROMPTS_AT_ONCE = 256
 def preflight(
     experiment: Experiment,
     mesh: Mesh,
+    teacher_mesh: Mesh,
     tokenizer: ChatTokenizer,
     tasks: TaskMixture,
     progress: Progress,
@@ -44,8 +45,8 @@ def preflight(
     Takes about a quarter of a second for a thousand prompts, nearly all of it for their tokens. Raises UserError.
     """
     stages = {name: stage for name, stage in experiment.stages.items() if name not in finished}
-    _check_mesh(experiment, mesh)
-    models = _checked_models(experiment)
+    _check_meshes(experiment, mesh, teacher_mesh)
+    models = _checked_models(experiment, teacher_mesh)
     _check_evaluation_lengths(experiment.evaluation, models)
     for name, stage in stages.items():
         _check_stage_lengths(f"stages.{name}", stage, models)
@@ -58,23 +59,28 @@ def preflight(
             _check_asked(one, tokenizer, models, bar)
 
 
-def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
-    """Refuses whatever the devices cannot share."""
+def _check_meshes(experiment: Experiment, mesh: Mesh, teacher_mesh: Mesh) -> None:
+    """Refuses whatever the devices of student or teacher cannot share."""
     check_rows("evaluation.batch_size", experiment.evaluation.batch_size, mesh)
+    if experiment.teacher is not None:
+        check_rows("evaluation.batch_size", experiment.evaluation.batch_size, teacher_mesh)
     for name, stage in experiment.stages.items():
         for field, rows in stage.spread_rows.items():
             check_rows(f"stages.{name}.{field}", rows, mesh)
+        if not isinstance(stage, Sft):
+            for field, rows in stage.teacher_rows.items():
+                check_rows(f"stages.{name}.{field}", rows, teacher_mesh)
         if isinstance(stage, OnPolicy):
             stage.check_mesh(name, mesh)
 
 
-def _checked_models(experiment: Experiment) -> dict[str, ModelConfig]:
+def _checked_models(experiment: Experiment, teacher_mesh: Mesh) -> dict[str, ModelConfig]:
     """The architectures by role, after a look at the headers of all weight files."""
     models = {"student": experiment.student.model_config()}
     if isinstance(experiment.student, FromCheckpoint):
         hf.check(experiment.student.path)
     if experiment.teacher is not None:
-        models["teacher"] = hf.check(experiment.teacher.path)
+        models["teacher"] = hf.check(experiment.teacher.path, teacher_mesh)
     return models
 
 

@@ -20,7 +20,7 @@ from qwen3.folder import complete_folder
 from qwen3.hf_names import HEAD_NAME, Leaf, Tensor, leaves_of
 from qwen3.model import Qwen3
 from qwen3.safetensors_folder import SafetensorsFolder, some_names, split_shards, write_index
-from qwen3.sharding import fetch
+from qwen3.sharding import fetch, shardings
 from qwen3.streaming import OnRead, stream
 
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer that old Llama checkpoints store and that is computed here
@@ -57,14 +57,16 @@ def load(
     return model
 
 
-def check(folder: str | Path) -> ModelConfig:
-    """The architecture of a checkpoint whose weight files' headers fit it; no weight is read.
+def check(folder: str | Path, mesh: Mesh | None = None) -> ModelConfig:
+    """The architecture of a checkpoint whose files' headers fit it, and that `mesh` can share; no weight is read.
 
     Raises UserError as `load` does.
     """
     config = ModelConfig.from_folder(folder)
     model = jax.eval_shape(lambda: Qwen3(config, jax.random.key(0)))
     _check(SafetensorsFolder(folder), leaves_of(model), config, folder)
+    if mesh is not None:
+        shardings(model, mesh)
     return config
 
 

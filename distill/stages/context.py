@@ -66,6 +66,8 @@ class TeacherModel:
     """The teacher's weights and how they are known to a target store."""
 
     model: Qwen3
+    mesh: Mesh
+    """Where its weights lie: the student's mesh, or its own."""
     fingerprint: str
     """Hash of the teacher's folder: targets of one teacher are refused for another."""
 

@@ -49,7 +49,8 @@ class Training:
 class Spent:
     """What a stage has used up so far, kept in its checkpoints.
 
-    Seconds are those of training's clock: of rollouts and scores that are made ahead, what training has waited for.
+    Seconds are those of training's clock: of rollouts and scores that are made ahead, what training has waited for. A
+    teacher on devices of its own scores the on-policy rows within the seconds of training on them.
     """
 
     steps: int = 0

@@ -87,8 +87,13 @@ class OffPolicy:
 
     @property
     def spread_rows(self) -> dict[str, int]:
-        """Numbers of rows that the data-parallel devices share, by field."""
-        return {"batch_size": self.batch_size, "training.rows": self.training.rows}
+        """Numbers of rows that the student's data-parallel devices share, by field."""
+        return {"training.rows": self.training.rows}
+
+    @property
+    def teacher_rows(self) -> dict[str, int]:
+        """Numbers of rows that the teacher's data-parallel devices share, by field."""
+        return {} if self.targets_of else {"batch_size": self.batch_size}
 
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         spent = Spent()
@@ -159,7 +164,7 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
             max_prompt_tokens=stage.max_prompt_tokens,
             sampling=(stage.thinking, stage.non_thinking),
         )
-        scorer = Scorer(teacher.model, context.mesh)
+        scorer = Scorer(teacher.model, teacher.mesh)
         length = stage.max_prompt_tokens + engine.max_new_tokens
         firsts = range(0, len(requests), stage.batch_size)
         done = begun["shards"]

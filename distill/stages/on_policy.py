@@ -92,9 +92,14 @@ class OnPolicy:
 
     @property
     def spread_rows(self) -> dict[str, int]:
-        """Numbers of rows that the data-parallel devices share, by field."""
+        """Numbers of rows that the student's data-parallel devices share, by field."""
         rollouts = self.prompts_per_step * self.samples_per_prompt
         return {"prompts_per_step × samples_per_prompt": rollouts, "training.rows": self.training.rows}
+
+    @property
+    def teacher_rows(self) -> dict[str, int]:
+        """Numbers of rows that the teacher's data-parallel devices share, by field."""
+        return {"training.rows": self.training.rows}
 
     def check_mesh(self, name: str, mesh: Mesh) -> None:
         """Refuses, by the name of the stage, to write ahead where several devices or processes share the programs."""
@@ -108,7 +113,8 @@ class OnPolicy:
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         assert self.training.steps is not None
         self.check_mesh(name, context.mesh)
-        scorer = Scorer(context.load_teacher().model, context.mesh)
+        teacher = context.load_teacher()
+        scorer = Scorer(teacher.model, teacher.mesh, wanted_on=context.mesh)
         with contextlib.closing(_OwnRollouts(self, name, model, scorer, context)) as data:
             return train(
                 name, model, self.training, self.loss, data, context, steps=self.training.steps,
@@ -193,7 +199,8 @@ class _OwnRollouts:
         ]
 
     def _score(self, written: Written) -> list[Batch]:
-        """Packed rows with the teacher's hidden states, all computed."""
+        """Packed rows with the teacher's hidden states: computed, or where the teacher has devices of its own, being
+        computed there while the student trains on the rows before them."""
         rollouts = written.rollouts
         rows, length = self._stage.training.rows, self._stage.training.row_length
         needed = -(-rows_needed([len(rollout.tokens) for rollout in rollouts], length) // rows) * rows
@@ -208,8 +215,9 @@ class _OwnRollouts:
                     "student from Hidden targets, whoever wrote the rollouts"
                 )
             batches.append(Batch.of(part, targets))
-        # Without waiting, the teacher's time would be counted as the student's.
-        jax.block_until_ready([batch.targets for batch in batches])
+        if self._context.load_teacher().mesh == self._context.mesh:
+            # Without waiting, the teacher's time would be counted as the student's.
+            jax.block_until_ready([batch.targets for batch in batches])
         return batches
 
     def _judged(self, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Sft:
 
     @property
     def spread_rows(self) -> dict[str, int]:
-        """Numbers of rows that the data-parallel devices share, by field."""
+        """Numbers of rows that the student's data-parallel devices share, by field."""
         return {"training.rows": self.training.rows}
 
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:

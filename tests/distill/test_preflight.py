@@ -49,7 +49,7 @@ def check(experiment: Experiment, finished: tuple[str, ...] = (), devices: int =
     assert experiment.teacher is not None
     mesh = make_mesh(MeshShape(), jax.devices()[:devices])
     tokenizer = ChatTokenizer.from_folder(experiment.teacher.path)
-    preflight(experiment, mesh, tokenizer, TaskMixture(experiment.tasks), Progress(), finished)
+    preflight(experiment, mesh, mesh, tokenizer, TaskMixture(experiment.tasks), Progress(), finished)
 
 
 def changed(experiment: Experiment, stage: str, **fields: Any) -> Experiment:
