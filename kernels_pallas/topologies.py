@@ -78,9 +78,9 @@ def devices(target: str) -> list[Any]:
 
     Raises ValueError for a target that there is not, ModuleNotFoundError where its compiler is not installed.
     """
-    kind, _, shape = target.partition(":")
+    kind, colon, shape = target.partition(":")
     dimensions = _TPU_DIMENSIONS.get(kind, 2)
-    if kind not in KINDS or (shape and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{dimensions - 1}}}", shape)):
+    if kind not in KINDS or (colon and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{dimensions - 1}}}", shape)):
         raise ValueError(
             f"target {target!r} is unknown; use one of {', '.join(KINDS)}, or one with its topology such as v5e:4x4, "
             "v5p:4x4x4 or h100:8x8"

@@ -7,7 +7,7 @@ Rows go through the model and become hidden states; only from a few positions at
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -123,8 +123,8 @@ class Scorer:
         rows: int,
         length: int,
         pad_id: int,
-        score: Callable[[tuple[Array, ...], int], AnyTargets],
-    ) -> list[AnyTargets]:
+        score: Callable[[tuple[Array, ...], int], TopK | Sampled],
+    ) -> list[Any]:
         """What `score(tokens, positions and segments, first row)` says about each rollout, on the host."""
         lengths = [len(rollout.tokens) for rollout in rollouts]
         if max(lengths) > length:
@@ -132,7 +132,7 @@ class Scorer:
         shares = row_shares(self._mesh)
         row_of = first_fit_rows(lengths, length)
         at_once = shares * min(max(1, TOKENS_AT_ONCE // length), math.ceil(rows / shares))
-        scored: dict[int, AnyTargets] = {}
+        scored: dict[int, Any] = {}
         for first in range(0, max(row_of) + 1, at_once):
             tokens = np.full((at_once, length), pad_id, np.int32)
             positions, segment_ids = np.zeros_like(tokens), np.zeros_like(tokens)
@@ -141,7 +141,7 @@ class Scorer:
             for index, row in enumerate(row_of):
                 if first <= row < first + at_once:
                     begin, count = int(used[row - first]), lengths[index]
-                    where = row - first, slice(begin, begin + count)
+                    where: tuple[int, slice] = row - first, slice(begin, begin + count)
                     tokens[where], positions[where] = rollouts[index].tokens, np.arange(count)
                     segment_ids[where] = index + 1
                     used[row - first] += count
@@ -169,9 +169,7 @@ def _top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k:
 
 
 @functools.partial(jax.jit, static_argnums=5)
-def _at_ids(
-    model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, ids: Array, mesh: Mesh
-) -> AtIds:
+def _at_ids(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, ids: Array, mesh: Mesh) -> AtIds:
     return at_ids_targets(model.hidden(tokens, positions, segment_ids, mesh), model.head, ids)
 
 
