@@ -89,7 +89,7 @@ def test_what_the_teachers_devices_cannot_share_is_refused_before_anything_is_sp
         assert not (tmp_path / "run" / "targets").exists()
 
     refused(MeshShape(data=4, tensor=1, expert=2), r"mesh would get 0, of 8 \+ 0")
-    refused(MeshShape(data=1, tensor=2), r"kv_heads has 1 entries, which mesh\.tensor = 2 does not divide")
+    refused(MeshShape(data=2, tensor=2), r"kv_heads has 1 entries, which mesh\.tensor = 2 does not divide")
     refused(MeshShape(data=3, expert=2), r"evaluation\.batch_size is 8, but rows are spread over 6 devices")
 
 
