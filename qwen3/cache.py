@@ -1,14 +1,14 @@
 """Keys and values of what sequences have read so far, in pages, and the two ways a decoder uses them: prefill of whole
 prompts and one-token steps.
 
-Pages keep what sequences have read. While tokens are written, a few dozen a time, the pages of each row lie side by
-side in a `Cache`: gathering them at every token, as `kernels_pallas` would for XLA, takes CPU up to half as long
-again as the token itself.
+Pages keep what sequences have read. While a dispatch writes its tokens, the pages of each row lie side by side in a
+`Cache`: gathering them at every token, as `kernels_pallas` would for XLA, takes CPU up to half as long again as the
+token itself.
 
-Layers of a shallow model are taken out of their stacks and unrolled, each with a cache of its own: a
-scan over stacked layers copies every layer's weights at every token, which makes small batches on CPU almost half as
-fast. Deep models are scanned: taking their layers out would hold their weights twice, and unrolling them would compile
-for minutes. Either way the decoding loop updates caches in place.
+Layers of a shallow model are taken out of their stacks and unrolled, each with a cache of its own: a scan over stacked
+layers copies every layer's weights at every token, which makes small batches on CPU almost half as fast. Deep models
+are scanned: taking their layers out would hold their weights twice, and unrolling them would compile for minutes.
+Either way the decoding loop updates caches in place.
 """
 
 from collections.abc import Callable, Iterator
