@@ -26,6 +26,10 @@ MEASURED = Measured(
 )
 
 
+def disturbed(measured: Measured) -> Measured:
+    return dataclasses.replace(measured, others_cores=(1.0,) * len(measured.seconds))
+
+
 def miniature() -> Size:
     small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
     return Size(
@@ -59,9 +63,9 @@ def test_disturbed_steps_do_not_count_where_enough_others_do() -> None:
     assert MEASURED.counted_seconds == [1.0, 1.1, 1.2, 1.3, 1.4]
     assert MEASURED.median_seconds == 1.2
     assert MEASURED.tokens_per_second == pytest.approx(100 / 1.2)
-    disturbed = dataclasses.replace(MEASURED, others_cores=(QUIET_CORES,) * 2 + (0.0,) * 4)
-    assert not disturbed.is_quiet
-    assert disturbed.counted_seconds == list(MEASURED.seconds)
+    few = dataclasses.replace(MEASURED, others_cores=(QUIET_CORES,) * 2 + (0.0,) * 4)
+    assert not few.is_quiet
+    assert few.counted_seconds == list(MEASURED.seconds)
 
 
 @pytest.mark.parametrize(("factor", "is_met"), [(1.3, True), (1.1, False)])
@@ -71,9 +75,12 @@ def test_a_mark_is_judged_by_medians(factor: float, is_met: bool) -> None:
     memory, speed = verdicts(row, {OURS: MEASURED, TRL_GKD: peer})
     assert (memory.against, memory.is_met, memory.reached) == (OURS, True, "+500 MiB")
     assert (speed.against, speed.is_met, speed.reached) == (TRL_GKD, is_met, f"{factor:.2f} × as fast")
-    busy = dataclasses.replace(peer, others_cores=(1.0,) * 6)
-    _, unknown = verdicts(row, {OURS: MEASURED, TRL_GKD: busy})
-    assert unknown.is_met is None
+    _, slowed_peer = verdicts(row, {OURS: MEASURED, TRL_GKD: disturbed(peer)})
+    assert slowed_peer.is_met is (None if is_met else False)
+    _, slowed_us = verdicts(
+        row, {OURS: disturbed(MEASURED), TRL_GKD: dataclasses.replace(peer, seconds=(factor * 1.35,) * 6)}
+    )
+    assert slowed_us.is_met is (True if is_met else None)
 
 
 def test_the_table_has_a_line_for_everyone_and_the_summary_names_what_is_missed() -> None:
