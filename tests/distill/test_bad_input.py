@@ -291,7 +291,9 @@ def test_bad_files_are_refused_before_anything_is_written(
     message = spoil(tmp_path)
     file = tmp_path / "my_experiment.py"
     file.write_text(WITH_PROMPT_FILE if (tmp_path / "prompts.jsonl").exists() else WITHOUT_PROMPT_FILE)
-    mesh = ("--mesh.tensor", "8", "--stages.ahead.max-staleness", "0")
+    mesh = ["--mesh.data", "8", "--stages.ahead.max-staleness", "0"]
+    for stage in ("pretraining", "off-policy", "on-policy", "same-outputs", "ahead"):
+        mesh += [f"--stages.{stage}.training.rows", "8"]
     assert message in refused(capsys, str(file), "--runs", str(tmp_path / "runs"), *mesh)
     assert list((tmp_path / "runs").iterdir()) == []
 

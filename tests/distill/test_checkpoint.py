@@ -148,13 +148,16 @@ def test_only_the_latest_are_kept_and_steps_grow(tmp_path: Path) -> None:
 def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) -> None:
     script = textwrap.dedent(
         """
-        import os, signal, sys
+        import os, signal, sys, time
         import jax.numpy as jnp
         from distill.checkpoint import Checkpointer
         checkpointer = Checkpointer(sys.argv[1])
         checkpointer.save(1, {"x": jnp.full((1024, 1024), 1.0)}, {"step": 1})
         checkpointer.wait()
+        # A checkpoint is complete once its folder has its final name.
+        os.rename = os.replace = lambda *_, **__: time.sleep(60)
         checkpointer.save(2, {"x": jnp.full((1024, 1024), 2.0)}, {"step": 2})
+        time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
         """
     )
