@@ -24,7 +24,7 @@ from qwen3.config import ModelConfig
 from qwen3.errors import UserError
 from qwen3.rollout import Mode
 from qwen3.sampling import SamplingParams
-from qwen3.sharding import check_rows
+from qwen3.sharding import check_rows, partition_spec
 from student.init import FromCheckpoint
 
 _SHOWN_CHARACTERS = 60
@@ -47,6 +47,9 @@ def preflight(
     stages = {name: stage for name, stage in experiment.stages.items() if name not in finished}
     _check_meshes(experiment, mesh, teacher_mesh)
     models = _checked_models(experiment, teacher_mesh)
+    if teacher_mesh != mesh and any(isinstance(stage, OnPolicy) for stage in stages.values()):
+        # On-policy, the teacher's head goes to the student's devices.
+        partition_spec(("embed",), (models["teacher"].hidden_size,), mesh)
     _check_evaluation_lengths(experiment.evaluation, models)
     for name, stage in stages.items():
         _check_stage_lengths(f"stages.{name}", stage, models)

@@ -14,7 +14,6 @@ as the longest sequence by then. A pool smaller than its default therefore saves
 
 import dataclasses
 import functools
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -27,6 +26,7 @@ from jaxtyping import Array
 
 from qwen3.cache import Pages, layers_of, make_pages, prefill
 from qwen3.config import ModelConfig
+from qwen3.cores import usable_cores
 from qwen3.decoding import Decoder
 from qwen3.errors import UserError
 from qwen3.model import UNROLL_LAYERS, Layer, Qwen3
@@ -298,7 +298,7 @@ class Engine:
         """One a core on CPU, else one in all; each has at least `_GROUP_ROWS` slots and pages for one sequence."""
         if jax.default_backend() != "cpu":
             return 1
-        most = min(os.cpu_count() or 1, self.batch_size // _GROUP_ROWS, self.pages // self._table_pages)
+        most = min(usable_cores(), self.batch_size // _GROUP_ROWS, self.pages // self._table_pages)
         return max((n for n in range(1, most + 1) if self.batch_size % n == 0), default=1)
 
     def _read_prompts(self, model: Qwen3, pages: Pages, prompts: Prompts, chunks: Array, *, mesh: Mesh | None) -> Pages:

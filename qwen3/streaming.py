@@ -8,7 +8,6 @@ that is being read and one on its way to the devices.
 import concurrent.futures
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
+from qwen3.cores import usable_cores
 from qwen3.hf_names import Leaf, Tensor
 from qwen3.safetensors_folder import SafetensorsFolder
 from qwen3.sharding import shardings
 
 SLAB_BYTES = 64 * 2**20
 """Of a parameter, what a host reads before it goes to the devices; more where one layer has more."""
-READERS = min(16, 2 * (os.cpu_count() or 1))
+READERS = min(16, 2 * usable_cores())
 """Threads that read, each a piece of `PIECE_BYTES` at a time."""
 PIECE_BYTES = 4 * 2**20
 # Rows transposed at a time: what they and their columns take fits a core's cache (2.1 GB/s; 0.14 GB/s at once).

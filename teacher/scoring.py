@@ -29,13 +29,14 @@ TOKENS_AT_ONCE = 16_384
 class Scorer:
     """Scores with one teacher on one mesh; scorers of one architecture share their compiled programs.
 
-    Tokens, positions and segments come as rows from the host. Targets are not waited for: they are handed out while
-    the devices compute them.
+    Tokens, positions and segments come as rows from the host. Targets on the same mesh are not waited for: they are
+    handed out while the devices compute them.
     """
 
     def __init__(self, model: Qwen3, mesh: Mesh, *, wanted_on: Mesh | None = None):
         """`wanted_on` is the mesh on which targets and head are used, if that is another one (see
-        `teacher.placement`): they are moved there as soon as they are computed."""
+        `teacher.placement`): they are moved there as soon as they are computed, without anybody waiting where both
+        meshes spread rows over equally many devices, else through this process's memory, which waits."""
         self._model, self._mesh = model, mesh
         self._placement = batch_sharding(mesh)
         self._wanted_on = mesh if wanted_on is None else wanted_on
@@ -99,7 +100,8 @@ class Scorer:
     ) -> list[ScoredRollout]:
         """`draws` words drawn from the teacher at every position, for small stores; else as `score_rollouts`.
 
-        What is drawn depends on `seed`, on `number`, of which each batch has its own, and on the place in the batch.
+        What is drawn depends on `seed`, on `number`, of which each batch has its own, on the place in the batch, and
+        on the number of rows that the mesh scores at once.
         """
 
         def draw(placed: tuple[Array, ...], first_row: int) -> Sampled:

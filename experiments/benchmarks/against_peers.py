@@ -11,7 +11,6 @@ Environments, models and what has been measured undisturbed at this commit are k
 import dataclasses
 import datetime
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from experiments.benchmarks.machine import machine
 from experiments.benchmarks.peer_environments import TRL, TUNIX, prepare
 from experiments.benchmarks.sizes import SIZES
 from experiments.benchmarks.turns import Work
+from qwen3.cores import usable_cores
 from qwen3.errors import UserError
 from qwen3.hf import save
 from qwen3.model import Qwen3
@@ -119,7 +119,7 @@ def _work(row: Row, folder: Path) -> Work:
         rows=row.batch_size or size.batch_size,
         sequence_tokens=size.sequence_tokens,
         prompt_tokens=size.prompt_tokens,
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
     )
 
 

@@ -1,5 +1,6 @@
 """Contestants measured in turns: one step of each, round after round, on a machine that should be otherwise idle."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +16,9 @@ from qwen3.errors import UserError
 
 QUIET_CORES = 0.15
 """A step counts where all other processes together took less than this."""
-_FEWEST_QUIET = 5
+FEWEST_STEPS = 5
+"""Undisturbed steps that are enough to judge by, and the fewest that are measured."""
+_LOSS_TOLERANCE = 0.01
 _SCRIPTS = Path(__file__).parent / "contestants"
 _ROOT = Path(__file__).parents[2]
 _QUIET_SECONDS = 2
@@ -50,7 +53,7 @@ class Measured:
     @property
     def is_quiet(self) -> bool:
         """Whether enough steps were undisturbed to judge by; if not, all of them are in the figures."""
-        return sum(cores < QUIET_CORES for cores in self.others_cores) >= min(_FEWEST_QUIET, len(self.seconds))
+        return sum(cores < QUIET_CORES for cores in self.others_cores) >= FEWEST_STEPS
 
     @property
     def counted_seconds(self) -> list[float]:
@@ -84,7 +87,7 @@ class Pace:
     rounds: int = 12
     """Undisturbed steps wanted of each contestant."""
     seconds: float = 100.0
-    """Measuring ends after this long whatever was reached; the round that has begun is finished."""
+    """Measuring ends after this long whatever was reached, but for `FEWEST_STEPS` rounds."""
     patience_seconds: float = 20.0
     """Longest wait for other processes to be quiet before the first round; afterwards every step tells by itself."""
 
@@ -94,7 +97,8 @@ def contest(
 ) -> dict[str, Measured]:
     """Measure all contestants at the same work, by name.
 
-    Raises UserError where one of them stops; the message names the file with what it printed.
+    Raises UserError where one of them stops, naming the file with what it printed, and where their losses on the same
+    rows differ: then they did not do the same work.
     """
     runners = [_Runner(contestant, work, logs) for contestant in contestants]
     try:
@@ -106,16 +110,26 @@ def contest(
             for _ in range(pace.warm):
                 runner.step()
         _wait_until_quiet(pace.patience_seconds, say)
-        end, quiet = time.monotonic() + pace.seconds, 0
-        while time.monotonic() < end and quiet < pace.rounds:
+        end, done, quiet = time.monotonic() + pace.seconds, 0, 0
+        while done < FEWEST_STEPS or (time.monotonic() < end and quiet < pace.rounds):
             say(f"{quiet} of {pace.rounds} undisturbed rounds")
             for runner in runners:
                 runner.step()
-            quiet = min(_quiet(runner, pace.warm) for runner in runners)
-        return {runner.name: runner.measured(pace.warm) for runner in runners}
+            done, quiet = done + 1, min(_quiet(runner, pace.warm) for runner in runners)
+        measured = {runner.name: runner.measured(pace.warm) for runner in runners}
+        if work.mode == "off":
+            _require_same_losses(measured)
+        return measured
     finally:
         for runner in runners:
             runner.close()
+
+
+def _require_same_losses(measured: Mapping[str, Measured]) -> None:
+    losses = {name: one.first_loss for name, one in measured.items() if one.first_loss is not None}
+    if losses and max(losses.values()) > (1 + _LOSS_TOLERANCE) * min(losses.values()):
+        said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        raise UserError(f"first losses on the same rows differ ({said}): not the same work, so nothing to compare")
 
 
 class _Runner:
@@ -153,8 +167,10 @@ class _Runner:
 
     def step(self) -> None:
         to_it, _ = self._pipes()
-        to_it.write("\n")
-        to_it.flush()
+        # Where it has stopped, the answer that does not come says so.
+        with contextlib.suppress(BrokenPipeError):
+            to_it.write("\n")
+            to_it.flush()
         self.steps.append(self._answer())
 
     def measured(self, warm: int) -> Measured:

@@ -189,7 +189,6 @@ def _grouped_matmul(model: Model) -> Iterator[Case]:
             shape=size,
             function=function,
             sample=sample,
-            kernels=("tpu",),
             flops=flops,
             subset=subset,
         )

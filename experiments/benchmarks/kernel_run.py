@@ -25,6 +25,8 @@ LARGEST_ERROR = 0.02
 _MATMUL_SIZE = 8192
 _COPY_ELEMENTS = 2**30
 _ROUND_SECONDS = 0.2
+# A compiler's refusal, a card's lack of memory (both RuntimeErrors), a library that is not there, a shape not covered.
+_FAILURES = (RuntimeError, ValueError)
 
 
 class Roofs(NamedTuple):
@@ -61,28 +63,36 @@ def run(chosen: Sequence[Case]) -> int:
 
 def print_rows(case: Case, here: str, roofs: Roofs) -> bool:
     """A row for each implementation of the case; whether the kernel, or XLA where there is none, is right."""
-    arguments = jax.jit(case.sample)(jax.random.key(0))
     own = here if here in case.kernels else "xla"
     contestants: dict[str, Callable[..., Any]] = {
         name: functools.partial(case.function, implementation=name) for name in dict.fromkeys((own, "xla"))
     }
     if here == "gpu" and case.cudnn is not None:
         contestants["cuDNN"] = case.cudnn
-    with jax.default_matmul_precision("highest"):
-        exact = jax.jit(contestants["xla"])(*_in_float32(arguments))
+    try:
+        arguments = jax.jit(case.sample)(jax.random.key(0))
+        with jax.default_matmul_precision("highest"):
+            exact = jax.jit(contestants["xla"])(*_in_float32(arguments))
+    except _FAILURES as failure:
+        print(f"| {case.operation} | {case.shape} | float32 reference | failed: {_one_line(failure)} | | |", flush=True)
+        return False
     right = True
     for name, function in contestants.items():
         try:
             compiled = jax.jit(function).lower(*arguments).compile()
             error, seconds = relative_error(compiled(*arguments), exact), time_call(compiled, arguments)
-        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as failure:
-            print(f"| {case.operation} | {case.shape} | {name} | failed: {' '.join(str(failure).split())[:120]} | | |")
+        except _FAILURES as failure:
+            print(f"| {case.operation} | {case.shape} | {name} | failed: {_one_line(failure)} | | |", flush=True)
             right &= name != own
             continue
         share = f"{roofs.seconds(case) / seconds:.0%}" if roofs.seconds(case) else ""
         print(f"| {case.operation} | {case.shape} | {name} | {error:.1e} | {seconds * 1e3:.3f} | {share} |", flush=True)
         right &= name != own or error <= LARGEST_ERROR
     return right
+
+
+def _one_line(failure: Exception) -> str:
+    return " ".join(str(failure).split())[:120]
 
 
 def measure_roofs() -> Roofs:

@@ -8,7 +8,6 @@ the packages of the extra `compile`. The second needs an accelerator. Both end w
 """
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ import tyro
 
 from experiments.benchmarks import kernel_compile, kernel_run
 from experiments.benchmarks.kernel_cases import cases
+from qwen3.cores import usable_cores
 from qwen3.errors import UserError
 
 
@@ -31,7 +31,7 @@ class Arguments:
     """Cases whose name contains this."""
     subset: bool = False
     """Those that `make test-compile` compiles, and no others."""
-    workers: int = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers: int = dataclasses.field(default_factory=usable_cores)
     """Compiling processes, each of 1 to 2 GB."""
 
 

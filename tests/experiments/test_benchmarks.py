@@ -8,7 +8,7 @@ import pytest
 
 from experiments.benchmarks import distill_step, sampler
 from experiments.benchmarks.comparison import OURS, ROWS, TRL_GKD, TUNIX_LOGIT, Row, summary, table, verdicts
-from experiments.benchmarks.contest import QUIET_CORES, Contestant, Measured, Pace, contest
+from experiments.benchmarks.contest import FEWEST_STEPS, QUIET_CORES, Contestant, Measured, Pace, contest
 from experiments.benchmarks.peer_environments import Environment, prepare
 from experiments.benchmarks.sizes import SIZES, Size
 from experiments.benchmarks.turns import Work
@@ -136,12 +136,32 @@ def test_contestants_take_turns_at_the_same_work(tmp_path: Path) -> None:
     pace = Pace(warm=1, rounds=99, seconds=0.3, patience_seconds=0)
     measured = contest(both, WORK, pace, tmp_path / "logs", print)
     steps = order.read_text().split("\n")[:-1]
-    assert steps[:6] == ["a 0", "b 0", "a 1", "b 1", "a 2", "b 2"]
+    assert steps[:12] == [f"{name} {step}" for step in range(1 + FEWEST_STEPS) for name in "ab"]
     assert measured["a"].first_loss == measured["b"].first_loss == float(WORK.tokens(0).sum())
     assert len(measured["a"].seconds) == len(measured["b"].seconds) == len(steps) // 2 - 1
     assert "numpy" in measured["a"].packages
     assert Measured.from_json(dataclasses.asdict(measured["a"])) == measured["a"]
     assert (tmp_path / "logs" / "a.log").read_text().startswith("a library talks")
+
+
+def test_contestants_whose_losses_differ_are_not_compared(tmp_path: Path) -> None:
+    other = TAKES_TURNS.replace(".sum()))", ".sum()) * 1.02)")
+    both = [
+        contestant(tmp_path, name, code.format(order=str(tmp_path / "order"), name=name))
+        for name, code in (("a", TAKES_TURNS), ("b", other))
+    ]
+    with pytest.raises(UserError, match=r"first losses on the same rows differ \(a \d+\.\d{4}, b \d+\.\d{4}\)"):
+        contest(both, WORK, Pace(warm=1, rounds=1, seconds=0, patience_seconds=0), tmp_path / "logs", print)
+
+
+def test_a_contestant_that_dies_between_its_turns_is_named(tmp_path: Path) -> None:
+    dies = TAKES_TURNS.replace("    turns.end", "    if step == 2:\n        raise SystemExit('killed')\n    turns.end")
+    both = [
+        contestant(tmp_path, name, code.format(order=str(tmp_path / "order"), name=name))
+        for name, code in (("a", TAKES_TURNS), ("b", dies))
+    ]
+    with pytest.raises(UserError, match="b stopped: killed"):
+        contest(both, WORK, Pace(warm=1, rounds=9, seconds=9, patience_seconds=0), tmp_path / "logs", print)
 
 
 def test_a_contestant_that_stops_is_named_with_its_last_words(tmp_path: Path) -> None:

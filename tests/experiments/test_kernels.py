@@ -46,7 +46,13 @@ def _no_number(x: jax.Array, *, implementation: str) -> jax.Array:
 @pytest.mark.parametrize("case", {case.operation: case for case in cases()}.values(), ids=lambda case: case.name)
 def test_a_case_can_be_traced(case: Case) -> None:
     assert jax.tree.leaves(jax.eval_shape(functools.partial(case.function, implementation="xla"), *case.arguments()))
-    assert set(case.kernels) <= {"tpu", "gpu"}
+
+
+def test_every_kernel_that_there_is_gets_compiled() -> None:
+    for operation in ("attention", "paged_attention", "grouped_matmul"):
+        there = {file.stem for file in (ROOT / "kernels_pallas" / operation).glob("?pu.py")} - {"cpu"}
+        assert there == {"tpu", "gpu"}
+        assert all(set(case.kernels) == there for case in cases() if case.operation.split()[0] == operation)
 
 
 def test_cases_are_told_apart_and_the_subset_is_a_part_of_them() -> None:
@@ -116,8 +122,4 @@ def test_numbers_that_are_off_are_seen(
 ) -> None:
     monkeypatch.setattr(kernel_run, "_ROUND_SECONDS", 1e-3)
     roofs = kernel_run.Roofs(1e12, 1e11)
-    if function is _refused:
-        with pytest.raises(ValueError, match="no such"):
-            kernel_run.print_rows(_case("case", function), "cpu", roofs)
-    else:
-        assert kernel_run.print_rows(_case("case", function), "cpu", roofs) == right
+    assert kernel_run.print_rows(_case("case", function), "cpu", roofs) == right

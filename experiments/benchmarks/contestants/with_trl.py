@@ -86,6 +86,7 @@ trainer = Trainer(
         max_steps=_MOST_STEPS,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
+        max_grad_norm=0.0,  # nobody clips
         logging_steps=1,
         save_strategy="no",
         report_to=[],
