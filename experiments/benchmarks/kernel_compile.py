@@ -44,14 +44,13 @@ def compile_all(chosen: Sequence[Case], targets: Sequence[str], workers: int) ->
     begin, total, failures = time.monotonic(), len(chosen) * len(targets), []
     print(f"{_versions()}; processor seconds to compile, MiB of temporary memory\n")
     print(f"| operation | at | {' | '.join(targets)} |\n|---|---|{'---|' * len(targets)}", flush=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with _pool(workers) as pool:
         rows = [[pool.submit(compile_case, case.name, target) for target in targets] for case in chosen]
         for number, (case, row) in enumerate(zip(chosen, rows, strict=True)):
             outcomes: list[Outcome] = []
             for target, job in zip(targets, row, strict=True):
                 _progress(f"{number * len(targets) + len(outcomes) + 1}/{total} {case.name}, {target}")
-                outcomes.append(_outcome(job))
+                outcomes.append(_outcome(job, case.name, target))
             _progress("")
             print(f"| {case.operation} | {case.shape} | {' | '.join(map(_cell, outcomes))} |", flush=True)
             failures += [
@@ -93,11 +92,20 @@ def _mesh(target: str) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(topologies.devices(target)[:1]), ("device",))
 
 
-def _outcome(job: Future[Outcome]) -> Outcome:
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _outcome(job: Future[Outcome], name: str, target: str) -> Outcome:
+    """A compiler that aborts breaks the pool for all jobs that are left: each is done anew in a process of its own."""
     try:
         return job.result()
     except BrokenProcessPool:
-        return Outcome("", error="a compiling process died, here or earlier; --only and --workers 1 find where")
+        with _pool(1) as alone:
+            try:
+                return alone.submit(compile_case, name, target).result()
+            except BrokenProcessPool:
+                return Outcome("", error="the compiling process died; what it said last stands above")
 
 
 def _cell(outcome: Outcome) -> str:

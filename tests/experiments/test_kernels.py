@@ -4,7 +4,8 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,30 @@ def test_a_failed_compilation_shows_in_the_table_and_the_status(
     assert "| bad | 64 | **failed** |" in said.out
     assert "1 of 2 compiled" in said.out
     assert said.err == "failed: bad 64, v5e: no such layout\n"
+
+
+def test_a_compiler_that_aborts_fails_its_own_case_only(
+    compiling_here: list[Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(ThreadPoolExecutor):
+        """Dies of the first case in it that is bad, with all that come after."""
+
+        dead = False
+
+        def submit(self, function: Any, name: str, target: str) -> Future:  # type: ignore[override]
+            self.dead |= name.startswith("bad")
+            if not self.dead:
+                return super().submit(function, name, target)
+            future: Future = Future()
+            future.set_exception(BrokenProcessPool())
+            return future
+
+    monkeypatch.setattr(kernel_compile, "ProcessPoolExecutor", lambda count, mp_context: Broken(count))
+    compiling_here.append(_case("after", _square))
+    assert kernel_compile.compile_all(compiling_here, ["v5e"], workers=1) == 1
+    said = capsys.readouterr()
+    assert "2 of 3 compiled" in said.out
+    assert said.err == "failed: bad 64, v5e: the compiling process died; what it said last stands above\n"
 
 
 @pytest.mark.parametrize(
