@@ -1,4 +1,4 @@
-"""A repeated program finds the scratch memory of the run before."""
+"""A repeated program finds the scratch memory of the run before, and what compilation used is given back."""
 
 import platform
 import subprocess
@@ -34,3 +34,33 @@ def test_a_program_that_runs_again_needs_no_new_pages() -> None:
     # Now and then a small array lies in the freed block and the next run needs a new one: up to 9 of the first 20 runs
     # were seen to, and none once there are gaps enough.
     assert page_faults("keep") < page_faults("give back") / 3
+
+
+# Prints the MiB by which the process shrank at a compilation after 256 MiB had been freed below a block still in use.
+GIVEN_BACK = """
+import numpy as np
+import jax, jax.numpy as jnp
+from distill import host_memory
+
+host_memory._LONG_COMPILATION_SECONDS = float(__import__("sys").argv[1])
+host_memory.keep_freed_memory()
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+x = jnp.ones(8).block_until_ready()
+freed = np.ones(2**25)
+above = np.ones(2**17)
+del freed
+before = resident()
+jax.jit(lambda x: x + 1)(x).block_until_ready()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+@pytest.mark.parametrize(("long_seconds", "gives_back"), [(0, True), (60, False)])
+def test_long_compilations_end_with_what_is_free_given_back(long_seconds: float, gives_back: bool) -> None:
+    command = [sys.executable, "-c", GIVEN_BACK, str(long_seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (float(done.stdout) > 200) == gives_back
