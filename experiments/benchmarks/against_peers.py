@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.against_peers
 
-installs the peers into environments of their own, writes models that all of them load, lets them take turns step by
-step, and prints a table with the marks that this project sets itself. The result is also written as a file. Allow a
-quarter of an hour on two cores, and 10 GB of memory; the first time also some minutes for installing (6 GB of disk).
+installs the peers into environments of their own, writes models that all of them load, lets them take turns of
+two steps, and prints a table with the marks that this project sets itself. The result is also written as a file. Allow
+20 minutes on two cores, and 10 GB of memory; the first time also some minutes for installing (6 GB of disk).
 Environments, models and what has been measured undisturbed at this commit are kept: the same command again goes on.
 """
 
@@ -32,8 +32,9 @@ from qwen3.hf import save
 from qwen3.model import Qwen3
 
 _EXPLANATION = """\
-Contestants load the same weights and take turns, a step each, round after round. A step counts where all other
-processes took less than 0.15 core; given are median and range. Off-policy a step is the teacher, KL over the whole
+Contestants load the same weights and take turns of two steps, round after round: the first finds caches full
+of the others' data, the second counts, where all other processes took less than 0.15 core; given are median and range
+of those. Off-policy a step is the teacher, KL over the whole
 vocabulary, the student's gradients and AdamW, on given rows of 256 tokens (tiny 8, vocab 4). On-policy the student
 first writes 192 tokens after each prompt of 64. Tunix has no on-policy distillation: its sampler and its trainer, with
 forward KL, are composed. Memory is the largest resident set, in brackets when the models were loaded.

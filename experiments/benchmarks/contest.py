@@ -35,7 +35,7 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one contestant needed for one kind of work; one entry a step, warm-up left out."""
+    """What one contestant needed for one kind of work; one entry a step that counts."""
 
     packages: Mapping[str, str]
     tokens_per_step: int
@@ -83,9 +83,9 @@ class Pace:
     """How long to measure."""
 
     warm: int = 3
-    """Steps of each contestant that are not counted; the first ones compile."""
+    """Steps of each contestant before the first round; the first ones compile."""
     rounds: int = 12
-    """Undisturbed steps wanted of each contestant."""
+    """Undisturbed steps that count wanted of each contestant; each follows another step, which does not."""
     seconds: float = 100.0
     """Measuring ends after this long whatever was reached, but for `FEWEST_STEPS` rounds."""
     patience_seconds: float = 20.0
@@ -108,15 +108,17 @@ def contest(
             runner.prepare()
             say(f"{runner.name}: {pace.warm} steps to warm up")
             for _ in range(pace.warm):
-                runner.step()
+                runner.step(counts=False)
         _wait_until_quiet(pace.patience_seconds, say)
         end, done, quiet = time.monotonic() + pace.seconds, 0, 0
         while done < FEWEST_STEPS or (time.monotonic() < end and quiet < pace.rounds):
             say(f"{quiet} of {pace.rounds} undisturbed rounds")
             for runner in runners:
-                runner.step()
-            done, quiet = done + 1, min(_quiet(runner, pace.warm) for runner in runners)
-        measured = {runner.name: runner.measured(pace.warm) for runner in runners}
+                # Training does not pause between steps: the first after others' turns finds caches full of their data.
+                runner.step(counts=False)
+                runner.step(counts=True)
+            done, quiet = done + 1, min(runner.quiet_steps for runner in runners)
+        measured = {runner.name: runner.measured() for runner in runners}
         if work.mode == "off":
             _require_same_losses(measured)
         return measured
@@ -137,7 +139,8 @@ class _Runner:
 
     def __init__(self, contestant: Contestant, work: Work, logs: Path):
         self.name = contestant.name
-        self.steps: list[dict[str, Any]] = []
+        self._losses: list[float] = []
+        self._counted: list[dict[str, Any]] = []
         self._work = work
         self._contestant = contestant
         logs.mkdir(parents=True, exist_ok=True)
@@ -165,24 +168,31 @@ class _Runner:
             )
         self._ready = self._answer()
 
-    def step(self) -> None:
+    def step(self, *, counts: bool) -> None:
         to_it, _ = self._pipes()
         # Where it has stopped, the answer that does not come says so.
         with contextlib.suppress(BrokenPipeError):
             to_it.write("\n")
             to_it.flush()
-        self.steps.append(self._answer())
+        answer = self._answer()
+        if answer["loss"] is not None:
+            self._losses.append(answer["loss"])
+        if counts:
+            self._counted.append(answer)
 
-    def measured(self, warm: int) -> Measured:
-        counted = self.steps[warm:]
-        losses = [step["loss"] for step in self.steps if step["loss"] is not None]
+    @property
+    def quiet_steps(self) -> int:
+        return sum(step["others_cores"] < QUIET_CORES for step in self._counted)
+
+    def measured(self) -> Measured:
+        counted = self._counted
         return Measured(
             packages=self._ready["packages"],
             tokens_per_step=self._work.tokens_per_step,
             seconds=tuple(step["seconds"] for step in counted),
             others_cores=tuple(step["others_cores"] for step in counted),
             sampling_seconds=tuple(step["sampling_seconds"] for step in counted if step["sampling_seconds"]),
-            first_loss=losses[0] if losses else None,
+            first_loss=self._losses[0] if self._losses else None,
             peak_rss_mb_before=self._ready["peak_rss_mb"],
             peak_rss_mb=counted[-1]["peak_rss_mb"],
         )
@@ -206,10 +216,6 @@ class _Runner:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         return self._process.stdin, self._process.stdout
-
-
-def _quiet(runner: _Runner, warm: int) -> int:
-    return sum(step["others_cores"] < QUIET_CORES for step in runner.steps[warm:])
 
 
 def _wait_until_quiet(limit_seconds: float, say: Callable[[str], None]) -> None:
