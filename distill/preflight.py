@@ -74,7 +74,7 @@ def _check_meshes(experiment: Experiment, mesh: Mesh, teacher_mesh: Mesh) -> Non
             for field, rows in stage.teacher_rows.items():
                 check_rows(f"stages.{name}.{field}", rows, teacher_mesh)
         if isinstance(stage, OnPolicy):
-            stage.check_mesh(name, mesh)
+            stage.check_meshes(name, mesh, teacher_mesh)
 
 
 def _checked_models(experiment: Experiment, teacher_mesh: Mesh) -> dict[str, ModelConfig]:

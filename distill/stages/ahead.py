@@ -1,4 +1,8 @@
-"""Rollouts that are written and scored in the background while the student trains on those before them.
+"""Rollouts that are written ahead of the weights that learn from them, so that devices need not wait for each other.
+
+On one device, threads write and score while the student trains. Where several devices share a program, two threads
+that start programs could each get some of them, and wait for ever: there one thread starts everything, in an order
+that is the same in all processes, and what overlaps is the teacher's scoring on devices of its own.
 
 How far the writer lags is a fixed function of the step, never what happens to be ready: two runs take the same
 rollouts, and so does a run that was killed, because a checkpoint keeps what the weights of that time have written.
@@ -44,11 +48,20 @@ class _Step:
     scored: concurrent.futures.Future[list[Batch]]
 
 
-class WrittenAhead:
-    """Step n is written by the weights after max(0, n - staleness) updates; one thread writes, another scores.
+class _AtOnce(concurrent.futures.Executor):
+    """Does in the calling thread, before it goes on, what others do in threads of their own."""
 
-    Held meanwhile: copies of the trained weights of at most `staleness` steps, and for as many steps the rollouts with
-    the teacher's hidden states of their rows.
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class WrittenAhead:
+    """Step n is written by the weights after max(0, n - staleness) updates.
+
+    Held meanwhile: with threads, copies of the trained weights of at most `staleness` steps; and for as many steps the
+    rollouts with the teacher's hidden states of their rows.
     """
 
     def __init__(
@@ -57,11 +70,17 @@ class WrittenAhead:
         steps: int,
         write: Callable[[int, int, Qwen3], Written],
         score: Callable[[Written], list[Batch]],
+        *,
+        threads: bool,
     ):
-        """`write(step, policy_step, model)` and `score` run in threads of their own until `close`."""
+        """`write(step, policy_step, model)` and `score` run in `threads` of their own until `close`, or else in
+        `rollouts`, between two updates."""
         self._staleness, self._steps, self._write, self._score = staleness, steps, write, score
-        self._writer = concurrent.futures.ThreadPoolExecutor(1, "write-rollouts")
-        self._scorer = concurrent.futures.ThreadPoolExecutor(1, "score-rollouts")
+        self._threads = threads
+        self._writer, self._scorer = (
+            concurrent.futures.ThreadPoolExecutor(1, f"{what}-rollouts") if threads else _AtOnce()
+            for what in ("write", "score")
+        )
         self._queue: deque[_Step] = deque()
         """The steps that `rollouts` will ask for next, in their order."""
         self._taken: _Step | None = None
@@ -79,9 +98,10 @@ class WrittenAhead:
         written = self._taken.written.result()
         upcoming = range(step + len(self._queue) + 1, min(step + self._staleness, self._steps - 1) + 1)
         if upcoming:
-            copy = _copy(model)
+            # What is written at once is written before the next update.
+            writer = _copy(model) if self._threads else model
             for later in upcoming:
-                self._submit(self._writer.submit(self._write, later, step, copy))
+                self._submit(self._writer.submit(self._write, later, step, writer))
         return written
 
     def batches(self) -> list[Batch]:

@@ -67,7 +67,8 @@ class OnPolicy:
     max_staleness: int = 0
     """Updates by which the weights that write a step's rollouts lag behind those that learn from them: step n learns
     from what the weights after max(0, n - max_staleness) updates have written. 0 is strictly on-policy; above it,
-    writing and scoring go on in the background while the student trains."""
+    a student on one device trains while the next rollouts are written and scored, and a teacher on devices of its own
+    scores while the student writes and trains."""
     samples_every_steps: int = 25
     """Steps between rollouts that are kept for people to read."""
     start_from: str | None = None
@@ -101,19 +102,19 @@ class OnPolicy:
         """Numbers of rows that the teacher's data-parallel devices share, by field."""
         return {"training.rows": self.training.rows}
 
-    def check_mesh(self, name: str, mesh: Mesh) -> None:
-        """Refuses, by the name of the stage, to write ahead where several devices or processes share the programs."""
-        if self.max_staleness and mesh.size > 1:
+    def check_meshes(self, name: str, mesh: Mesh, teacher_mesh: Mesh) -> None:
+        """Refuses, by the name of the stage, to write ahead where nothing would be gained by it."""
+        if self.max_staleness and mesh.size > 1 and teacher_mesh == mesh:
             raise UserError(
-                f"stages.{name}.max_staleness is {self.max_staleness}, but {mesh.size} devices run this experiment: "
-                "two threads that start programs on several devices can wait for each other for ever; set it to 0, or "
-                "use one process with one device"
+                f"stages.{name}.max_staleness is {self.max_staleness}, but the student shares {mesh.size} devices with "
+                "its teacher, which then wait for each other however old rollouts are; set it to 0, or set "
+                "teacher.placement to own_mesh"
             )
 
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         assert self.training.steps is not None
-        self.check_mesh(name, context.mesh)
         teacher = context.load_teacher()
+        self.check_meshes(name, context.mesh, teacher.mesh)
         scorer = Scorer(teacher.model, teacher.mesh, wanted_on=context.mesh)
         with contextlib.closing(_OwnRollouts(self, name, model, scorer, context)) as data:
             return train(
@@ -140,8 +141,9 @@ class _OwnRollouts:
         self._sample_flops = forward_flops(model.config, adapter_parameters(model))
         self._train_flops = training_flops(model.config, adapter_parameters(model))
         self._teacher_flops = forward_flops(context.load_teacher().model.config)
+        threads = context.mesh.size == 1
         self._ahead = (
-            WrittenAhead(stage.max_staleness, stage.training.steps, self._write, self._score)
+            WrittenAhead(stage.max_staleness, stage.training.steps, self._write, self._score, threads=threads)
             if stage.max_staleness
             else None
         )

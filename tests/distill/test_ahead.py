@@ -55,8 +55,8 @@ def score(written: Written) -> list[str]:
 
 
 @contextmanager
-def writing(staleness: int, steps: int, write=write, score=score) -> Iterator[WrittenAhead]:
-    writer = WrittenAhead(staleness, steps, write, score)
+def writing(staleness: int, steps: int, write=write, score=score, threads=True) -> Iterator[WrittenAhead]:
+    writer = WrittenAhead(staleness, steps, write, score, threads=threads)
     try:
         yield writer
     finally:
@@ -77,9 +77,10 @@ def trained(writer: WrittenAhead, steps: Sequence[int]) -> list[tuple[int, int]]
     return seen
 
 
+@pytest.mark.parametrize("threads", [True, False])
 @pytest.mark.parametrize("staleness", [1, 2, 5])
-def test_every_step_is_written_by_the_weights_that_its_number_says(staleness: int) -> None:
-    with writing(staleness, steps=4) as writer:
+def test_every_step_is_written_by_the_weights_that_its_number_says(staleness: int, threads: bool) -> None:
+    with writing(staleness, steps=4, threads=threads) as writer:
         lagging = [max(0, step - staleness) for step in range(4)]
         assert trained(writer, range(4)) == [(step, step) for step in lagging]
 
@@ -100,8 +101,9 @@ def test_no_more_copies_of_the_weights_than_steps_of_lag(monkeypatch: pytest.Mon
         trained(writer, range(6))
 
 
-def test_what_a_checkpoint_keeps_comes_back_bit_for_bit() -> None:
-    with writing(2, steps=6) as writer:
+@pytest.mark.parametrize("threads", [True, False])
+def test_what_a_checkpoint_keeps_comes_back_bit_for_bit(threads: bool) -> None:
+    with writing(2, steps=6, threads=threads) as writer:
         trained(writer, range(3))
         kept = json.loads(json.dumps(writer.state()))
         rest = trained(writer, range(3, 6))
@@ -110,7 +112,7 @@ def test_what_a_checkpoint_keeps_comes_back_bit_for_bit() -> None:
         assert step > 4, "written again, by weights that the first run no longer had"
         return write(step, policy_step, model)
 
-    with writing(2, steps=6, write=only_later) as writer:
+    with writing(2, steps=6, write=only_later, threads=threads) as writer:
         writer.restore(kept)
         assert json.loads(json.dumps(writer.state())) == kept
         assert trained(writer, range(3, 6)) == rest == [(1, 1), (2, 2), (3, 3)]

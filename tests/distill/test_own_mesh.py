@@ -14,9 +14,11 @@ from distill.progress import Progress
 from distill.stages.context import StopRequest
 from distill.train_state import TrainState
 from distill.train_step import Batch, StepResult, TrainStep
+from qwen3.engine import Engine
 from qwen3.errors import UserError
 from qwen3.sharding import MeshShape
 from student.init import FromScratch
+from teacher.scoring import Scorer
 from tests.distill.faults import scalars
 from tests.distill.miniature import DENSE, MOE, make_teacher
 from tests.distill.miniature import experiment as miniature
@@ -74,6 +76,29 @@ def test_losses_and_metrics_equal_those_of_a_colocated_teacher(
     for batches in on_policy:
         for batch in batches:
             assert batch.targets.hidden.sharding.device_set == student_devices
+
+
+def test_a_student_on_several_devices_trains_on_what_older_weights_wrote(
+    colocated: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert colocated.teacher is not None
+    own = dataclasses.replace(colocated.teacher, placement="own_mesh", mesh=MeshShape(data=4))
+    stage = dataclasses.replace(colocated.stages["on_policy"], max_staleness=1)
+    happened: list[str] = []
+
+    def note(owner: type, name: str, what: str) -> None:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: happened.append(what) or original(*args, **kwargs))
+
+    note(Engine, "generate", "write")
+    note(Scorer, "hidden", "score")
+    note(TrainStep, "__call__", "train")
+    experiment = dataclasses.replace(colocated, teacher=own, stages={"on_policy": stage})
+    metrics = run(experiment, tmp_path / "ahead")
+    # Two microbatches a step; evaluations write too. The second step is scored before the first one is trained.
+    first = happened.index("score")
+    assert happened[first - 1 : first + 7] == ["write", "score", "score", "write", "score", "score", "train", "train"]
+    assert [metrics["on_policy", step]["staleness"] for step in (1, 2)] == [0, 1]
 
 
 def test_what_the_teachers_devices_cannot_share_is_refused_before_anything_is_spent(

@@ -137,8 +137,9 @@ def test_the_longest_prompt_is_the_one_that_is_named(experiment: Experiment, sho
         check(whole)
 
 
-def test_writing_ahead_needs_one_device_for_all(experiment: Experiment) -> None:
-    with pytest.raises(UserError, match=r"stages\.ahead\.max_staleness is 2, but 2 devices .* set it to 0"):
+def test_writing_ahead_needs_devices_that_need_not_wait_for_each_other(experiment: Experiment) -> None:
+    message = r"stages\.ahead\.max_staleness is 2, but the student shares 2 devices .* set it to 0, or set"
+    with pytest.raises(UserError, match=message):
         check(experiment, devices=2)
 
 
