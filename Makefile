@@ -55,7 +55,7 @@ $(VENV)/.test: requirements-test.lock $(VENV)/.runtime
 $(COMPILE_VENV)/.compilers: requirements-compile.lock $(COMPILE_VENV)/.runtime
 	@echo "Installing the compilers for TPUs and GPUs into $(COMPILE_VENV) (once, a download of 1 GB)"
 	@$(COMPILE_VENV)/bin/python -m pip --quiet install --requirement requirements-compile.lock || \
-	  { echo "error: the compilers did not install, see above; they need Linux on x86-64, the package index and 3 GB" >&2; exit 1; }
+	  { echo "error: the compilers did not install, see above; they need Linux on x86-64, 3 GB of disk, and a package index that has every version in requirements-compile.lock" >&2; exit 1; }
 	@touch $@
 
 export BUILD_HINT = error: packages did not install, see above; if one failed to build, a C compiler is missing \
