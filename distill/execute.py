@@ -53,7 +53,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
         finished = [name for name in experiment.stages if run.cost(name) is not None]
         preflight(experiment, mesh, teacher_mesh, teacher_tokenizer, tasks, progress, finished)
         student = _student(experiment, teacher_tokenizer, mesh)
-        agreements += selftest.check_numerics(student, teacher_tokenizer, experiment.evaluation.modes[0])
+        agreements += selftest.check_numerics(student, teacher_tokenizer, experiment.evaluation.modes[0], mesh)
         for agreement in agreements:
             progress.print(f"self-test  {agreement.check}: {agreement.finding}")
 
@@ -127,6 +127,7 @@ def _student(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh) -> Qw
     # The student ends as the teacher does, and says so in the exported config.json.
     eos = tokenizer.eos_ids[0] if len(tokenizer.eos_ids) == 1 else tokenizer.eos_ids
     model.config = dataclasses.replace(model.config, eos_token_id=eos, pad_token_id=tokenizer.pad_id)
+    model.kernels = experiment.kernels
     return model
 
 
@@ -135,6 +136,7 @@ def _teacher(experiment: Experiment, mesh: Mesh, progress: Progress) -> TeacherM
     path, dtype = experiment.teacher.path, jnp.dtype(experiment.teacher.dtype)
     with progress.reading("loading the teacher") as on_read:
         model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh, on_read=on_read)
+    model.kernels = experiment.kernels
     return TeacherModel(model=model, mesh=mesh, fingerprint=fingerprint(path))
 
 

@@ -11,6 +11,7 @@ from distill.evaluate import Evaluation
 from distill.stages import OffPolicy, Stage
 from distill.tasks import Arithmetic, PromptFile, ReasoningGym
 from qwen3.errors import UserError
+from qwen3.kernels import Kernels
 from qwen3.sharding import MeshShape
 from student.init import FromCheckpoint, FromScratch
 
@@ -60,6 +61,8 @@ class Experiment:
     export_stage: str | None = None
     """Stage whose student is exported; None for the last one."""
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+    kernels: Kernels = dataclasses.field(default_factory=Kernels)
+    """Of the student and of the teacher."""
     compute_dtype: Dtype = "bfloat16"
     """What the student computes in; trained weights and the optimiser's state are float32 whatever this says."""
     export_dtype: Dtype = "bfloat16"

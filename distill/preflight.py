@@ -47,6 +47,9 @@ def preflight(
     stages = {name: stage for name, stage in experiment.stages.items() if name not in finished}
     _check_meshes(experiment, mesh, teacher_mesh)
     models = _checked_models(experiment, teacher_mesh)
+    experiment.kernels.check(models["student"], experiment.compute_dtype, mesh)
+    if experiment.teacher is not None:
+        experiment.kernels.check(models["teacher"], experiment.teacher.dtype, teacher_mesh)
     if teacher_mesh != mesh and any(isinstance(stage, OnPolicy) for stage in stages.values()):
         # On-policy, the teacher's head goes to the student's devices.
         partition_spec(("embed",), (models["teacher"].hidden_size,), mesh)

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from distill.losses import Loss, distillation_loss
 from qwen3.chat import ChatTokenizer, check_same_vocabulary, check_vocabulary
@@ -13,6 +14,7 @@ from qwen3.config import ModelConfig
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
 from qwen3.rollout import Mode
+from qwen3.sharding import row_shares
 from teacher.targets import Hidden, one_hot, top_k_targets
 
 _PROBE = "What is 17 + 25?"
@@ -63,18 +65,21 @@ def check_tokenizers(
     return found
 
 
-def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode) -> list[Agreement]:
-    """A model against itself: KL 0 over every kind of target, and targets at the predicting position.
+def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mesh) -> list[Agreement]:
+    """A model on its mesh against itself: KL 0 over every kind of target, and targets at the predicting position.
 
     Raises UserError where either does not hold, which would be an error of this program on this platform.
     """
     ids = tokenizer.prompt_ids([{"role": "user", "content": _PROBE}], mode)
     length = -(-len(ids) // 16) * 16
-    tokens = jnp.asarray(np.pad(np.asarray(ids, np.int32), (0, length - len(ids)))[None])
-    positions, real = jnp.arange(length)[None], jnp.arange(length)[None] < len(ids)
+    # As many rows as devices share.
+    whole = (row_shares(mesh), length)
+    tokens = jnp.broadcast_to(np.pad(np.asarray(ids, np.int32), (0, length - len(ids))), whole)
+    positions = jnp.broadcast_to(jnp.arange(length), whole)
+    real = positions < len(ids)
 
     def measure(model: Qwen3) -> tuple[jax.Array, jax.Array, jax.Array]:
-        hidden = model.hidden(tokens, positions, real.astype(jnp.int32))
+        hidden = model.hidden(tokens, positions, real.astype(jnp.int32), mesh)
         weights = (real / jnp.sum(real)).astype(jnp.float32)
         full, _ = distillation_loss(
             hidden, model.head, Hidden(hidden=hidden), weights, Loss(name="reverse_kl"), teacher_head=model.head
@@ -82,7 +87,7 @@ def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode) -> list[A
         targets = top_k_targets(hidden, model.head, min(8, model.config.vocab_size))
         top, _ = distillation_loss(hidden, model.head, targets, weights, Loss(name="forward_kl"))
         # Cross-entropy by the loss against the log-probability of the next token, written out without it.
-        inner = weights.at[0, len(ids) - 1].set(0)
+        inner = weights.at[:, len(ids) - 1].set(0)
         entropy, _ = distillation_loss(hidden, model.head, one_hot(tokens), inner, Loss(name="forward_kl"))
         logits = jnp.einsum("BTD,VD->BTV", hidden, model.head, preferred_element_type=jnp.float32)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]

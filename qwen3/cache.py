@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.attention import attention
+from qwen3.attend import attend
 from qwen3.config import ModelConfig
 from qwen3.model import Layer, Qwen3
 from qwen3.rope import rotation
@@ -93,10 +93,11 @@ def prefill(
     def body(carry: tuple[Array, Pages], unit: tuple[Layer, Array]) -> tuple[tuple[Array, Pages], None]:
         (x, pages), (layer, first) = carry, unit
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Pages]:
-            return attention(q, k, v, segments), write(pages, k, v, page_table + first)
+        def attend_prompts(q: Array, k: Array, v: Array) -> tuple[Array, Pages]:
+            out = attend(q, k, v, segments, mesh=mesh, implementation=model.kernels.attention)
+            return out, write(pages, k, v, page_table + first)
 
-        x, pages, _ = layer(x, rot, segments != 0, attend, mesh)
+        x, pages, _ = layer(x, rot, segments != 0, attend_prompts, mesh, model.kernels)
         return (x, pages), None
 
     carry, firsts = (model.embed_tokens(tokens), pages), _first_pages(model.config, pages, mesh)
@@ -173,14 +174,14 @@ def step(
     def run(x: Array, layer: Layer, kv: KeyValue, place: tuple[Array, ...]) -> tuple[Array, KeyValue]:
         """One layer, whose cache stands at index `place` of `kv`."""
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeyValue]:
+        def attend_cache(q: Array, k: Array, v: Array) -> tuple[Array, KeyValue]:
             longer = KeyValue(
                 kv.k.at[*place, rows, :, :, positions].set(k[:, 0], mode="promise_in_bounds"),
                 kv.v.at[*place, rows, :, positions].set(v[:, 0], mode="promise_in_bounds"),
             )
             return _attend_cache(q, KeyValue(longer.k[place], longer.v[place]), visible), longer
 
-        x, longer, _ = layer(x, rot, real, attend, mesh)
+        x, longer, _ = layer(x, rot, real, attend_cache, mesh, model.kernels)
         return x, longer
 
     def scanned(carry: tuple[Array, KeyValue], unit: tuple[Layer, Array]) -> tuple[tuple[Array, KeyValue], None]:

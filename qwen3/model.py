@@ -13,8 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention import attention
+from qwen3.attend import attend
 from qwen3.config import ModelConfig
+from qwen3.kernels import Kernels
 from qwen3.layers import Attend, Attention, Mlp, constant, rms_norm, weight
 from qwen3.moe import Moe, RouterStats
 from qwen3.rope import Rotation, rotation
@@ -44,14 +45,20 @@ class Layer(nnx.Module):
         self.ffn = Moe(config, ffn_key, dtype) if moe else Mlp(config, ffn_key, dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rot: Rotation, real: Array, attend: Attend, mesh: Mesh | None = None
+        self,
+        x: Float[Array, "B T D"],
+        rot: Rotation,
+        real: Array,
+        attend: Attend,
+        mesh: Mesh | None,
+        kernels: Kernels,
     ) -> tuple[Float[Array, "B T D"], Any, RouterStats | None]:
         """Returns the residual stream, what `attend` keeps (a cache), and the router's load."""
         out, kept = self.attention(rms_norm(x, self.attention_norm, self.epsilon), rot, attend)
         x = x + out
         normed = rms_norm(x, self.ffn_norm, self.epsilon)
         if isinstance(self.ffn, Moe):
-            out, stats = self.ffn(normed, real, mesh)
+            out, stats = self.ffn(normed, real, mesh, kernels)
             return x + out, kept, stats
         return x + self.ffn(normed), kept, None
 
@@ -66,6 +73,8 @@ class Qwen3(nnx.Module):
         shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
         self.config = config
         self.compute_dtype = compute_dtype
+        # As static as the configuration: programs are compiled for one choice. Whoever loads a model may replace it.
+        self.kernels = Kernels()
         self.embed = weight(embed_key, shape, axes, config.initializer_range, param_dtype)
         self.final_norm = constant(1, (config.hidden_size,), ("norm",), param_dtype)
         self.untied_head = (
@@ -97,17 +106,17 @@ class Qwen3(nnx.Module):
         """Hidden states of packed rows; segment 0 is padding, every other id a document of its own.
 
         `rematerialise` keeps only the residual stream of each layer for the backward pass and recomputes the rest.
-        `mesh` is where the weights and rows lie as `qwen3.sharding` says; without it XLA spreads the experts' work as
-        it sees fit.
+        `mesh` is where the weights and rows lie as `qwen3.sharding` says; without it XLA spreads the work as it sees
+        fit, which it cannot do with kernels.
         """
         rot = rotation(self.config, positions)
         real = segment_ids != 0
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            return attention(q, k, v, segment_ids), None
+        def attend_rows(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            return attend(q, k, v, segment_ids, mesh=mesh, implementation=self.kernels.attention), None
 
         def body(x: Array, layer: Layer) -> tuple[Array, RouterStats | None]:
-            x, _, stats = layer(x, rot, real, attend, mesh)
+            x, _, stats = layer(x, rot, real, attend_rows, mesh, self.kernels)
             return x, stats
 
         x = self.embed_tokens(tokens)

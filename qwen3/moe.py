@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from kernels_pallas import moe_dispatch
 from qwen3.config import ModelConfig
+from qwen3.kernels import Kernels
 from qwen3.layers import weight
 from qwen3.sharding import BATCH
 
@@ -36,7 +37,7 @@ class Moe(nnx.Module):
         self.down = weight(keys[3], (experts, inner, width), ("experts", "expert_mlp", "embed"), scale, dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], mesh: Mesh | None = None
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], mesh: Mesh | None, kernels: Kernels
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """On `mesh` every device sorts its own tokens, and they are exchanged over the expert axis."""
         flat = x.reshape(-1, x.shape[-1])
@@ -46,10 +47,16 @@ class Moe(nnx.Module):
         )
         operands = flat, weights, expert_ids, *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
         if mesh is None or mesh.size == 1:
-            out = moe_dispatch.expert_ffn(*operands)
+            out = moe_dispatch.expert_ffn(*operands, implementation=kernels.grouped_matmul)
         else:
             out = moe_dispatch.expert_ffn_on_mesh(
-                *operands, mesh=mesh, token_axes=BATCH[0], expert_axis="expert", inner_axis="tensor"
+                *operands,
+                mesh=mesh,
+                token_axes=BATCH[0],
+                expert_axis="expert",
+                inner_axis="tensor",
+                exchange=kernels.exchange,
+                implementation=kernels.grouped_matmul,
             )
         mask = real.reshape(-1, 1).astype(jnp.float32)
         chosen = jnp.sum(jax.nn.one_hot(expert_ids, logits.shape[-1], dtype=jnp.float32), axis=1)

@@ -9,7 +9,7 @@ experts and back, where the other form moves it to and from every device of the 
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from kernels_pallas.moe_dispatch.permute import combine, permute, placement
 from kernels_pallas.platforms import platform
 
 Exchange = Literal["all_gather", "ragged"]
+_V5E, _V5E_CHIPS = "TPU v5 lite", 16
 
 
 def expert_ffn_on_mesh(
@@ -53,7 +54,7 @@ def expert_ffn_on_mesh(
       Others as in `expert_ffn`.
 
     Raises ValueError as `expert_ffn` does, and for sizes that the mesh does not divide, token axes without the expert
-    axis, an unknown exchange, "ragged" on CPU, which has none, or receive_rows that does not apply.
+    axis, an exchange that `check_exchange` refuses, or receive_rows that does not apply.
     """
     check(x, weights, expert_ids, gate, up, down)
     shards = mesh.shape[expert_axis]
@@ -67,16 +68,10 @@ def expert_ffn_on_mesh(
         raise ValueError(f"gate is {gate.shape}; the mesh splits its columns in {mesh.shape[inner_axis]}")
     if receive_rows is not None and (exchange != "ragged" or receive_rows < 1):
         raise ValueError(f"receive_rows {receive_rows} with exchange {exchange!r}: it is for 'ragged', and at least 1")
-    on_shard: Callable[..., Array]
-    match exchange:
-        case "all_gather":
-            on_shard = _all_gather
-        case "ragged":
-            if platform() == "cpu":
-                raise ValueError("exchange 'ragged' does not run on cpu; use 'all_gather'")
-            on_shard = functools.partial(_ragged, receive_rows=receive_rows)
-        case _:
-            raise ValueError(f"exchange {exchange!r} is unknown; use 'all_gather' or 'ragged'")
+    check_exchange(exchange, mesh)
+    on_shard: Callable[..., Array] = _all_gather
+    if exchange == "ragged":
+        on_shard = functools.partial(_ragged, receive_rows=receive_rows)
 
     def run(*operands: Array) -> Array:
         summed = on_shard(*operands, axis=expert_axis, implementation=implementation)
@@ -92,6 +87,20 @@ def expert_ffn_on_mesh(
         out_specs=tokens,
         check_vma=False,
     )(x, weights, expert_ids, gate, up, down)
+
+
+def check_exchange(exchange: Exchange, mesh: Mesh) -> None:
+    """Raises ValueError for an exchange that is unknown, or that the platform of the mesh does not have."""
+    if exchange not in get_args(Exchange):
+        raise ValueError(f"exchange {exchange!r} is unknown; use 'all_gather' or 'ragged'")
+    if exchange == "ragged" and platform() == "cpu":
+        raise ValueError("exchange 'ragged' does not run on cpu; use 'all_gather'")
+    # libtpu 0.0.42 from v5e:4x8 on: not supported "in limited ICI routing settings".
+    chips = max(mesh.size, jax.device_count())
+    if exchange == "ragged" and mesh.devices.flat[0].device_kind == _V5E and chips > _V5E_CHIPS:
+        raise ValueError(
+            f"exchange 'ragged' runs on at most {_V5E_CHIPS} chips of TPU v5e, these are {chips}; use 'all_gather'"
+        )
 
 
 def _all_gather(

@@ -140,6 +140,8 @@ def test_unusable_experiment_files(
         (("--stages.off-policy.flops-of", "x"), "error: stages.off-policy: give either training.steps or flops_of"),
         (("--evaluation.pass-at", "a"), "error: --evaluation.pass-at is 'a'; it must be whole numbers;"),
         (("--mesh.data", "0"), "error: mesh.data is 0; it must be at least 1 or -1;"),
+        (("--kernels.attention", "triton"), "error: --kernels.attention is 'triton'; "),
+        (("--kernels.exchange", "all"), "error: --kernels.exchange is 'all'; use one of all_gather, ragged;"),
         (("--seed", "x"), "error: --seed is 'x'; it must be a whole number;"),
         (("--seed", "-1"), "error: seed is -1; it must lie in 0..2147483647;"),
         (

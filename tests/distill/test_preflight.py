@@ -18,6 +18,7 @@ from distill.tasks import Problem, PromptFile
 from distill.tasks.mixture import TaskMixture
 from qwen3.chat import ChatTokenizer
 from qwen3.errors import UserError
+from qwen3.kernels import Kernels
 from qwen3.sampling import SamplingParams
 from qwen3.sharding import MeshShape, make_mesh
 from tests.distill import miniature
@@ -99,6 +100,10 @@ def _longer_responses(experiment: Experiment) -> Experiment:
                 training=dataclasses.replace(whole.stages["pretraining"].training, row_length=24),
             ),
             r"stages\.pretraining\.training\.row_length is 24, but the longest document, of",
+        ),
+        (
+            lambda whole: dataclasses.replace(whole, kernels=Kernels(attention="tpu")),
+            r"kernels\.attention: implementation 'tpu' of attention needs TPU, this platform is cpu; use 'xla'",
         ),
         (
             lambda whole: changed(whole, "pretraining", problems=10**4),

@@ -12,6 +12,7 @@ from qwen3 import hf
 from qwen3.chat import ChatTokenizer
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
+from qwen3.sharding import MeshShape, make_mesh
 from tests.distill import miniature
 
 MODES = ["thinking", "non_thinking"]
@@ -76,9 +77,10 @@ def test_vocabularies_must_be_one(teacher: Path) -> None:
 
 
 def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = hf.load(teacher), ChatTokenizer.from_folder(teacher)
+    mesh = make_mesh(MeshShape(data=4, fsdp=2))
+    model, tokenizer = hf.load(teacher, mesh=mesh), ChatTokenizer.from_folder(teacher)
     model = jax.tree.map(lambda leaf: leaf * 20, model)  # far from the uniform distribution of fresh weights
-    assert len(selftest.check_numerics(model, tokenizer, "thinking")) == 2
+    assert len(selftest.check_numerics(model, tokenizer, "thinking", mesh)) == 2
 
     def shifted(tokens: jax.Array) -> object:
         return one_hot(jax.numpy.roll(tokens, 1, axis=1))
@@ -86,4 +88,4 @@ def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pyte
     one_hot = selftest.one_hot
     monkeypatch.setattr(selftest, "one_hot", shifted)
     with pytest.raises(UserError, match="not at the predicting position"):
-        selftest.check_numerics(model, tokenizer, "thinking")
+        selftest.check_numerics(model, tokenizer, "thinking", mesh)

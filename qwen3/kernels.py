@@ -1,0 +1,71 @@
+"""Which implementation of each operation the models of a run use: one choice, which travels with a model's weights."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kernels_pallas import platforms
+from kernels_pallas.attention import attention
+from kernels_pallas.attention.api import Implementation as Attention
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
+from kernels_pallas.grouped_matmul.api import IMPLEMENTATIONS as GROUPED_MATMULS
+from kernels_pallas.grouped_matmul.api import Implementation as GroupedMatmul
+from kernels_pallas.moe_dispatch import Exchange, check_exchange
+from qwen3.config import ModelConfig
+from qwen3.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Implementations by operation: xla (everywhere), tpu (Mosaic TPU), gpu (Mosaic GPU, from Hopper on) or reference
+    (everywhere, slow and obvious). None is what is best on the platform as far as that was measured. What is asked for
+    by name is refused before anything starts where the platform or the model's sizes do not allow it."""
+
+    attention: Attention | None = None
+    """Of training, of scoring and of reading prompts."""
+    grouped_matmul: GroupedMatmul | None = None
+    """The products of a mixture's experts."""
+    exchange: Exchange = "all_gather"
+    """How tokens reach experts on other devices. all_gather: every token goes to every device of mesh.expert, on all
+    platforms. ragged: to those of its experts alone, not on CPU and on at most 16 chips of TPU v5e."""
+
+    def check(self, config: ModelConfig, dtype: Any, mesh: Mesh) -> None:
+        """Refuses what this platform, the mesh, or a model's sizes or dtype of computing do not allow.
+
+        Traces each operation that was asked for by name; compiles and runs nothing. Raises UserError, which begins
+        with the field.
+        """
+        for field, probe in self._probes(config, dtype, mesh):
+            try:
+                probe()
+            except ValueError as error:
+                raise UserError(f"kernels.{field}: {error}") from None
+
+    def _probes(self, config: ModelConfig, dtype: Any, mesh: Mesh) -> Iterator[tuple[str, Callable[[], Any]]]:
+        def shaped(*shape: int, of: Any = dtype) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, of)
+
+        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        if self.attention is not None:
+            run: Any = functools.partial(attention, implementation=self.attention)
+            q, kv = shaped(1, 128, heads, size), shaped(1, 128, kv_heads, size)
+            yield "attention", lambda: jax.eval_shape(run, q, kv, kv, shaped(1, 128, of=jnp.int32))
+        if self.grouped_matmul is not None:
+            # Also where there are no experts: a name is of this platform or it is not.
+            name = self.grouped_matmul
+            yield "grouped_matmul", lambda: platforms.choose("grouped_matmul", name, GROUPED_MATMULS)
+        if self.grouped_matmul is not None and config.num_experts:
+            experts, width = config.num_experts // mesh.shape["expert"], config.hidden_size
+            inner = config.moe_intermediate_size // mesh.shape["tensor"]
+            wide, sizes = shaped(experts, width, inner), shaped(experts, of=jnp.int32)
+            lift = functools.partial(grouped_swiglu, implementation=self.grouped_matmul)
+            lower = functools.partial(grouped_matmul, implementation=self.grouped_matmul)
+            yield "grouped_matmul", lambda: jax.eval_shape(lift, shaped(128, width), wide, wide, sizes)
+            narrow = shaped(experts, inner, width)
+            yield "grouped_matmul", lambda: jax.eval_shape(lower, shaped(128, inner), narrow, sizes)
+        yield "exchange", lambda: check_exchange(self.exchange, mesh)
