@@ -20,29 +20,32 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu", "gpu")
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segment_ids: Int[Array, "B T"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    segment_ids: Int[Array, "B S"],
     *,
+    query_index: Int[Array, "B T"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax(q·k / √H)·v, each query over the keys at or before it in its own segment.
 
+    `query_index` says where in their row, 0 … S - 1, the queries stand where they are not all of it; without it T is S.
     Segment 0 is padding: its rows come back as zeros. Softmax and accumulation are float32, the result has the
     dtype of `q`. Differentiable. Raises ValueError where shapes disagree, the implementation is unknown or of another
     platform, or a kernel asked for by name has no such dtype or head size.
     """
-    _check(q, k, v, segment_ids)
-    return _run(q, k, v, Visible(segment_ids), implementation)[0]
+    _check(q, k, v, segment_ids, query_index)
+    return _run(q, k, v, Visible(segment_ids, query_index=query_index), implementation)[0]
 
 
 def attention_part(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segment_ids: Int[Array, "B T"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    segment_ids: Int[Array, "B S"],
     span: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     *,
+    query_index: Int[Array, "B T"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """`attention` over some of the keys, with the log-sum-exp that `merge_parts` needs, in float32.
@@ -51,11 +54,11 @@ def attention_part(
     none the result is 0 and its log-sum-exp below -1e28. Both results are differentiable. Raises ValueError as
     `attention` does.
     """
-    _check(q, k, v, segment_ids)
+    _check(q, k, v, segment_ids, query_index)
     for bound in span:
-        if bound.shape != segment_ids.shape:
-            raise ValueError(f"a bound of span is {bound.shape}; it must be {segment_ids.shape}")
-    return _run(q, k, v, Visible(segment_ids, span), implementation)
+        if bound.shape != q.shape[:2]:
+            raise ValueError(f"a bound of span is {bound.shape}; it must be {q.shape[:2]}")
+    return _run(q, k, v, Visible(segment_ids, span, query_index), implementation)
 
 
 def merge_parts(parts: Sequence[tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]]) -> Float[Array, "B T N H"]:
@@ -65,13 +68,17 @@ def merge_parts(parts: Sequence[tuple[Float[Array, "B T N H"], Float[Array, "B N
     return jnp.sum(shares * jnp.stack(outs).astype(jnp.float32), axis=0).astype(outs[0].dtype)
 
 
-def _check(q: Array, k: Array, v: Array, segment_ids: Array) -> None:
-    if q.shape[:2] != k.shape[:2] or k.shape != v.shape or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} must be [B,T,N,H], [B,T,K,H], [B,T,K,H]")
+def _check(q: Array, k: Array, v: Array, segment_ids: Array, query_index: Array | None) -> None:
+    if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} must be [B,T,N,H], [B,S,K,H], [B,S,K,H]")
+    if query_index is None and q.shape[1] != k.shape[1]:
+        raise ValueError(f"q {q.shape} and k {k.shape} differ in length; say by query_index where the queries stand")
+    if query_index is not None and query_index.shape != q.shape[:2]:
+        raise ValueError(f"query_index is {query_index.shape}; it must be {q.shape[:2]}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"q has {q.shape[2]} heads, no multiple of the {k.shape[2]} heads of k and v")
-    if segment_ids.shape != q.shape[:2]:
-        raise ValueError(f"segment_ids is {segment_ids.shape}; it must be {q.shape[:2]}")
+    if segment_ids.shape != k.shape[:2]:
+        raise ValueError(f"segment_ids is {segment_ids.shape}; it must be {k.shape[:2]}")
 
 
 def _run(q: Array, k: Array, v: Array, visible: Visible, implementation: str | None) -> tuple[Array, Array]:

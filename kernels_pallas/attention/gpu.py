@@ -36,17 +36,17 @@ _LOG2E = math.log2(math.e)
 
 
 class _Call(NamedTuple):
-    """Operands with T a multiple of all blocks."""
+    """Operands with T and S multiples of all blocks."""
 
     q: Float[Array, "B T N H"]
-    k: Float[Array, "B T K H"]
-    v: Float[Array, "B T K H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
     query_view: Int[Array, "B 3 T"]  # segment, first key, end of keys
-    key_segments: Int[Array, "B T"]
+    key_segments: Int[Array, "B S"]
 
 
 def forward(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], visible: Visible
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], visible: Visible
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention and the log-sum-exp of each query's visible scores."""
     call = _prepare(q, k, v, visible)
@@ -73,13 +73,13 @@ def forward(
 
 def backward(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     visible: Visible,
     log_sum_exp: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     cotangent: Float[Array, "B T N H"],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of q, k and v; `delta` is Σ_H out·cotangent less the log-sum-exp's own cotangent."""
     call = _prepare(q, k, v, visible)
     batch, length, heads, size = call.q.shape
@@ -102,7 +102,7 @@ def backward(
     )(*operands, _ranges(call, _BACKWARD_KEYS, by_keys=False))
     to_keys, to_values = _launch(
         _key_gradient_kernel,
-        grid=(k.shape[2], length // (warpgroup.ROWS * _WORKERS), batch),
+        grid=(k.shape[2], call.k.shape[1] // (warpgroup.ROWS * _WORKERS), batch),
         results=(call.k, call.v),
         scratch={
             "k_own": warpgroup.tiles(_WORKERS, warpgroup.ROWS, size),
@@ -116,7 +116,7 @@ def backward(
             "free": plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_STAGES),
         },
     )(*operands, _ranges(call, warpgroup.ROWS * _WORKERS, by_keys=True))
-    return tuple(x[:, : q.shape[1]] for x in (to_queries, to_keys, to_values))
+    return to_queries[:, : q.shape[1]], to_keys[:, : k.shape[1]], to_values[:, : k.shape[1]]
 
 
 def _forward_kernel(
@@ -385,19 +385,23 @@ def _launch(
 
 
 def _prepare(q: Array, k: Array, v: Array, visible: Visible) -> _Call:
-    padding = (0, -q.shape[1] % max(_FORWARD_KEYS, warpgroup.ROWS * _WORKERS))
-    q, k, v = (jnp.pad(x, ((0, 0), padding, (0, 0), (0, 0))) for x in (q, k, v))
-    segments, *bounds = (
-        jnp.pad(x, ((0, 0), padding)).astype(jnp.int32) for x in (visible.segment_ids, *visible.bounds())
-    )
-    return _Call(q, k, v, jnp.stack([segments, *bounds], axis=1), segments)
+    block = max(_FORWARD_KEYS, warpgroup.ROWS * _WORKERS)
+
+    def whole(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
+
+    view = (whole(x).astype(jnp.int32) for x in (visible.query_segments, *visible.bounds()))
+    segments = whole(visible.segment_ids).astype(jnp.int32)
+    return _Call(whole(q), whole(k), whole(v), jnp.stack([*view], axis=1), segments)
 
 
 def _ranges(call: _Call, keys: int, *, by_keys: bool) -> Int[Array, "B blocks 4"]:
     """Begin and end of what a block sees of the other side's blocks, then of a run that it sees wholly."""
     segments, first, end = (call.query_view[:, i] for i in range(3))
-    real, bound = segments != 0, jnp.iinfo(jnp.int32)
-    least, most = jnp.where(real, segments, bound.max), jnp.where(real, segments, bound.min)
+    key_segments, bound = call.key_segments, jnp.iinfo(jnp.int32)
+
+    def real(segments: Array, otherwise: int, value: Array | None = None) -> Array:
+        return jnp.where(segments == 0, otherwise, segments if value is None else value)
 
     def queries(reduce: Callable[..., Array], x: Array) -> Array:
         return reduce(x.reshape(x.shape[0], -1, warpgroup.ROWS), axis=2)[:, :, None]
@@ -405,14 +409,16 @@ def _ranges(call: _Call, keys: int, *, by_keys: bool) -> Int[Array, "B blocks 4"
     def blocks(reduce: Callable[..., Array], x: Array) -> Array:
         return reduce(x.reshape(x.shape[0], -1, keys), axis=2)[:, None, :]
 
-    start = jnp.arange(0, segments.shape[1], keys)
+    start = jnp.arange(0, key_segments.shape[1], keys)
     stop = start + keys
-    one = queries(jnp.min, least)
-    some = (blocks(jnp.max, most) >= one) & (blocks(jnp.min, least) <= queries(jnp.max, most))
-    some &= (queries(jnp.max, end) > start) & (queries(jnp.min, jnp.where(real, first, bound.max)) < stop)
+    one, other = queries(jnp.min, real(segments, bound.max)), queries(jnp.max, real(segments, bound.min))
+    some = (blocks(jnp.max, real(key_segments, bound.min)) >= one) & (
+        blocks(jnp.min, real(key_segments, bound.max)) <= other
+    )
+    some &= (queries(jnp.max, end) > start) & (queries(jnp.min, real(segments, bound.max, first)) < stop)
     # Padded queries end at 0 and fail here; padded keys do not equal the others.
-    every = (queries(jnp.min, end) >= stop) & (queries(jnp.max, first) <= start) & (queries(jnp.max, most) == one)
-    every &= (blocks(jnp.min, segments) == one) & (blocks(jnp.max, segments) == one)
+    every = (queries(jnp.min, end) >= stop) & (queries(jnp.max, first) <= start) & (other == one)
+    every &= (blocks(jnp.min, key_segments) == one) & (blocks(jnp.max, key_segments) == one)
     if by_keys:
         some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
     index = jnp.arange(some.shape[2])

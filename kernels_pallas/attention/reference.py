@@ -10,7 +10,7 @@ _LOWEST = -1e29
 
 
 def attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], visible: Visible
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], visible: Visible
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention and the log-sum-exp of each query's visible scores, below -1e28 where none is visible."""
     group = q.shape[2] // k.shape[2]

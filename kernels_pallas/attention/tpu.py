@@ -3,7 +3,8 @@
 Scores stand as [keys, queries]. Maximum and sum then run over sublanes, the statistics of a query take one lane
 instead of a register row, and both products of the key and value gradients read their operands as they lie.
 
-The grid lists the pairs on or below the diagonal and no others. A table in scalar memory says of each pair whether its
+The grid lists the pairs on or below the diagonal and no others, or all pairs where queries do not stand beside their
+keys. A table in scalar memory says of each pair whether its
 mask hides everything (no work, and no fetch: the index of the last block that was needed is repeated), something, or
 nothing (no mask is made). All query heads of a group are worked on beside one block of keys and values.
 """
@@ -43,19 +44,20 @@ class _Pairs(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """Operands as the kernels see them, heads in front and T a multiple of both blocks."""
+    """Operands as the kernels see them, heads in front, T and S multiples of their blocks."""
 
     q: Float[Array, "B K G T H"]
-    k: Float[Array, "B K T H"]
-    v: Float[Array, "B K T H"]
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
     query_view: Int[Array, "B 3 T"]  # segment, first key, end of keys
-    key_segments: Int[Array, "B 1 T"]
+    key_segments: Int[Array, "B 1 S"]
     block_q: int
     block_k: int
+    aligned: bool  # query i stands at key i
 
 
 def forward(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], visible: Visible
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], visible: Visible
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention and the log-sum-exp of each query's visible scores."""
     call = _prepare(q, k, v, visible)
@@ -78,13 +80,13 @@ def forward(
 
 def backward(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     visible: Visible,
     log_sum_exp: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     cotangent: Float[Array, "B T N H"],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of q, k and v; `delta` is Σ_H out·cotangent less the log-sum-exp's own cotangent."""
     call = _prepare(q, k, v, visible)
     group, length, size = call.q.shape[2:]
@@ -284,28 +286,31 @@ def _run(
 
 
 def _prepare(q: Array, k: Array, v: Array, visible: Visible) -> _Call:
-    length, heads, size = q.shape[1:]
+    heads, size = q.shape[2:]
     kv_heads = k.shape[2]
-    lanes = -(-length // _LANES) * _LANES
-    rows = _GROUP_BYTES // (heads // kv_heads * size * q.dtype.itemsize)
-    # Powers of two in lanes, so that the smaller block divides the larger.
-    block_q, block_k = (
-        _LANES * 2 ** int(np.log2(max(1, min(block, lanes) // _LANES))) for block in (min(rows, _BLOCK), _BLOCK)
-    )
-    padded = -(-length // max(block_q, block_k)) * max(block_q, block_k)
 
-    def along(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, padded - length))).astype(jnp.int32)
+    def blocks(length: int, most: int) -> tuple[int, int]:
+        """A block, a power of two in lanes, and the length in whole blocks."""
+        lanes = -(-length // _LANES) * _LANES
+        block = _LANES * 2 ** int(np.log2(max(1, min(most, lanes) // _LANES)))
+        return block, -(-length // block) * block
 
-    segments = along(visible.segment_ids)
+    block_q, padded_q = blocks(q.shape[1], min(_BLOCK, _GROUP_BYTES // (heads // kv_heads * size * q.dtype.itemsize)))
+    block_k, padded_k = blocks(k.shape[1], _BLOCK)
+
+    def along(x: Array, padded: int) -> Array:
+        return jnp.pad(x, ((0, 0), (0, padded - x.shape[1]))).astype(jnp.int32)
+
+    view = (visible.query_segments, *visible.bounds())
     return _Call(
-        q=_grouped(q, kv_heads, padded),
-        k=_grouped(k, kv_heads, padded)[:, :, 0],
-        v=_grouped(v, kv_heads, padded)[:, :, 0],
-        query_view=jnp.stack([segments, *map(along, visible.bounds())], axis=1),
-        key_segments=segments[:, None],
+        q=_grouped(q, kv_heads, padded_q),
+        k=_grouped(k, kv_heads, padded_k)[:, :, 0],
+        v=_grouped(v, kv_heads, padded_k)[:, :, 0],
+        query_view=jnp.stack([along(x, padded_q) for x in view], axis=1),
+        key_segments=along(visible.segment_ids, padded_k)[:, None],
         block_q=block_q,
         block_k=block_k,
+        aligned=visible.query_index is None,
     )
 
 
@@ -319,15 +324,14 @@ def _heads_last(x: Float[Array, "B K G T H"], shape: tuple[int, ...]) -> Array:
 
 
 def _pairs(call: _Call, by_keys: bool) -> _Pairs:
-    """List the pairs that causal order leaves, and find what the segments and spans leave of each."""
-    length = call.q.shape[3]
+    """List the pairs that causal order can leave, and find what the segments and spans leave of each."""
     rows, columns = np.meshgrid(
-        np.arange(length // call.block_q, dtype=np.int32),
-        np.arange(length // call.block_k, dtype=np.int32),
+        np.arange(call.q.shape[3] // call.block_q, dtype=np.int32),
+        np.arange(call.k.shape[2] // call.block_k, dtype=np.int32),
         indexing="xy" if by_keys else "ij",
     )
-    causal = columns * call.block_k < (rows + 1) * call.block_q
-    rows, columns = rows[causal], columns[causal]
+    possible = (columns * call.block_k < (rows + 1) * call.block_q) | (not call.aligned)
+    rows, columns = rows[possible], columns[possible]
     outer, inner = (columns, rows) if by_keys else (rows, columns)
     change = np.flatnonzero(np.diff(outer))
     edges = np.zeros(len(outer), np.int32)
@@ -335,8 +339,10 @@ def _pairs(call: _Call, by_keys: bool) -> _Pairs:
     edges[[*change, -1]] |= _LAST
 
     segments, first, end = (call.query_view[:, i] for i in range(3))
-    real, bound = segments != 0, jnp.iinfo(jnp.int32)
-    least, most = jnp.where(real, segments, bound.max), jnp.where(real, segments, bound.min)
+    key_segments, bound = call.key_segments[:, 0], jnp.iinfo(jnp.int32)
+
+    def real(segments: Array, otherwise: int, value: Array | None = None) -> Array:
+        return jnp.where(segments == 0, otherwise, segments if value is None else value)
 
     def over(reduce: Callable[..., Array], x: Array, block: int, blocks: np.ndarray) -> Array:
         return reduce(x.reshape(x.shape[0], -1, block), axis=2)[:, blocks]
@@ -344,13 +350,13 @@ def _pairs(call: _Call, by_keys: bool) -> _Pairs:
     queries = functools.partial(over, block=call.block_q, blocks=rows)
     keys = functools.partial(over, block=call.block_k, blocks=columns)
     start, stop = columns * call.block_k, (columns + 1) * call.block_k
-    query_least, query_most = queries(jnp.min, least), queries(jnp.max, most)
-    key_least, key_most = keys(jnp.min, least), keys(jnp.max, most)
+    query_least, query_most = queries(jnp.min, real(segments, bound.max)), queries(jnp.max, real(segments, bound.min))
+    key_least, key_most = keys(jnp.min, real(key_segments, bound.max)), keys(jnp.max, real(key_segments, bound.min))
     some = (key_most >= query_least) & (key_least <= query_most)
-    some &= (queries(jnp.max, end) > start) & (queries(jnp.min, jnp.where(real, first, bound.max)) < stop)
+    some &= (queries(jnp.max, end) > start) & (queries(jnp.min, real(segments, bound.max, first)) < stop)
     # Padded queries end at 0 and fail here; padded keys do not equal the others.
     every = (queries(jnp.min, end) >= stop) & (queries(jnp.max, first) <= start) & (query_least == query_most)
-    every &= (keys(jnp.min, segments) == query_least) & (keys(jnp.max, segments) == query_least)
+    every &= (keys(jnp.min, key_segments) == query_least) & (keys(jnp.max, key_segments) == query_least)
     kinds = jnp.where(every, _WHOLLY, jnp.where(some, _PARTLY, _HIDDEN)).astype(jnp.int32)
     latest = jax.lax.cummax(jnp.where(kinds == _HIDDEN, 0, jnp.arange(len(outer), dtype=jnp.int32)), axis=1)
     return _Pairs(jnp.asarray(outer), jnp.asarray(edges), jnp.asarray(inner)[latest], kinds)

@@ -75,6 +75,30 @@ def test_looped_blocks_agree_with_the_reference(length, monkeypatch):
         np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("implementation", "length"), [("reference", 130), ("xla", 130), ("xla", 1700)])
+def test_some_queries_of_a_row_are_answered_as_in_the_whole_row(implementation, length):
+    """Two pieces of each row, the later one first; 1,700 leaves more than are unrolled."""
+    q, k, v, cotangent = make_inputs(length)
+    segments = make_segments(length)
+    pieces = np.r_[length - length // 4 : length, length // 8 : length // 2]
+    index = jnp.broadcast_to(pieces, (2, len(pieces)))
+    others = jnp.ones(length, bool).at[pieces].set(False)[:, None, None]
+    expected = value_and_gradients("xla", q, k, v, jnp.where(others, 0, cotangent), segments)
+
+    @jax.jit
+    def some(q, k, v, cotangent):
+        out, gradient = jax.vjp(
+            lambda *x: attention(*x, segments, query_index=index, implementation=implementation), q, k, v
+        )
+        return out, *gradient(cotangent)
+
+    found = some(q[:, pieces], k, v, cotangent[:, pieces])
+    expected = [x[:, pieces] if of_queries else x for x, of_queries in zip(expected, (1, 1, 0, 0), strict=True)]
+    for mine, theirs in zip(found, expected, strict=True):
+        # float32 sums of up to 1700 terms in another order.
+        np.testing.assert_allclose(mine, theirs, atol=3e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("length", [37, 1100])
 def test_padding_gives_zeros_and_takes_part_in_nothing(implementation, length):
@@ -131,6 +155,10 @@ def test_wrong_arguments_are_named():
         attention(q, k, v[:, :3], segments)
     with pytest.raises(ValueError, match="segment_ids is"):
         attention(q, k, v, segments[:, :3])
+    with pytest.raises(ValueError, match="differ in length; say by query_index"):
+        attention(q[:, :3], k, v, segments)
+    with pytest.raises(ValueError, match=r"query_index is \(2, 4\); it must be \(2, 3\)"):
+        attention(q[:, :3], k, v, segments, query_index=segments)
     with pytest.raises(ValueError, match="q has 3 heads"):
         attention(q[:, :, :3], k, v, segments)
     with pytest.raises(ValueError, match="implementation 'triton' of attention is unknown"):
