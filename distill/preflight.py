@@ -24,7 +24,7 @@ from qwen3.config import ModelConfig
 from qwen3.errors import UserError
 from qwen3.rollout import Mode
 from qwen3.sampling import SamplingParams
-from qwen3.sharding import check_rows, partition_spec
+from qwen3.sharding import check_batch, check_rows, partition_spec
 from student.init import FromCheckpoint
 
 _SHOWN_CHARACTERS = 60
@@ -71,13 +71,15 @@ def _check_meshes(experiment: Experiment, mesh: Mesh, teacher_mesh: Mesh) -> Non
     if experiment.teacher is not None:
         check_rows("evaluation.batch_size", experiment.evaluation.batch_size, teacher_mesh)
     for name, stage in experiment.stages.items():
-        for field, rows in stage.spread_rows.items():
-            check_rows(f"stages.{name}.{field}", rows, mesh)
-        if not isinstance(stage, Sft):
-            for field, rows in stage.teacher_rows.items():
-                check_rows(f"stages.{name}.{field}", rows, teacher_mesh)
+        if isinstance(stage, OffPolicy) and stage.targets_of is None:
+            check_rows(f"stages.{name}.batch_size", stage.batch_size, teacher_mesh)
         if isinstance(stage, OnPolicy):
+            asked = stage.prompts_per_step * stage.samples_per_prompt
+            check_rows(f"stages.{name}.prompts_per_step × samples_per_prompt", asked, mesh)
             stage.check_meshes(name, mesh, teacher_mesh)
+        # On-policy, the teacher scores the very rows that the student trains on.
+        for its_mesh in (mesh, teacher_mesh) if isinstance(stage, OnPolicy) else (mesh,):
+            check_batch(f"stages.{name}.training", stage.training.rows, stage.training.row_length, its_mesh)
 
 
 def _checked_models(experiment: Experiment, teacher_mesh: Mesh) -> dict[str, ModelConfig]:

@@ -23,7 +23,7 @@ from qwen3.adapter import joined
 from qwen3.model import Qwen3
 from qwen3.moe import load_balancing_loss
 from qwen3.rollout import NON_THINKING, THINKING
-from qwen3.sharding import batch_sharding, place, shardings
+from qwen3.sharding import batch_sharding, place, shardings, to_pieces
 
 MODE_CODES = {THINKING: 1, NON_THINKING: 0}
 
@@ -131,8 +131,9 @@ def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool) -> Callable[.
     ) -> tuple[Array, dict[str, Array]]:
         model = joined(trained, frozen)
         out = model(batch.tokens, batch.positions, batch.segment_ids, rematerialise=rematerialise, mesh=mesh)
+        hidden, batch = to_pieces((out.hidden, batch), mesh)
         weights = batch.loss_mask.astype(jnp.float32) / denominator
-        total, stats = distillation_loss(out.hidden, model.head, batch.targets, weights, loss, teacher_head=head)
+        total, stats = distillation_loss(hidden, model.head, batch.targets, weights, loss, teacher_head=head)
         metrics = _by_mode(stats, batch) | {"loss": total}
         if out.router is not None and model.config.router_aux_loss_coef:
             # The share of the step's tokens in this microbatch makes the balance a mean over the step.

@@ -4,19 +4,12 @@ A kernel is a program of one device, which XLA cannot divide. All implementation
 what is tested of one on a mesh holds for the others.
 """
 
-import functools
-from collections.abc import Callable
-
-import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import attention, attention_on_mesh
 from kernels_pallas.attention.api import Implementation
 from qwen3.sharding import BATCH
-
-HEADS = PartitionSpec(*BATCH, None, "tensor")
-"""Of [B, T, heads, H]: rows as everywhere, heads as the weights that make them."""
 
 
 def attend(
@@ -27,10 +20,22 @@ def attend(
     *,
     mesh: Mesh | None,
     implementation: Implementation | None,
+    pieces: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """`kernels_pallas.attention` on a mesh, whose sizes must divide rows and heads; equal to it on one device."""
-    run: Callable[..., Array] = functools.partial(attention, implementation=implementation)
-    if mesh is not None and mesh.size > 1:
-        # Varying axes are not tracked: kernels inside lose them. All operands that have gradients are divided alike.
-        run = jax.shard_map(run, mesh=mesh, in_specs=(HEADS, HEADS, HEADS, BATCH), out_specs=HEADS, check_vma=False)
-    return run(q, k, v, segment_ids)
+    """`kernels_pallas.attention` on a mesh, whose sizes must divide rows and heads; equal to it on one device.
+
+    Rows are whole sequences spread over BATCH, or with `pieces` what `qwen3.sharding.to_pieces` makes of rows.
+    """
+    if mesh is None or mesh.size == 1:
+        return attention(q, k, v, segment_ids, implementation=implementation)
+    return attention_on_mesh(
+        q,
+        k,
+        v,
+        segment_ids,
+        mesh=mesh,
+        row_axes=BATCH[0],
+        head_axis="tensor",
+        context_axis="context" if pieces else None,
+        implementation=implementation,
+    )

@@ -19,6 +19,7 @@ from qwen3.kernels import Kernels
 from qwen3.layers import Attend, Attention, Mlp, constant, rms_norm, weight
 from qwen3.moe import Moe, RouterStats
 from qwen3.rope import Rotation, rotation
+from qwen3.sharding import to_pieces, to_rows
 
 UNROLL_LAYERS = 12
 """Deepest model whose layers are unrolled: in the decoding loop (see `qwen3.cache`), and on CPU in every forward pass,
@@ -107,16 +108,18 @@ class Qwen3(nnx.Module):
 
         `rematerialise` keeps only the residual stream of each layer for the backward pass and recomputes the rest.
         `mesh` is where the weights and rows lie as `qwen3.sharding` says; without it XLA spreads the work as it sees
-        fit, which it cannot do with kernels.
+        fit, which it cannot do with kernels. All but attention is done on the pieces of rows that devices have.
         """
+        tokens, positions, segment_ids = to_pieces((tokens, positions, segment_ids), mesh)
         rot = rotation(self.config, positions)
         real = segment_ids != 0
 
-        def attend_rows(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            return attend(q, k, v, segment_ids, mesh=mesh, implementation=self.kernels.attention), None
+        def attend_pieces(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            how: Any = {"mesh": mesh, "implementation": self.kernels.attention}
+            return attend(q, k, v, segment_ids, pieces=True, **how), None
 
         def body(x: Array, layer: Layer) -> tuple[Array, RouterStats | None]:
-            x, _, stats = layer(x, rot, real, attend_rows, mesh, self.kernels)
+            x, _, stats = layer(x, rot, real, attend_pieces, mesh, self.kernels)
             return x, stats
 
         x = self.embed_tokens(tokens)
@@ -125,7 +128,7 @@ class Qwen3(nnx.Module):
             x, stats = jax.lax.scan(jax.checkpoint(body) if rematerialise else body, x, stack, unroll=self._unrolled)
             loads += [] if stats is None else [stats]
         router = jax.tree.map(lambda *parts: jnp.concatenate(parts), *loads) if loads else None
-        return Output(self.final(x), router)
+        return Output(to_rows(self.final(x), mesh), router)
 
     @property
     def _unrolled(self) -> bool:

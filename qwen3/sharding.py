@@ -34,8 +34,11 @@ RULES: Mapping[str, str | None] = MappingProxyType(
         "norm": None,
     }
 )
-BATCH = PartitionSpec(("data", "fsdp", "expert"))
-"""Rows of a batch are spread over every axis along which the computation is data-parallel."""
+BATCH = PartitionSpec(("data", "fsdp", "expert", "context"))
+"""Rows are spread over every axis along which the computation is data-parallel: whole sequences while sampling, which
+has none to split, and the pieces of `to_pieces`."""
+TOKENS = PartitionSpec(("data", "fsdp", "expert"), "context")
+"""[B, T, ...] for training and scoring: rows as above, and each row's tokens over the context axis."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,15 +54,13 @@ class MeshShape:
     tensor: int = 1
     """Devices that share heads, feed-forward columns and the vocabulary."""
     context: int = 1
-    """Devices that would share a sequence; 1."""
+    """Devices that share the tokens of each row where it is trained or scored, and rows where they are sampled."""
 
     def __post_init__(self) -> None:
         for axis in MESH_AXES:
             size = getattr(self, axis)
             if size < 1 and not (axis == "data" and size == -1):
                 raise UserError(f"mesh.{axis} is {size}; it must be at least 1" + (" or -1" if axis == "data" else ""))
-        if self.context != 1:
-            raise UserError(f"mesh.context is {self.context}; sequences are not split over devices, set it to 1")
 
 
 def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh:
@@ -123,8 +124,31 @@ def make_placed(make: Callable[[Array], Tree], key: Array, mesh: Mesh | None) ->
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data-parallel axes."""
-    return NamedSharding(mesh, BATCH)
+    """Of [B, T, ...]: rows over the data-parallel axes, tokens over the context axis."""
+    return NamedSharding(mesh, TOKENS)
+
+
+def to_pieces(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Arrays [B, T, ...] on `batch_sharding` with each device's piece of a row as a row of its own, [B·c, T/c, ...] on
+    BATCH for c devices along the context axis. Nothing moves, and where c is 1 nothing changes.
+
+    Whatever treats tokens alike does so on pieces as on rows, in blocks along T that no device has to wait for.
+    Raises ValueError where B or T does not divide.
+    """
+    if mesh is None or mesh.shape["context"] == 1:
+        return tree
+    for leaf in jax.tree.leaves(tree):
+        shares = batch_shares(mesh), mesh.shape["context"]
+        if leaf.shape[0] % shares[0] or leaf.shape[1] % shares[1]:
+            raise ValueError(f"an array is {leaf.shape}; the mesh splits its rows in {shares[0]}, each in {shares[1]}")
+    return jax.shard_map(lambda tree: tree, mesh=mesh, in_specs=TOKENS, out_specs=BATCH)(tree)
+
+
+def to_rows(tree: Tree, mesh: Mesh | None) -> Tree:
+    """The rows whose pieces `to_pieces` has made."""
+    if mesh is None or mesh.shape["context"] == 1:
+        return tree
+    return jax.shard_map(lambda tree: tree, mesh=mesh, in_specs=BATCH, out_specs=TOKENS)(tree)
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
@@ -154,12 +178,26 @@ def fetch(tree: Any) -> Any:
 
 
 def row_shares(mesh: Mesh | None) -> int:
-    """Equal parts into which the data-parallel devices split rows."""
+    """Equal parts into which the devices split rows of whole sequences, as sampling has them."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
+def batch_shares(mesh: Mesh) -> int:
+    """Equal parts into which the devices split the rows of a batch, whose tokens the context axis splits."""
+    return math.prod(mesh.shape[axis] for axis in TOKENS[0])
+
+
 def check_rows(field: str, rows: int, mesh: Mesh) -> None:
-    """Refuses a number of rows that the data-parallel devices cannot share equally, naming `field`."""
-    shares = row_shares(mesh)
-    if rows % shares:
-        raise UserError(f"{field} is {rows}, but rows are spread over {shares} devices; use a multiple of {shares}")
+    """Refuses a number of sequences that the devices cannot share equally, naming `field`."""
+    _check_multiple(field, rows, "rows are spread", row_shares(mesh))
+
+
+def check_batch(field: str, rows: int, row_length: int, mesh: Mesh) -> None:
+    """Refuses batches that the devices cannot share equally, naming `field`.rows or `field`.row_length."""
+    _check_multiple(f"{field}.rows", rows, "rows are spread", batch_shares(mesh))
+    _check_multiple(f"{field}.row_length", row_length, "each row's tokens are spread", mesh.shape["context"])
+
+
+def _check_multiple(field: str, size: int, what: str, shares: int) -> None:
+    if size % shares:
+        raise UserError(f"{field} is {size}, but {what} over {shares} devices; use a multiple of {shares}")

@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from qwen3.model import Qwen3
 from qwen3.rollout import Rollout, first_fit_rows
-from qwen3.sharding import batch_sharding, fetch, partition_spec, place, row_shares
+from qwen3.sharding import batch_sharding, batch_shares, fetch, partition_spec, place, to_pieces, to_rows
 from teacher.scored_rollout import ScoredRollout
 from teacher.targets import AtIds, Hidden, Sampled, TopK, at_ids_targets, sampled_targets, top_k_targets
 
 AnyTargets = TypeVar("AnyTargets", TopK, AtIds, Hidden, Sampled)
 
 TOKENS_AT_ONCE = 16_384
-"""Tokens of every share of the rows that go through the model together where rollouts are scored; at least a row."""
+"""Tokens of every share of the batch that go through the model together where rollouts are scored; at least a row."""
 
 
 class Scorer:
@@ -36,7 +36,7 @@ class Scorer:
     def __init__(self, model: Qwen3, mesh: Mesh, *, wanted_on: Mesh | None = None):
         """`wanted_on` is the mesh on which targets and head are used, if that is another one (see
         `teacher.placement`): they are moved there as soon as they are computed, without anybody waiting where both
-        meshes spread rows over equally many devices, else through this process's memory, which waits."""
+        meshes split batches alike, else through this process's memory, which waits."""
         self._model, self._mesh = model, mesh
         self._placement = batch_sharding(mesh)
         self._wanted_on = mesh if wanted_on is None else wanted_on
@@ -101,7 +101,7 @@ class Scorer:
         """`draws` words drawn from the teacher at every position, for small stores; else as `score_rollouts`.
 
         What is drawn depends on `seed`, on `number`, of which each batch has its own, on the place in the batch, and
-        on the number of rows that the mesh scores at once.
+        on how the mesh splits rows and how many it scores at once.
         """
 
         def draw(placed: tuple[Array, ...], first_row: int) -> Sampled:
@@ -131,9 +131,10 @@ class Scorer:
         lengths = [len(rollout.tokens) for rollout in rollouts]
         if max(lengths) > length:
             raise ValueError(f"a rollout of {max(lengths)} tokens does not fit rows of {length}")
-        shares = row_shares(self._mesh)
+        shares, pieces = batch_shares(self._mesh), self._mesh.shape["context"]
+        length = math.ceil(length / pieces) * pieces
         row_of = first_fit_rows(lengths, length)
-        at_once = shares * min(max(1, TOKENS_AT_ONCE // length), math.ceil(rows / shares))
+        at_once = shares * min(max(1, TOKENS_AT_ONCE * pieces // length), math.ceil(rows / shares))
         scored: dict[int, Any] = {}
         for first in range(0, max(row_of) + 1, at_once):
             tokens = np.full((at_once, length), pad_id, np.int32)
@@ -167,12 +168,14 @@ def _hidden(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, m
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k: int, mesh: Mesh) -> TopK:
-    return top_k_targets(model.hidden(tokens, positions, segment_ids, mesh), model.head, k)
+    hidden = to_pieces(model.hidden(tokens, positions, segment_ids, mesh), mesh)
+    return to_rows(top_k_targets(hidden, model.head, k), mesh)
 
 
 @functools.partial(jax.jit, static_argnums=5)
 def _at_ids(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, ids: Array, mesh: Mesh) -> AtIds:
-    return at_ids_targets(model.hidden(tokens, positions, segment_ids, mesh), model.head, ids)
+    hidden, ids = to_pieces((model.hidden(tokens, positions, segment_ids, mesh), ids), mesh)
+    return to_rows(at_ids_targets(hidden, model.head, ids), mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8))
@@ -188,4 +191,5 @@ def _sampled(
     mesh: Mesh,
 ) -> Sampled:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), first_row)
-    return sampled_targets(model.hidden(tokens, positions, segment_ids, mesh), model.head, draws, key)
+    hidden = to_pieces(model.hidden(tokens, positions, segment_ids, mesh), mesh)
+    return to_rows(sampled_targets(hidden, model.head, draws, key), mesh)

@@ -85,16 +85,6 @@ class OffPolicy:
         """The most that a prompt and the teacher's response to it may have."""
         return self.max_prompt_tokens + max(self.thinking.max_new_tokens, self.non_thinking.max_new_tokens)
 
-    @property
-    def spread_rows(self) -> dict[str, int]:
-        """Numbers of rows that the student's data-parallel devices share, by field."""
-        return {"training.rows": self.training.rows}
-
-    @property
-    def teacher_rows(self) -> dict[str, int]:
-        """Numbers of rows that the teacher's data-parallel devices share, by field."""
-        return {} if self.targets_of else {"batch_size": self.batch_size}
-
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         spent = Spent()
         if self.targets_of is None:

@@ -91,17 +91,6 @@ class OnPolicy:
                 "raise it, or lower max_prompt_tokens or max_new_tokens"
             )
 
-    @property
-    def spread_rows(self) -> dict[str, int]:
-        """Numbers of rows that the student's data-parallel devices share, by field."""
-        rollouts = self.prompts_per_step * self.samples_per_prompt
-        return {"prompts_per_step × samples_per_prompt": rollouts, "training.rows": self.training.rows}
-
-    @property
-    def teacher_rows(self) -> dict[str, int]:
-        """Numbers of rows that the teacher's data-parallel devices share, by field."""
-        return {"training.rows": self.training.rows}
-
     def check_meshes(self, name: str, mesh: Mesh, teacher_mesh: Mesh) -> None:
         """Refuses, by the name of the stage, to write ahead where nothing would be gained by it."""
         if self.max_staleness and mesh.size > 1 and teacher_mesh == mesh:

@@ -44,11 +44,6 @@ class Sft:
         if self.training.steps is None:
             raise UserError("training.steps is None; supervised fine-tuning needs a number of steps")
 
-    @property
-    def spread_rows(self) -> dict[str, int]:
-        """Numbers of rows that the student's data-parallel devices share, by field."""
-        return {"training.rows": self.training.rows}
-
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         assert self.training.steps is not None
         return train(

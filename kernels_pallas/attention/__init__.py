@@ -2,10 +2,12 @@
 
 from kernels_pallas.attention.api import attention, attention_part, merge_parts
 from kernels_pallas.attention.dual_chunk import DualChunkPositions, dual_chunk_attention, dual_chunk_positions
+from kernels_pallas.attention.on_mesh import attention_on_mesh
 
 __all__ = [
     "DualChunkPositions",
     "attention",
+    "attention_on_mesh",
     "attention_part",
     "dual_chunk_attention",
     "dual_chunk_positions",

@@ -130,14 +130,21 @@ SUM_ORDER = 2e-5
 
 
 @pytest.mark.parametrize(
-    ("kind", "moe", "lora"),
-    [("top_k", False, False), ("hidden", True, False), ("hidden", False, True)],
+    ("kind", "moe", "lora", "by_context"),
+    [
+        ("top_k", False, False, MeshShape(fsdp=2, tensor=2, context=2)),
+        ("hidden", True, False, MeshShape(expert=2, context=4)),
+        ("hidden", False, True, MeshShape(tensor=2, context=4)),
+    ],
     ids=["top_k-dense", "hidden-moe", "hidden-adapters"],
 )
-def test_sharded_equals_unsharded_for_loss_and_every_gradient(kind: str, moe: bool, lora: bool) -> None:
+def test_sharded_equals_unsharded_for_loss_and_every_gradient(
+    kind: str, moe: bool, lora: bool, by_context: MeshShape
+) -> None:
     alone = step(MeshShape(), 1, kind, moe, 1, lora=lora)
-    spread = step(MeshShape(data=2, fsdp=2, tensor=2), 8, kind, moe, 1, lora=lora)
-    assert_same(spread, alone, SUM_ORDER)
+    for mesh_shape in (MeshShape(data=2, fsdp=2, tensor=2), by_context):
+        spread = step(mesh_shape, 8, kind, moe, 1, lora=lora)
+        assert_same(spread, alone, SUM_ORDER)
 
 
 @pytest.mark.parametrize("kind", ["one_hot", "hidden"])

@@ -335,7 +335,7 @@ def test_other_requests_and_weights_compile_nothing(models):
 
 def test_sharded_weights_write_the_same(models, engine):
     model = models["dense"]
-    mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshShape(fsdp=2, tensor=2, context=2))
     placed = jax.device_put(model, shardings(model, mesh))
     requests = mixed_requests()
     for wanted, rollout in zip(

@@ -14,7 +14,16 @@ from qwen3.config import ModelConfig
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
 from qwen3.moe import load_balancing_loss
-from qwen3.sharding import MeshShape, batch_sharding, make_mesh, partition_spec, shardings
+from qwen3.sharding import (
+    MeshShape,
+    batch_sharding,
+    check_batch,
+    check_rows,
+    make_mesh,
+    partition_spec,
+    shardings,
+    to_pieces,
+)
 
 DENSE = ModelConfig(
     model_type="qwen3",
@@ -89,8 +98,10 @@ def unsharded(config):
         (DENSE, {"data": 2, "fsdp": 2, "tensor": 2}),
         (MOE, {"data": 2, "fsdp": 2, "tensor": 2}),
         (MOE, {"fsdp": 2, "expert": 2, "tensor": 2}),
+        (DENSE, {"fsdp": 2, "context": 2, "tensor": 2}),
+        (MOE, {"expert": 2, "context": 4}),
     ],
-    ids=["dense", "moe", "moe_by_expert"],
+    ids=["dense", "moe", "moe_by_expert", "dense_by_context", "moe_by_context"],
 )
 def test_loss_and_every_gradient_equal_unsharded(config, shape):
     model, (expected_loss, expected) = unsharded(config)
@@ -154,8 +165,23 @@ def test_mesh_sizes():
         MeshShape(fsdp=0)
     with pytest.raises(UserError, match=r"mesh\.data is -2; it must be at least 1 or -1"):
         MeshShape(data=-2)
-    with pytest.raises(UserError, match=r"mesh\.context is 2; sequences are not split"):
-        MeshShape(context=2)
+
+
+def test_batches_that_the_devices_cannot_share_are_refused_with_the_numbers():
+    mesh = make_mesh(MeshShape(data=2, context=4))
+    check_batch("training", 6, 128, mesh)
+    with pytest.raises(
+        UserError, match=r"training\.rows is 5, but rows are spread over 2 devices; use a multiple of 2"
+    ):
+        check_batch("training", 5, 128, mesh)
+    with pytest.raises(
+        UserError, match=r"training\.row_length is 126, but each row's tokens are spread over 4 devices"
+    ):
+        check_batch("training", 6, 126, mesh)
+    with pytest.raises(UserError, match="batch_size is 6, but rows are spread over 8 devices"):
+        check_rows("batch_size", 6, mesh)
+    with pytest.raises(ValueError, match=r"an array is \(2, 6\); the mesh splits its rows in 2, each in 4"):
+        to_pieces(jnp.zeros((2, 6)), mesh)
 
 
 def test_parameters_keep_their_axes_through_optimiser_like_maps():

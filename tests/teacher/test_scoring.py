@@ -53,11 +53,14 @@ def logprobs(model, rows):
 
 
 def scorers(model):
-    """On one device, on eight, and on four of them with targets that are wanted on the other four."""
+    """On one device, on eight, on eight that share sequences too, and on four of them with targets that are wanted on
+    the other four, which share sequences."""
     one, eight = make_mesh(MeshShape(), jax.devices()[:1]), make_mesh(MeshShape(expert=4, tensor=2))
-    last, first = make_mesh(MeshShape(expert=4), jax.devices()[4:]), make_mesh(MeshShape(tensor=2), jax.devices()[:4])
+    pieces = make_mesh(MeshShape(expert=2, tensor=2, context=2))
+    last, first = make_mesh(MeshShape(expert=4), jax.devices()[4:]), make_mesh(MeshShape(context=4), jax.devices()[:4])
     yield Scorer(jax.device_put(model, shardings(model, one)), one), one
     yield Scorer(jax.device_put(model, shardings(model, eight)), eight), eight
+    yield Scorer(jax.device_put(model, shardings(model, pieces)), pieces), pieces
     yield Scorer(jax.device_put(model, shardings(model, last)), last, wanted_on=first), first
 
 
@@ -118,11 +121,13 @@ def alone(model, rollouts):
     return np.asarray(jax.nn.log_softmax(jax.jit(Qwen3.logits)(model, tokens, positions, segment_ids)))
 
 
-@pytest.mark.parametrize(("which", "tokens_at_once"), [(0, 40), (1, 40), (0, 10_000)])
-def test_packed_rollouts_are_scored_as_each_alone(model, rollouts, alone, monkeypatch, which, tokens_at_once):
+@pytest.mark.parametrize(
+    ("which", "tokens_at_once", "length"), [(0, 40, 16), (1, 40, 16), (2, 20, 17), (0, 10_000, 16)]
+)
+def test_packed_rollouts_are_scored_as_each_alone(model, rollouts, alone, monkeypatch, which, tokens_at_once, length):
     monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", tokens_at_once)
     scorer, _ = list(scorers(model))[which]
-    records = scorer.score_rollouts(rollouts, k=K, rows=7, length=16, pad_id=0)
+    records = scorer.score_rollouts(rollouts, k=K, rows=7, length=length, pad_id=0)
     assert [record.rollout for record in records] == rollouts
     for record, expected in zip(records, alone, strict=True):
         expected = expected[: len(record.rollout.tokens)]

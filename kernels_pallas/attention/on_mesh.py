@@ -1,0 +1,75 @@
+"""Attention spread over a mesh: every device has some rows and heads, and of each row all tokens or a piece.
+
+Where devices share a row, each keeps its queries and gathers the keys and values of the whole row, as Llama 3 does
+(arXiv 2407.21783, section 3.3.2): grouped queries make them few, and what is gathered lives as long as one layer. A
+ring would hold only two pieces at a time, at the price of as many exchanges and merges as there are pieces.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.attention.api import Implementation, attention
+
+_GATHERED = "gathered"
+
+
+def attention_on_mesh(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    mesh: Mesh,
+    row_axes: tuple[str, ...],
+    head_axis: str,
+    context_axis: str | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N H"]:
+    """`attention`, each device at its own queries.
+
+    Args:
+      mesh: B is split over `row_axes`, heads N and K over `head_axis`. The sizes must divide.
+      context_axis: None where every row is whole. Else one of `row_axes`, whose devices have the same rows, each a
+        piece: i-th rows of theirs, in the order of the axis, are what `attention` calls a row.
+      Others as in `attention`.
+
+    Raises ValueError as `attention` does, and for sizes that the mesh does not divide.
+    """
+    rows = functools.reduce(lambda size, axis: size * mesh.shape[axis], row_axes, 1)
+    if q.shape[0] % rows:
+        raise ValueError(f"q is {q.shape}; the mesh splits its {q.shape[0]} rows in {rows}")
+    if k.shape[2] % mesh.shape[head_axis]:
+        raise ValueError(f"k is {k.shape}; the mesh splits its {k.shape[2]} heads in {mesh.shape[head_axis]}")
+
+    whole_rows = context_axis is None or mesh.shape[context_axis] == 1
+
+    # What is gathered is gathered again for the backward pass: kept, it would take as much memory as without splitting.
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
+    def pieces(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+        def whole(x: Array) -> Array:
+            return checkpoint_name(jax.lax.all_gather(x, context_axis, axis=1, tiled=True), _GATHERED)
+
+        index = jax.lax.axis_index(context_axis) * q.shape[1] + jnp.arange(q.shape[1])
+        return attention(
+            q,
+            whole(k),
+            whole(v),
+            whole(segment_ids),
+            query_index=jnp.broadcast_to(index, segment_ids.shape),
+            implementation=implementation,
+        )
+
+    split = PartitionSpec(row_axes, None, head_axis)
+    # Varying axes are not tracked: kernels inside lose them, and a lost one is a lost sum of gradients.
+    return jax.shard_map(
+        functools.partial(attention, implementation=implementation) if whole_rows else pieces,
+        mesh=mesh,
+        in_specs=(split, split, split, PartitionSpec(row_axes)),
+        out_specs=split,
+        check_vma=False,
+    )(q, k, v, segment_ids)
