@@ -42,7 +42,7 @@ class Mass:
     @classmethod
     def of(cls, logits: Float[Array, "..."], axis: int) -> "Mass":
         top = logits.max(axis)
-        below = jnp.maximum(logits - jnp.expand_dims(_finite(top), axis), jnp.finfo(logits.dtype).min)
+        below = jnp.maximum(logits - jnp.expand_dims(finite(top), axis), jnp.finfo(logits.dtype).min)
         mass = jnp.exp(below)
         return cls(top=top, total=mass.sum(axis), moment=(mass * below).sum(axis))
 
@@ -53,7 +53,7 @@ class Mass:
 
     def merge(self, other: "Mass") -> "Mass":
         top = jnp.maximum(self.top, other.top)
-        ours, theirs = (jnp.maximum(part - _finite(top), jnp.finfo(top.dtype).min) for part in (self.top, other.top))
+        ours, theirs = (jnp.maximum(part - finite(top), jnp.finfo(top.dtype).min) for part in (self.top, other.top))
         return Mass(
             top=top,
             total=jnp.exp(ours) * self.total + jnp.exp(theirs) * other.total,
@@ -62,7 +62,7 @@ class Mass:
         )
 
     def log(self) -> Float[Array, " M"]:
-        return jnp.log(self.total) + _finite(self.top)
+        return jnp.log(self.total) + finite(self.top)
 
     def entropy(self) -> Float[Array, " M"]:
         """In nats, of the distribution that the logits stand for."""
@@ -138,7 +138,7 @@ def full(
     def block(index, live, weight, by_head):
         h = jnp.where(live[:, None], positions.tokens(hidden, index), 0)
         th = jnp.where(live[:, None], positions.tokens(teacher_hidden, index), 0)
-        nothing = Mass.nothing(live.shape, _accumulator(hidden))
+        nothing = Mass.nothing(live.shape, accumulator(hidden))
 
         # One product each, over all words: for products of their own, blocks of a head would have to be copied.
         logits = _logits(h, head), _logits(th, teacher_head)
@@ -206,7 +206,7 @@ def at_ids(
     """The named words and everything else are J + 1 buckets. Arguments and results as in `api.linear_kl_at_ids`."""
 
     def block(index, live, weight, by_head):
-        dtype = _accumulator(hidden)
+        dtype = accumulator(hidden)
         h = jnp.where(live[:, None], positions.tokens(hidden, index), 0)
         named = jnp.where(live[:, None], positions.tokens(ids, index), -1)
         lp = jnp.where(named < 0, -jnp.inf, positions.tokens(teacher_logprobs, index).astype(dtype))
@@ -216,39 +216,55 @@ def at_ids(
         def survey(carry, step):
             chosen, rest_mass = carry
             logits = vocab.counted(_logits(h, vocab.slice(head, step[0], 0)), step[0]).T
-            here, rest = split_at_ids(logits, _local(named, vocab, step[0]))
+            here, rest = split_at_ids(logits, local_ids(named, vocab, step[0]))
             return (jnp.maximum(chosen, here), rest_mass.merge(Mass.of(rest, -1))), rest
 
         nothing = (jnp.full(named.shape, -jnp.inf, dtype), Mass.nothing(live.shape, dtype))
         (chosen, rest_mass), rest_logits = vocab.scan(survey, nothing)
-        student_mass, rest_lse = rest_mass.merge(Mass.of(chosen, -1)), rest_mass.log()
-        lq = jnp.concatenate([chosen, rest_lse[..., None]], -1) - student_mass.log()[..., None]
-        value, slope = contribution_and_slope(divergence, lp, lq)
-        gradient = weight[..., None] * (slope - jnp.exp(lq) * slope.sum(-1, keepdims=True))
+        gradient, stats = over_buckets(divergence, named, lp, chosen, rest_mass, weight)
+        rest_lse = rest_mass.log()
 
         def finish(gradients, step):
             i, rest = step
             # Unnamed words share the tail's gradient by their part of the tail. Dividing by the tail's own mass,
             # not by the whole vocabulary's, stays exact where that mass underflows.
-            dz = gradient[..., -1:] * jnp.exp(rest - _finite(rest_lse)[..., None])
-            dz = _put(dz, _local(named, vocab, i), gradient[..., :-1])
+            dz = gradient[..., -1:] * jnp.exp(rest - finite(rest_lse)[..., None])
+            dz = _put(dz, local_ids(named, vocab, i), gradient[..., :-1])
             return _add_products(gradients, dz.T, h, head, vocab, i), None
 
         gradients = _products_start(h, by_head)
         if with_gradients:
             gradients, _ = vocab.scan(finish, gradients, rest_logits)
-        first = (lp[..., :-1] == lp[..., :-1].max(-1, keepdims=True)) & (named >= 0)
-        stats = {
-            "divergence": value.sum(-1),
-            "student_entropy": student_mass.entropy(),
-            "teacher_entropy": Mass.of(lp, -1).entropy(),
-            "top1_agreement": (jnp.where(first, chosen, -jnp.inf).max(-1) >= student_mass.top).astype(dtype),
-            "teacher_tail_mass": jnp.exp(lp_tail),
-            "student_support_mass": jnp.exp(lq[..., :-1]).sum(-1),
-        }
         return stats, gradients
 
     return _over_positions(block, hidden, head, weights, positions, with_gradients)
+
+
+def over_buckets(
+    divergence: Divergence,
+    ids: Int[Array, "M J"],
+    teacher_logprobs: Float[Array, "M J+1"],
+    chosen: Float[Array, "M J"],
+    rest: Mass,
+    weight: Float[Array, " M"],
+) -> tuple[Float[Array, "M J+1"], dict[str, Float[Array, " M"]]]:
+    """The derivative by the student's log-masses of J words and of the rest, times `weight`; and the statistics.
+
+    `chosen` are the student's logits at `ids`, `rest` what its others add up to; the teacher's last entry is its tail.
+    """
+    student_mass, dtype = rest.merge(Mass.of(chosen, -1)), chosen.dtype
+    lp, lq = teacher_logprobs, jnp.concatenate([chosen, rest.log()[..., None]], -1) - student_mass.log()[..., None]
+    value, slope = contribution_and_slope(divergence, lp, lq)
+    gradient = weight[..., None] * (slope - jnp.exp(lq) * slope.sum(-1, keepdims=True))
+    first = (lp[..., :-1] == lp[..., :-1].max(-1, keepdims=True)) & (ids >= 0)
+    return gradient, {
+        "divergence": value.sum(-1),
+        "student_entropy": student_mass.entropy(),
+        "teacher_entropy": Mass.of(lp, -1).entropy(),
+        "top1_agreement": (jnp.where(first, chosen, -jnp.inf).max(-1) >= student_mass.top).astype(dtype),
+        "teacher_tail_mass": jnp.exp(lp[..., -1]),
+        "student_support_mass": jnp.exp(lq[..., :-1]).sum(-1),
+    }
 
 
 def split_at_ids(
@@ -270,7 +286,7 @@ def _drop_negative(ids: Array, size: int) -> Array:
     return jnp.where(ids < 0, size, ids)
 
 
-def _local(ids: Array, vocab: Blocks, index) -> Array:
+def local_ids(ids: Int[Array, "*batch J"], vocab: Blocks, index) -> Int[Array, "*batch J"]:
     """Ids counted from the start of a vocabulary block, -1 where the block does not own them."""
     if vocab.count == 1:
         return ids
@@ -279,7 +295,7 @@ def _local(ids: Array, vocab: Blocks, index) -> Array:
 
 def _over_positions(block, hidden, head, weights, positions: Blocks, with_gradients: bool):
     """Run `block(index, live, weight, by_head) -> (stats, (by_hidden, by_head))` over T and put it together."""
-    dtype = _accumulator(hidden)
+    dtype = accumulator(hidden)
 
     def run(index, by_head):
         weight = jnp.where(positions.fresh(index), positions.slice(weights, index, 1), 0).astype(dtype)
@@ -308,7 +324,7 @@ def _over_positions(block, hidden, head, weights, positions: Blocks, with_gradie
 
 
 def _products_start(hidden: Array, by_head: Array | None):
-    return None if by_head is None else (jnp.zeros(hidden.shape, _accumulator(hidden)), by_head)
+    return None if by_head is None else (jnp.zeros(hidden.shape, accumulator(hidden)), by_head)
 
 
 def _add_products(gradients, dz: Array, hidden: Array, head: Array, vocab: Blocks, index):
@@ -317,7 +333,7 @@ def _add_products(gradients, dz: Array, hidden: Array, head: Array, vocab: Block
     Both products take their operands in the model's own dtype, as matrix units want them, and sum in float32.
     """
     by_hidden, by_head = gradients
-    dz, dtype = dz.astype(hidden.dtype), _accumulator(hidden)
+    dz, dtype = dz.astype(hidden.dtype), accumulator(hidden)
     by_hidden += jnp.einsum("VM,VD->MD", dz, vocab.slice(head, index, 0), preferred_element_type=dtype)
     update = jnp.einsum("VM,MD->VD", dz, hidden, preferred_element_type=dtype)
     return by_hidden, vocab.add(by_head, update, index, 0)
@@ -326,13 +342,13 @@ def _add_products(gradients, dz: Array, hidden: Array, head: Array, vocab: Block
 def _logits(hidden: Array, head: Array) -> Float[Array, "V M"]:
     """Words come first because few tokens meet many words: on CPU the products with the head are then up to half as
     fast again, and its gradient needs no transposed copy."""
-    return jnp.einsum("VD,MD->VM", head, hidden, preferred_element_type=_accumulator(hidden))
+    return jnp.einsum("VD,MD->VM", head, hidden, preferred_element_type=accumulator(hidden))
 
 
-def _finite(x: Array) -> Array:
+def finite(x: Array) -> Array:
     """-inf as 0, so that exp(-inf - x) is 0 instead of NaN where nothing has any mass."""
     return jnp.where(x == -jnp.inf, 0, x)
 
 
-def _accumulator(x: Array):
+def accumulator(x: Array):
     return jnp.promote_types(x.dtype, jnp.float32)
