@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from kernels_pallas.attention import attention, attention_part
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
-from kernels_pallas.linear_kl import Divergence, linear_kl_at_ids, linear_kl_full
+from kernels_pallas.linear_kl import Divergence, Implementation, linear_kl_at_ids, linear_kl_full
 from kernels_pallas.moe_dispatch import expert_ffn, route
 from kernels_pallas.paged_attention import paged_attention
 
@@ -227,10 +227,10 @@ def _linear_kl(model: Model) -> Iterator[Case]:
         return
     tokens, words, teacher_width, forward = 8192, 64, MODELS[-1].width, Divergence("forward_kl")
 
-    def full(hidden: Array, head: Array, *constants: Array, implementation: str) -> Array:
+    def full(hidden: Array, head: Array, *constants: Array, implementation: Implementation) -> Array:
         return linear_kl_full(hidden, head, *constants, divergence=forward, implementation=implementation)[0]
 
-    def at_ids(hidden: Array, head: Array, *constants: Array, implementation: str) -> Array:
+    def at_ids(hidden: Array, head: Array, *constants: Array, implementation: Implementation) -> Array:
         return linear_kl_at_ids(hidden, head, *constants, divergence=forward, implementation=implementation)[0]
 
     def sample_full(key: Array) -> tuple[Array, ...]:
@@ -254,7 +254,9 @@ def _linear_kl(model: Model) -> Iterator[Case]:
         ("linear_kl, 64 words", at_ids, sample_at_ids, 0),
     ):
         shape = f"{model.name}, {tokens:,} × {VOCABULARY:,}"
-        case = Case(operation=operation, shape=shape, function=function, sample=sample, kernels=(), flops=own + extra)
+        case = Case(
+            operation=operation, shape=shape, function=function, sample=sample, kernels=("tpu",), flops=own + extra
+        )
         yield case
         gradient = _gradient(function, 2)
         yield dataclasses.replace(case, operation=f"{operation}, gradient", function=gradient, flops=3 * own + extra)

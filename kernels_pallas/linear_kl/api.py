@@ -8,19 +8,24 @@ differentiation they are not computed. The teacher, the ids and the weights are 
 
 import dataclasses
 import functools
+import importlib
+import math
+from types import ModuleType
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.linear_kl import reference, xla
+from kernels_pallas.linear_kl import passes, reference, xla
 from kernels_pallas.linear_kl.divergence import Divergence
 from kernels_pallas.linear_kl.xla import split_at_ids
-from kernels_pallas.platforms import platform
+from kernels_pallas.platforms import choose, platform
 
-__all__ = ["IMPLEMENTATIONS", "linear_kl_at_ids", "linear_kl_full", "split_at_ids"]
+__all__ = ["IMPLEMENTATIONS", "Implementation", "linear_kl_at_ids", "linear_kl_full", "split_at_ids"]
 
-IMPLEMENTATIONS = ("xla", "reference")
+Implementation = Literal["xla", "reference", "tpu", "gpu"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu", "gpu")
 # Default blocks. Logits of one block of tokens are held whole; a CPU wants few of them at a time and walks the
 # vocabulary in pieces that fit its cache, an accelerator's matrix units want large ones.
 _LOGIT_BYTES_CPU = 56 * 2**20
@@ -39,7 +44,7 @@ def linear_kl_full(
     divergence: Divergence,
     block_tokens: int | None = None,
     block_vocab: int | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B T"]]]:
     """Σ weights · divergence(teacher ‖ student) over the whole vocabulary, exact.
 
@@ -50,10 +55,12 @@ def linear_kl_full(
         where its hidden states are NaN.
       divergence: which loss.
       block_tokens: about how many of the B·T tokens to work on at a time; blocks are taken along T and are counted
-        over the whole batch, so give (tokens per device) · (data shards) where B is sharded.
+        over the whole batch, so give (tokens per device) · (data shards) where B is sharded. Of "xla" alone.
       block_vocab: how many words at a time. None takes what suits a CPU's cache, and V whole elsewhere. Leave it
-        whole (V) where the head is sharded over the vocabulary, or every block is gathered.
-      implementation: None (picks "xla"), "xla", or "reference" (materialises [B, T, V]; for tests).
+        whole (V) where the head is sharded over the vocabulary, or every block is gathered. Of "xla" alone.
+      implementation: None (picks "xla"), "xla", "reference" (materialises [B, T, V]; for tests), or the kernels "tpu"
+        and "gpu", which work on one device's arrays (inside `shard_map` if there are several) and take blocks of
+        their own. They know every divergence.
 
     Peak temporary memory of "xla", in bytes beside arguments and results, with M tokens in a block: at most
     4·M·(2·V + 8·block_vocab) + 4·block_vocab·D. These are the student's and the teacher's logits, what is made of one
@@ -66,12 +73,15 @@ def linear_kl_full(
       word first).
 
     Raises:
-      ValueError: shapes that do not fit together, a block size below 1, or an unknown implementation.
+      ValueError: shapes that do not fit together, a block size below 1, an implementation that is unknown or of
+        another platform, or a kernel asked for by name that does not take this dtype, width or number of devices.
     """
     _require_student(hidden, head, weights)
     _require("teacher_hidden", teacher_hidden, (*hidden.shape[:2], None))
     _require("teacher_head", teacher_head, (head.shape[0], teacher_hidden.shape[2]))
     plan = _plan(hidden, head, divergence, block_tokens, block_vocab, implementation)
+    _require_kernel(plan, hidden=hidden, head=head)
+    _require_kernel(plan, teacher_hidden=teacher_hidden, teacher_head=teacher_head)
     return _full(hidden, head, (teacher_hidden, teacher_head, weights), plan)
 
 
@@ -86,7 +96,7 @@ def linear_kl_at_ids(
     divergence: Divergence,
     block_tokens: int | None = None,
     block_vocab: int | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B T"]]]:
     """Σ weights · divergence between distributions over J named words and one bucket for all the others.
 
@@ -118,6 +128,7 @@ def linear_kl_at_ids(
     _require("teacher_logprobs", teacher_logprobs, ids.shape)
     _require("teacher_log_tail", teacher_log_tail, ids.shape[:2])
     plan = _plan(hidden, head, divergence, block_tokens, block_vocab, implementation)
+    _require_kernel(plan, hidden=hidden, head=head)
     return _at_ids(hidden, head, (ids, teacher_logprobs, teacher_log_tail, weights), plan)
 
 
@@ -131,19 +142,14 @@ class _Plan:
     implementation: str
 
 
-def _with_derivative(xla_loss, reference_loss):
+def _with_derivative(xla_loss, kernel_loss, reference_loss):
     """A function of (hidden, head, constants, plan) whose derivatives are made in its forward pass."""
 
     def run(hidden, head, constants, plan, with_gradients):
-        return xla_loss(
-            hidden,
-            head,
-            *constants,
-            divergence=plan.divergence,
-            positions=plan.positions,
-            vocab=plan.vocab,
-            with_gradients=with_gradients,
-        )
+        options = {"divergence": plan.divergence, "with_gradients": with_gradients}
+        if plan.implementation == "xla":
+            return xla_loss(hidden, head, *constants, positions=plan.positions, vocab=plan.vocab, **options)
+        return kernel_loss(_kernels(plan.implementation), hidden, head, *constants, **options)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
     def blocked(hidden, head, constants, plan):
@@ -162,7 +168,7 @@ def _with_derivative(xla_loss, reference_loss):
     blocked.defvjp(forward, backward)
 
     def loss(hidden, head, constants, plan):
-        if plan.implementation == "xla":
+        if plan.implementation != "reference":
             return blocked(hidden, head, constants, plan)
         constants = jax.lax.stop_gradient(constants)
         loss, stats = reference_loss(hidden, head, *constants, divergence=plan.divergence)
@@ -171,14 +177,17 @@ def _with_derivative(xla_loss, reference_loss):
     return loss
 
 
-_full = _with_derivative(xla.full, reference.full)
-_at_ids = _with_derivative(xla.at_ids, reference.at_ids)
+_full = _with_derivative(xla.full, passes.full, reference.full)
+_at_ids = _with_derivative(xla.at_ids, passes.at_ids, reference.at_ids)
+
+
+def _kernels(name: str) -> ModuleType:
+    # Imported when they are wanted: each brings its platform's compiler front end.
+    return importlib.import_module(f"kernels_pallas.linear_kl.{name}")
 
 
 def _plan(hidden, head, divergence, block_tokens, block_vocab, implementation) -> _Plan:
-    implementation = "xla" if implementation is None else implementation
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is not available; use one of {', '.join(IMPLEMENTATIONS)}")
+    implementation = choose("linear_kl", implementation, IMPLEMENTATIONS)
     for name, value in (("block_tokens", block_tokens), ("block_vocab", block_vocab)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value} must be at least 1, or None for the default")
@@ -212,6 +221,32 @@ def _require_student(hidden: Array, head: Array, weights: Array) -> None:
     _require("weights", weights, hidden.shape[:2])
     if hidden.size == 0:
         raise ValueError(f"hidden has shape {hidden.shape}; pass at least one position")
+
+
+def _require_kernel(plan: _Plan, **pair: Array) -> None:
+    """That a kernel, if it is one, takes these hidden states and this head."""
+    name = plan.implementation
+    if name in ("xla", "reference"):
+        return
+    kernels, names, dtypes = _kernels(name), " and ".join(pair), {str(array.dtype) for array in pair.values()}
+    if len(dtypes) > 1 or not dtypes <= {*kernels.DTYPES}:
+        raise ValueError(
+            f"{names} have dtypes {', '.join(sorted(dtypes))}; implementation {name!r} of linear_kl takes one of "
+            f"{', '.join(kernels.DTYPES)} for both; cast them, or use 'xla'"
+        )
+    width = next(iter(pair.values())).shape[-1]
+    if width % kernels.MULTIPLE:
+        raise ValueError(
+            f"{names} are {width} wide; implementation {name!r} of linear_kl takes multiples of {kernels.MULTIPLE}; "
+            "use 'xla'"
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
+    if devices > 1:
+        raise ValueError(
+            f"implementation {name!r} of linear_kl works on one device's arrays, the mesh has {devices} devices; call "
+            "it inside jax.shard_map, or use 'xla'"
+        )
 
 
 def _require(name: str, array: Array, shape: tuple[int | None, ...]) -> None:
