@@ -1,13 +1,22 @@
 """The losses by name, over every kind of target: the one place where a target's type decides anything."""
 
 import dataclasses
+from typing import TypedDict
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.linear_kl import Divergence, DivergenceName, linear_kl_at_ids, linear_kl_full
+from kernels_pallas.linear_kl import Divergence, DivergenceName, Implementation, linear_kl_at_ids, linear_kl_full
 from qwen3.errors import UserError
 from teacher.targets import AtIds, Hidden, Sampled, Targets, TopK
+
+
+class Options(TypedDict):
+    """What every loss passes on to `linear_kl`."""
+
+    block_tokens: int | None
+    block_vocab: int | None
+    implementation: Implementation | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +53,7 @@ def distillation_loss(
     teacher_head: Float[Array, "V Dt"] | None = None,
     block_tokens: int | None = None,
     block_vocab: int | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B T"]]]:
     """Σ weights · loss over positions, and per-position statistics without gradient.
 
@@ -53,6 +63,7 @@ def distillation_loss(
       weights: loss mask / global number of trained positions; 0 excludes a position altogether.
       teacher_head: the teacher's output matrix, for `Hidden` targets only.
       block_tokens, block_vocab: memory against speed, see `linear_kl_full`.
+      implementation: which `linear_kl` to use, see there; None picks.
 
     Returns:
       The loss sum in nats, and the statistics of `linear_kl_full` (`Hidden`) or `linear_kl_at_ids` (others). A
@@ -60,8 +71,9 @@ def distillation_loss(
 
     Raises:
       ValueError: `Hidden` targets without a teacher head or a head without them, `Sampled` targets with another loss
-        than forward_kl, or shapes that do not fit.
+        than forward_kl, shapes that do not fit, or an implementation that cannot do this.
     """
+    options: Options = {"block_tokens": block_tokens, "block_vocab": block_vocab, "implementation": implementation}
     if isinstance(targets, Hidden):
         if teacher_head is None:
             raise ValueError("teacher_head is None; Hidden targets need the teacher's output matrix [V, D]")
@@ -72,15 +84,14 @@ def distillation_loss(
             teacher_head,
             weights,
             divergence=loss.divergence,
-            block_tokens=block_tokens,
-            block_vocab=block_vocab,
+            **options,
         )
     if not isinstance(targets, TopK | AtIds | Sampled):
         raise ValueError(f"targets is a {type(targets).__name__}; pass TopK, AtIds, Hidden or Sampled")
     if teacher_head is not None:
         raise ValueError(f"teacher_head is given with {type(targets).__name__} targets, which do not use it; remove it")
     if isinstance(targets, Sampled):
-        return _sampled_loss(hidden, head, targets, weights, loss, block_tokens, block_vocab)
+        return _sampled_loss(hidden, head, targets, weights, loss, options)
     return linear_kl_at_ids(
         hidden,
         head,
@@ -89,13 +100,12 @@ def distillation_loss(
         targets.log_tail,
         weights,
         divergence=loss.divergence,
-        block_tokens=block_tokens,
-        block_vocab=block_vocab,
+        **options,
     )
 
 
 def _sampled_loss(
-    hidden: Array, head: Array, targets: Sampled, weights: Array, loss: Loss, block_tokens, block_vocab
+    hidden: Array, head: Array, targets: Sampled, weights: Array, loss: Loss, options: Options
 ) -> tuple[Array, dict[str, Array]]:
     """The cross-entropy to the drawn words less the teacher's own entropy: on average KL(teacher‖student).
 
@@ -111,8 +121,7 @@ def _sampled_loss(
         jnp.full_like(targets.entropy, -jnp.inf),
         weights,
         divergence=loss.divergence,
-        block_tokens=block_tokens,
-        block_vocab=block_vocab,
+        **options,
     )
     # The op's teacher is the drawn distribution; what its entropy is off by does not depend on the student.
     excess = jnp.where(weights == 0, 0, stats["teacher_entropy"] - targets.entropy)
