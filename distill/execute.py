@@ -31,6 +31,7 @@ from qwen3.adapter import adapter_parameters
 from qwen3.chat import ChatTokenizer
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
+from qwen3.quantisation import saved_bytes
 from qwen3.sharding import make_mesh
 from student.export import export
 from teacher.fingerprint import fingerprint
@@ -97,9 +98,9 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             rows=rows,
             stages=list(costs.values()),
             lineage=experiment.lineage(),
-            student_parameters=_parameters(student) - adapter_parameters(student),
+            student_parameters=_parameters(student.config),
             adapter_parameters=adapter_parameters(student) or None,
-            teacher_parameters=_parameters(context.load_teacher().model) if experiment.teacher else None,
+            teacher_parameters=_parameters(context.load_teacher().model.config) if experiment.teacher else None,
             wall_seconds=seconds,
             provenance={"seed": experiment.seed, "teacher": experiment.teacher.path if experiment.teacher else None},
         )
@@ -133,11 +134,16 @@ def _student(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh) -> Qw
 
 def _teacher(experiment: Experiment, mesh: Mesh, progress: Progress) -> TeacherModel:
     assert experiment.teacher is not None
-    path, dtype = experiment.teacher.path, jnp.dtype(experiment.teacher.dtype)
+    path, dtype, kind = experiment.teacher.path, jnp.dtype(experiment.teacher.dtype), experiment.teacher.quantisation
     with progress.reading("loading the teacher") as on_read:
-        model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh, on_read=on_read)
+        model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh, on_read=on_read, quantisation=kind)
     model.kernels = experiment.kernels
-    return TeacherModel(model=model, mesh=mesh, fingerprint=fingerprint(path))
+    known_as = fingerprint(path)
+    if kind is not None:
+        known_as += f" {kind}"
+        kept, saved = (f"{count / 1e6:,.1f} MB" for count in (_bytes(model), saved_bytes(model, dtype)))
+        progress.print(f"teacher    its weights take {kept} with {kind}, {saved} less than in {dtype.name} alone")
+    return TeacherModel(model=model, mesh=mesh, fingerprint=known_as)
 
 
 def _agreements(experiment: Experiment, tokenizer: ChatTokenizer) -> list[selftest.Agreement]:
@@ -217,8 +223,13 @@ def _export(experiment: Experiment, model: Qwen3, context: RunContext) -> None:
     )
 
 
-def _parameters(model: Qwen3) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(model))
+def _parameters(config: ModelConfig) -> int:
+    """Of the model itself: adapters are counted apart, and scales of quantised weights are none."""
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: Qwen3(config, jax.random.key(0)))))
+
+
+def _bytes(model: Qwen3) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
 
 
 def _wall_seconds(directory: Path, seconds: float) -> float:

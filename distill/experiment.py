@@ -12,6 +12,7 @@ from distill.stages import OffPolicy, Stage
 from distill.tasks import Arithmetic, PromptFile, ReasoningGym
 from qwen3.errors import UserError
 from qwen3.kernels import Kernels
+from qwen3.quantisation import Quantisation
 from qwen3.sharding import MeshShape
 from student.init import FromCheckpoint, FromScratch
 
@@ -27,6 +28,9 @@ class Teacher:
     """Folder in Hugging Face format."""
     dtype: Dtype = "bfloat16"
     """What the weights are kept and computed in; they are never trained."""
+    quantisation: Quantisation | None = None
+    """Keep projections and experts in eight bits, to which they are rounded as they are read: near half the memory of
+    bfloat16, for targets that differ a little (measured by experiments/benchmarks/quantised_teacher.py)."""
     placement: Literal["colocated", "own_mesh"] = "colocated"
     """colocated: on the student's mesh, taking turns with it. own_mesh: on devices of the same job that the student
     has not, scoring the next rows while the student trains on those before."""

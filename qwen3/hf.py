@@ -19,6 +19,7 @@ from qwen3.errors import UserError
 from qwen3.folder import complete_folder
 from qwen3.hf_names import HEAD_NAME, Leaf, Tensor, leaves_of
 from qwen3.model import Qwen3
+from qwen3.quantisation import Quantisation
 from qwen3.safetensors_folder import SafetensorsFolder, some_names, split_shards, write_index
 from qwen3.sharding import fetch, shardings
 from qwen3.streaming import OnRead, stream
@@ -33,13 +34,15 @@ def load(
     compute_dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     on_read: OnRead | None = None,
+    quantisation: Quantisation | None = None,
 ) -> Qwen3:
     """Read a checkpoint: one file or sharded, experts one by one or fused, in bfloat16, float16 or float32.
 
     Host memory stays near what is kept there (on CPU the weights themselves, on accelerators nothing): beside it
     come two slabs of weights, see `qwen3.streaming.stream`. With `mesh` the table of `qwen3.sharding` places every
     part, and every process reads what its devices need; else the default device gets all. A head that is stored
-    beside tied embeddings is ignored.
+    beside tied embeddings is ignored. With `quantisation` projections and experts are kept in eight bits, rounded as
+    they come (see `qwen3.quantisation`); such a model is read, not trained or saved.
 
     Raises:
         UserError: config.json or a weight file is missing or malformed, tensors are missing, unexpected or of the
@@ -52,8 +55,8 @@ def load(
     )
     leaves = leaves_of(model)
     _check(files, leaves, config, folder)
-    for leaf, array in zip(leaves, stream(files, leaves, mesh, on_read), strict=True):
-        setattr(leaf.owner, leaf.attribute, leaf.param.replace(array))
+    for leaf, weight in zip(leaves, stream(files, leaves, mesh, on_read, quantisation), strict=True):
+        setattr(leaf.owner, leaf.attribute, weight)
     return model
 
 

@@ -105,6 +105,12 @@ class Leaf:
         return self.tensors[0].inputs
 
     @property
+    def summed_axes(self) -> range:
+        """The axes that a projection's or the experts' products sum over; none for a vector, a table or the router."""
+        first = len(self.tensors[0].lead)
+        return range(first, first + (0 if self.attribute == "router" else self.inputs or 0))
+
+    @property
     def module_name(self) -> str:
         """The last part of the module's name, such as q_proj."""
         return self.tensors[0].name.split(".")[-2]

@@ -2,7 +2,8 @@
 
 A parameter is a stack of layers, and whole stacks are too large for a host: the experts' matrices of a 235B teacher
 have 151 GB each. So a stack is filled on the devices, a slab of some layers at a time, and a host holds two slabs: one
-that is being read and one on its way to the devices.
+that is being read and one on its way to the devices. Where weights are kept in eight bits, a device rounds its part of
+a slab as it comes; no more than that is ever wide.
 """
 
 import concurrent.futures
@@ -14,10 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, Sharding
 
 from qwen3.cores import usable_cores
 from qwen3.hf_names import Leaf, Tensor
+from qwen3.quantisation import Quantisation, QuantisedWeight, quantise
 from qwen3.safetensors_folder import SafetensorsFolder
 from qwen3.sharding import shardings
 
@@ -31,22 +34,30 @@ _TILE_ROWS = 16
 
 OnRead = Callable[[int, int], None]
 """Called in the loading thread with the bytes read so far and the bytes that this host reads in all."""
+Weight = nnx.Variable | QuantisedWeight
+"""A parameter, as it is or in eight bits."""
 _Bounds = tuple[tuple[int, int], ...]
 
 
 def stream(
-    files: SafetensorsFolder, leaves: Sequence[Leaf], mesh: Mesh | None, on_read: OnRead | None = None
-) -> Iterator[jax.Array]:
+    files: SafetensorsFolder,
+    leaves: Sequence[Leaf],
+    mesh: Mesh | None,
+    on_read: OnRead | None = None,
+    quantisation: Quantisation | None = None,
+) -> Iterator[Weight]:
     """The parameters in the order of `leaves`, placed by `qwen3.sharding`; without `mesh` on the default device.
+
+    With `quantisation` the leaves that are kept in eight bits (see `qwen3.quantisation`) come so.
 
     Host memory beside what is kept there: two slabs, each of at most `SLAB_BYTES` or of one layer of one parameter (or
     of the embedding) as far as this host's devices hold it, and READERS · PIECE_BYTES. A weight that is split along
     PyTorch's columns is read with its neighbours, which share its pages of storage, and dropped down to its part.
     """
-    layouts = [_Layout(files, leaf, mesh) for leaf in leaves]
+    layouts = [_Layout(files, leaf, mesh, quantisation) for leaf in leaves]
     total = sum(piece.bytes for layout in layouts for piece in layout.pieces(layout.parts))
     done = 0
-    previous: jax.Array | None = None
+    previous: Weight | None = None
     with concurrent.futures.ThreadPoolExecutor(READERS, "read-weights") as readers:
         for layout in layouts:
             for slab in layout.slabs():
@@ -79,9 +90,11 @@ class _Piece(NamedTuple):
 
 
 class _Layout:
-    """Where the parts of one parameter go, and the array that they make up."""
+    """Where the parts of one parameter go, and the parameter that they make up."""
 
-    def __init__(self, files: SafetensorsFolder, leaf: Leaf, mesh: Mesh | None):
+    def __init__(
+        self, files: SafetensorsFolder, leaf: Leaf, mesh: Mesh | None, quantisation: Quantisation | None = None
+    ):
         self._files, self._leaf = files, leaf
         value = leaf.param.get_value()
         self._shape, self.dtype = value.shape, value.dtype
@@ -95,7 +108,11 @@ class _Layout:
                 bounds = tuple(part.indices(size)[:2] for part, size in zip(index, self._shape, strict=True))
                 self._devices.setdefault(bounds, []).append(device)
         self.parts = list(self._devices)
-        self._array: jax.Array | None = None
+        self._keep: Callable[[nnx.Variable], Weight] = lambda slab: slab
+        """Makes of a slab what is kept of it."""
+        if quantisation is not None and leaf.summed_axes:
+            self._keep = _rounding(quantisation, leaf.summed_axes, mesh)
+        self._weight: Weight | None = None
 
     def slabs(self) -> Iterator[list[_Bounds]]:
         """The parts, cut into as few equal runs of layers as keep within SLAB_BYTES on this host."""
@@ -149,8 +166,8 @@ class _Layout:
                 )
         return piece.bytes
 
-    def put(self, parts: Sequence[_Bounds], outs: Sequence[np.ndarray]) -> jax.Array:
-        """Sends a slab to the devices; returns the array as far as it is filled, which may not have arrived yet."""
+    def put(self, parts: Sequence[_Bounds], outs: Sequence[np.ndarray]) -> Weight:
+        """Sends a slab to the devices; returns the weight as far as it is filled, which may not have arrived yet."""
         placed = [
             jax.device_put(out, device)
             for part, out in zip(self.parts, outs, strict=True)
@@ -161,18 +178,32 @@ class _Layout:
         slab = placed[0]
         if self._sharding is not None:
             slab = jax.make_array_from_single_device_arrays(shape, self._sharding, placed)
+        part = self._keep(self._leaf.param.replace(slab))
         if shape == self._shape:
-            self._array = slab
-        else:
-            assert layers is not None
-            whole = _zeros(self._shape, self.dtype, self._sharding)() if self._array is None else self._array
-            self._array = _written(self._sharding)(whole, slab, layers[0])
-        return self._array
+            self._weight = part
+            return part
+        assert layers is not None
+        first, count = layers[0], self._shape[0]
+        if self._weight is None:
+            self._weight = jax.tree.map(lambda x: _zeros((count, *x.shape[1:]), x.dtype, x.sharding)(), part)
+        self._weight = jax.tree.map(lambda whole, x: _written(x.sharding)(whole, x, first), self._weight, part)
+        return self._weight
 
-    def finish(self) -> jax.Array:
-        array, self._array = self._array, None
-        assert array is not None
-        return array
+    def finish(self) -> Weight:
+        weight, self._weight = self._weight, None
+        assert weight is not None
+        return weight
+
+
+@functools.cache
+def _rounding(kind: Quantisation, summed_axes: range, mesh: Mesh | None) -> Callable[[nnx.Variable], Weight]:
+    """Makes eight bits of a slab of a parameter, each device of its own part."""
+
+    def rounded(slab: nnx.Variable) -> QuantisedWeight:
+        weight = quantise(slab, kind, summed_axes)
+        return weight if mesh is None else jax.lax.with_sharding_constraint(weight, shardings(weight, mesh))
+
+    return jax.jit(rounded)
 
 
 def _holds(bounds: _Bounds, tensor: Tensor) -> bool:
@@ -231,12 +262,12 @@ def _aligned_empty(shape: list[int], dtype: Any) -> np.ndarray:
 
 
 @functools.cache
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> Callable[[], jax.Array]:
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[], jax.Array]:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.cache
-def _written(sharding: Sharding | None) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+def _written(sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
     """Writes a slab into its layers of the whole, in place: layers are never split, so nothing is communicated."""
 
     def write(whole: jax.Array, slab: jax.Array, first: jax.Array) -> jax.Array:

@@ -69,7 +69,7 @@ class TeacherModel:
     mesh: Mesh
     """Where its weights lie: the student's mesh, or its own."""
     fingerprint: str
-    """Hash of the teacher's folder: targets of one teacher are refused for another."""
+    """Hash of the teacher's folder, and its quantisation: targets of one teacher are refused for another."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
