@@ -19,6 +19,7 @@ from qwen3.rollout import Rollout, first_fit_rows
 from qwen3.sharding import batch_sharding, batch_shares, fetch, partition_spec, place, to_pieces, to_rows
 from teacher.scored_rollout import ScoredRollout
 from teacher.targets import AtIds, Hidden, Sampled, TopK, at_ids_targets, sampled_targets, top_k_targets
+from teacher.transfer import moved
 
 AnyTargets = TypeVar("AnyTargets", TopK, AtIds, Hidden, Sampled)
 
@@ -35,8 +36,7 @@ class Scorer:
 
     def __init__(self, model: Qwen3, mesh: Mesh, *, wanted_on: Mesh | None = None):
         """`wanted_on` is the mesh on which targets and head are used, if that is another one (see
-        `teacher.placement`): they are moved there as soon as they are computed, without anybody waiting where both
-        meshes split batches alike, else through this process's memory, which waits."""
+        `teacher.placement`): they are moved there as soon as they are computed, without anybody waiting."""
         self._model, self._mesh = model, mesh
         self._placement = batch_sharding(mesh)
         self._wanted_on = mesh if wanted_on is None else wanted_on
@@ -48,7 +48,7 @@ class Scorer:
         if self._wanted_on == self._mesh:
             return head
         spec = partition_spec(("vocab", "embed"), head.shape, self._wanted_on)
-        return jax.device_put(head, NamedSharding(self._wanted_on, spec))
+        return moved(head, NamedSharding(self._wanted_on, spec))
 
     def hidden(
         self, tokens: Int[np.ndarray, "B T"], positions: Int[np.ndarray, "B T"], segment_ids: Int[np.ndarray, "B T"]
@@ -158,7 +158,7 @@ class Scorer:
         return place(arrays, self._placement)
 
     def _moved(self, targets: AnyTargets) -> AnyTargets:
-        return targets if self._wanted_on == self._mesh else jax.device_put(targets, batch_sharding(self._wanted_on))
+        return targets if self._wanted_on == self._mesh else moved(targets, batch_sharding(self._wanted_on))
 
 
 @functools.partial(jax.jit, static_argnums=4)
