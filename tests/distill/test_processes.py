@@ -20,6 +20,7 @@ from distill.processes import Cluster
 from qwen3.errors import UserError
 from teacher.store import TargetStore
 from tests.distill import miniature
+from tests.distill.taught import losses
 
 # The mesh puts halves of every matrix into different processes, and experts on different devices of one. One layer is
 # enough for that: nearly all of the time is compiling, three times over.
@@ -143,6 +144,80 @@ def test_two_processes_killed_and_started_again_match_one_process(experiment_fil
     assert (resumed / "report.html").is_file()
 
 
+TAUGHT = """
+import json, sys
+from distill import processes
+from tests.distill.taught import losses
+
+
+def work():
+    print(json.dumps(losses()), file=sys.stderr)
+    return 0
+
+
+sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
+"""
+
+
+def test_a_teacher_with_devices_of_both_processes_teaches_as_in_one_process(tmp_path: Path) -> None:
+    expected = losses()
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+    for status, errors in run_two(TAUGHT, tmp_path, devices=4):
+        assert status == 0, errors
+        said = next(json.loads(line) for line in errors.splitlines() if line.startswith("[{"))
+        for ours, theirs in zip(said, expected, strict=True):
+            # Between processes sums are added in another order.
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+MOVING = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from distill import processes
+from qwen3.errors import UserError
+from qwen3.sharding import MeshShape, batch_sharding, place
+from teacher.placement import own_mesh
+from teacher.transfer import moved
+
+EXPECTED = np.arange(12 * 8, dtype=np.float32).reshape(12, 8)
+
+
+def require_moved(x, onto):
+    for shard in moved(x, onto).addressable_shards:
+        np.testing.assert_array_equal(shard.data, EXPECTED[shard.index])
+
+
+def work():
+    for teacher, student in (
+        ({"data": 3, "expert": 2}, {"fsdp": 2}),  # other cuts, but each process has its rows
+        ({"data": 4}, {"data": 1, "tensor": 4}),  # each process wants rows of the other
+        ({"data": 1, "tensor": 4}, {"data": 2, "fsdp": 2}),
+    ):
+        of_teacher, of_student = own_mesh(MeshShape(**teacher), MeshShape(**student))
+        for mesh in (of_teacher, of_student):
+            assert len({device.process_index for device in mesh.devices.flat}) == 2
+        require_moved(place(EXPECTED, batch_sharding(of_teacher)), batch_sharding(of_student))
+        both_ways = PartitionSpec("tensor", "fsdp")
+        require_moved(place(EXPECTED, NamedSharding(of_teacher, both_ways)), NamedSharding(of_student, both_ways))
+    try:
+        own_mesh(MeshShape(data=5), MeshShape(data=3))
+    except UserError as error:
+        assert "2 processes with 4, 4 devices cannot give equally many to teacher.mesh, which has 5" in str(error)
+    else:
+        raise AssertionError("5 + 3 devices of two processes were accepted")
+    return 0
+
+
+sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
+"""
+
+
+def test_processes_move_arrays_between_meshes_that_they_share(tmp_path: Path) -> None:
+    for status, errors in run_two(MOVING, tmp_path, devices=4):
+        assert status == 0, errors
+
+
 PRIMITIVES = """
 import os, signal, sys
 from distill import processes
@@ -196,9 +271,9 @@ sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
 """
 
 
-def run_two(program: str, folder: Path, *arguments: str) -> list[tuple[int, str]]:
+def run_two(program: str, folder: Path, *arguments: str, devices: int = 1) -> list[tuple[int, str]]:
     """Status and errors of two processes of `program`, given an address, their number and `arguments`."""
-    _, environment = miniature.launch_command(folder, folder, devices=1)
+    _, environment = miniature.launch_command(folder, folder, devices=devices)
     address = free_address()
     launched = [
         subprocess.Popen(

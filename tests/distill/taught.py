@@ -1,0 +1,52 @@
+"""Two updates of a student by a teacher with devices of its own, the same in one process and in several."""
+
+import jax
+import numpy as np
+import optax
+
+from distill.losses import Loss
+from distill.train_state import TrainState
+from distill.train_step import Batch, TrainStep
+from qwen3.config import ModelConfig
+from qwen3.model import Qwen3
+from qwen3.sharding import MeshShape, make_placed
+from teacher.placement import own_mesh
+from teacher.scoring import Scorer
+from tests.distill.miniature import DENSE, MOE
+
+# Rows are cut in two for the teacher, whose experts lie in different processes, and in four for the student.
+TEACHER_MESH, STUDENT_MESH = MeshShape(data=1, expert=2, tensor=2), MeshShape(fsdp=2)
+ROWS, LENGTH, WORDS = 4, 12, 40
+
+
+def losses() -> list[dict[str, float]]:
+    """What the two updates measure."""
+    of_teacher, of_student = own_mesh(TEACHER_MESH, STUDENT_MESH)
+    small = {"num_hidden_layers": 1, "num_key_value_heads": 2, "vocab_size": WORDS}
+    configs = [ModelConfig.from_hf(architecture | small) for architecture in (MOE, DENSE)]
+    teacher, student = (
+        make_placed(lambda key, config=config: Qwen3(config, key), jax.random.key(seed), mesh)
+        for seed, (config, mesh) in enumerate(zip(configs, (of_teacher, of_student), strict=True))
+    )
+    scorer, transformation = Scorer(teacher, of_teacher, wanted_on=of_student), optax.adam(1e-2)
+    state = TrainState.start(student, transformation, of_student)
+    train = TrainStep(
+        transformation=transformation,
+        loss=Loss(name="reverse_kl"),
+        mesh=of_student,
+        teacher_head=scorer.head,
+    )
+    rng, measured = np.random.default_rng(0), []
+    for _ in range(2):
+        tokens = rng.integers(0, WORDS, (ROWS, LENGTH)).astype(np.int32)
+        rows = {
+            "tokens": tokens,
+            "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape),
+            "segment_ids": np.ones_like(tokens),
+            "loss_mask": np.ones(tokens.shape, bool),
+            "mode": np.ones(tokens.shape, np.uint8),
+        }
+        targets = scorer.hidden(rows["tokens"], rows["positions"], rows["segment_ids"])
+        state, result = train(state, [Batch.of(rows, targets)])
+        measured.append(dict(result.metrics))
+    return measured
