@@ -8,24 +8,14 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
+from kernels_pallas.chips import CHIPS
 
-class _Gpu(NamedTuple):
-    """Public figures of a card (NVIDIA's H100 and H200 data sheets, and what its driver reports as memory)."""
-
-    name: str
-    memory_bytes: int
-    bytes_per_s: float
-
-
-_GPUS: Mapping[str, _Gpu] = {
-    "h100": _Gpu("NVIDIA H100 80GB HBM3", 81_559 * 2**20, 3.35e12),
-    "h200": _Gpu("NVIDIA H200", 143_771 * 2**20, 4.8e12),
-}
+_GPUS = ("h100", "h200")
 # What libtpu reads when it is loaded: no lock against a second process, nothing asked of a cloud's metadata server, and
 # no complaint about a TPU host that this is not (the type named is not what it compiles for).
 _LIBTPU: Mapping[str, str] = {
@@ -34,8 +24,7 @@ _LIBTPU: Mapping[str, str] = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
 }
-_TPU_DIMENSIONS: Mapping[str, int] = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
-KINDS = (*_TPU_DIMENSIONS, *_GPUS)
+KINDS = tuple(CHIPS)
 
 # XLA's GpuTargetConfigProto for a Hopper card; the limits are those of compute capability 9.0 (CUDA C++ Programming
 # Guide, "Technical Specifications per Compute Capability"), the counts those of the SXM card.
@@ -79,8 +68,8 @@ def devices(target: str) -> list[Any]:
     Raises ValueError for a target that there is not, ModuleNotFoundError where its compiler is not installed.
     """
     kind, colon, shape = target.partition(":")
-    dimensions = _TPU_DIMENSIONS.get(kind, 2)
-    if kind not in KINDS or (colon and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{dimensions - 1}}}", shape)):
+    dimensions = 2 if kind not in CHIPS or kind in _GPUS else CHIPS[kind].torus_dimensions
+    if kind not in CHIPS or (colon and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{dimensions - 1}}}", shape)):
         raise ValueError(
             f"target {target!r} is unknown; use one of {', '.join(KINDS)}, or one with its topology such as v5e:4x4, "
             "v5p:4x4x4 or h100:8x8"
@@ -88,7 +77,7 @@ def devices(target: str) -> list[Any]:
     jax.config.update("jax_platforms", "cpu")
     if kind in _GPUS:
         _require(kind, "jax_cuda13_plugin", "jax_cuda12_plugin")
-        card = _GPUS[kind]
+        card = CHIPS[kind]
         config = _HOPPER.format(name=card.name, memory=card.memory_bytes, bandwidth=int(card.bytes_per_s))
         return _topology(kind, platform="cuda", topology=f"1x{shape or '1x1'}", target_config=config)
     _require(kind, "libtpu")
@@ -135,6 +124,7 @@ def shortage(compiled: jax.stages.Compiled, target: str) -> str | None:
         return None
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     needed -= memory.alias_size_in_bytes
-    if needed <= _GPUS[kind].memory_bytes:
+    card = CHIPS[kind]
+    if needed <= card.memory_bytes:
         return None
-    return f"needs {needed / 2**30:.1f} GiB, {_GPUS[kind].name} has {_GPUS[kind].memory_bytes / 2**30:.1f} GiB"
+    return f"needs {needed / 2**30:.1f} GiB, {card.name} has {card.memory_bytes / 2**30:.1f} GiB"
