@@ -8,7 +8,7 @@ from distill.processes import require_same
 from distill.results import EvaluationRow
 from distill.rollouts import prompt_ids
 from distill.samples import judge
-from distill.stages.context import Interrupted, RunContext
+from distill.stages.context import EngineSizes, Interrupted, RunContext
 from qwen3.engine import Request
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
@@ -51,6 +51,15 @@ class Evaluation:
         if unknown := [mode for mode in self.modes if mode not in MODES]:
             raise UserError(f"evaluation.modes holds {unknown[0]!r}; use {' and '.join(MODES)}")
 
+    @property
+    def writing(self) -> EngineSizes:
+        """Of the engine with which every model writes."""
+        return EngineSizes(
+            batch_size=self.batch_size,
+            max_prompt_tokens=self.max_prompt_tokens,
+            sampling=tuple(self.sampling(mode) for mode in self.modes),
+        )
+
     def sampling(self, mode: Mode) -> SamplingParams:
         return {THINKING: self.thinking, NON_THINKING: self.non_thinking}[mode]
 
@@ -62,12 +71,7 @@ class Evaluator:
         self._evaluation, self._context = evaluation, context
         # The problems do not depend on the run's seed, so that runs of several seeds can be compared.
         self._problems = context.tasks.problems("held_out", evaluation.problems, seed=0)
-        self._engine = context.engine(
-            model,
-            batch_size=evaluation.batch_size,
-            max_prompt_tokens=evaluation.max_prompt_tokens,
-            sampling=[evaluation.sampling(mode) for mode in evaluation.modes],
-        )
+        self._engine = context.engine(model, evaluation.writing)
 
     def rows(self, name: str, model: Qwen3) -> list[EvaluationRow]:
         """One row for each mode. Raises Interrupted between batches where the run was asked to stop."""

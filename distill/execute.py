@@ -32,10 +32,8 @@ from qwen3.chat import ChatTokenizer
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
 from qwen3.quantisation import saved_bytes
-from qwen3.sharding import make_mesh
 from student.export import export
 from teacher.fingerprint import fingerprint
-from teacher.placement import own_mesh
 
 
 def execute(experiment: Experiment, directory: Path, progress: Progress, stop: StopRequest) -> Report:
@@ -45,7 +43,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
     """
     started = time.monotonic()
     with RunDirectory.claim(directory, experiment) as run, contextlib.ExitStack() as opened:
-        mesh, teacher_mesh = _meshes(experiment)
+        mesh, teacher_mesh = experiment.meshes()
         teacher_tokenizer = ChatTokenizer.from_folder(
             experiment.teacher.path if experiment.teacher else experiment.student.tokenizer_folder
         )
@@ -111,15 +109,6 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
 
 def _metrics(directory: Path) -> MetricsWriter:
     return MetricsWriter(directory) if is_first() else NoMetrics()
-
-
-def _meshes(experiment: Experiment) -> tuple[Mesh, Mesh]:
-    """The student's mesh and the teacher's, which is the same one where they share their devices."""
-    if experiment.teacher is None or experiment.teacher.placement == "colocated":
-        mesh = make_mesh(experiment.mesh)
-        return mesh, mesh
-    teacher_mesh, mesh = own_mesh(experiment.teacher.mesh, experiment.mesh)
-    return mesh, teacher_mesh
 
 
 def _student(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh) -> Qwen3:

@@ -7,14 +7,18 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
+from jax.sharding import Mesh
+
 from distill.evaluate import Evaluation
 from distill.stages import OffPolicy, Stage
 from distill.tasks import Arithmetic, PromptFile, ReasoningGym
 from qwen3.errors import UserError
 from qwen3.kernels import Kernels
 from qwen3.quantisation import Quantisation
-from qwen3.sharding import MeshShape
+from qwen3.sharding import MeshShape, make_mesh
 from student.init import FromCheckpoint, FromScratch
+from teacher.placement import own_mesh
 
 _RESERVED = ("student_initial", "teacher", "evaluation")
 Dtype = Literal["float32", "bfloat16"]
@@ -26,6 +30,8 @@ class Teacher:
 
     path: str
     """Folder in Hugging Face format."""
+    planned_as: str | None = None
+    """A folder whose config.json a plan goes by as long as there is none in `path`; a run needs `path`."""
     dtype: Dtype = "bfloat16"
     """What the weights are kept and computed in; they are never trained."""
     quantisation: Quantisation | None = None
@@ -120,6 +126,17 @@ class Experiment:
     def adapted_base(self) -> str | None:
         """The folder of the weights that stay frozen beside adapters; None where there are no adapters."""
         return self.student.path if isinstance(self.student, FromCheckpoint) and self.student.lora else None
+
+    def meshes(self, devices: list[jax.Device] | None = None) -> tuple[Mesh, Mesh]:
+        """The student's mesh and the teacher's over `devices`, all by default: one mesh where they share them.
+
+        Raises UserError where the devices do not make up what `mesh` and `teacher.mesh` ask for.
+        """
+        if self.teacher is None or self.teacher.placement == "colocated":
+            mesh = make_mesh(self.mesh, devices)
+            return mesh, mesh
+        teacher_mesh, mesh = own_mesh(self.teacher.mesh, self.mesh, devices)
+        return mesh, teacher_mesh
 
     def start_of(self, name: str) -> str | None:
         """The stage whose student stage `name` starts from; None for the initial student."""

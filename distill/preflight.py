@@ -45,7 +45,7 @@ def preflight(
     Takes about a quarter of a second for a thousand prompts, nearly all of it for their tokens. Raises UserError.
     """
     stages = {name: stage for name, stage in experiment.stages.items() if name not in finished}
-    _check_meshes(experiment, mesh, teacher_mesh)
+    check_meshes(experiment, mesh, teacher_mesh)
     models = _checked_models(experiment, teacher_mesh)
     experiment.kernels.check(models["student"], experiment.compute_dtype, mesh)
     if experiment.teacher is not None:
@@ -65,7 +65,7 @@ def preflight(
             _check_asked(one, tokenizer, models, bar)
 
 
-def _check_meshes(experiment: Experiment, mesh: Mesh, teacher_mesh: Mesh) -> None:
+def check_meshes(experiment: Experiment, mesh: Mesh, teacher_mesh: Mesh) -> None:
     """Refuses whatever the devices of student or teacher cannot share."""
     check_rows("evaluation.batch_size", experiment.evaluation.batch_size, mesh)
     if experiment.teacher is not None:

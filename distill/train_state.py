@@ -4,6 +4,7 @@ Where the model has adapters, its other weights are frozen: they have no optimis
 their buffers, and checkpoints leave them out, since the base's folder holds them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Int
 
 from qwen3.adapter import joined, trained_and_frozen
 from qwen3.model import Qwen3
-from qwen3.sharding import shardings
+from qwen3.sharding import placed_shapes, shardings
 
 
 @jax.tree_util.register_dataclass
@@ -31,12 +32,20 @@ class TrainState:
         The trained weights are copied, since train steps give away their buffers.
         """
         trained, frozen = trained_and_frozen(model)
-
-        def begin(trained: Qwen3) -> TrainState:
-            return cls(step=jnp.zeros((), jnp.int32), model=trained, optimizer=transformation.init(trained))
-
+        begin = functools.partial(cls._begin, transformation)
         placed = jax.jit(begin, out_shardings=shardings(jax.eval_shape(begin, trained), mesh))
         return placed(jax.tree.map(jnp.copy, trained)).joined(jax.device_put(frozen, shardings(frozen, mesh)))
+
+    @classmethod
+    def shapes(cls, model: Qwen3, transformation: optax.GradientTransformation, mesh: Mesh) -> "TrainState":
+        """What `start` makes of an abstract model: shapes, dtypes and shardings."""
+        trained, frozen = trained_and_frozen(model)
+        begun = jax.eval_shape(functools.partial(cls._begin, transformation), trained)
+        return placed_shapes(begun, mesh).joined(placed_shapes(frozen, mesh))
+
+    @classmethod
+    def _begin(cls, transformation: optax.GradientTransformation, trained: Qwen3) -> "TrainState":
+        return cls(step=jnp.zeros((), jnp.int32), model=trained, optimizer=transformation.init(trained))
 
     def split(self) -> tuple["TrainState", Qwen3]:
         """The state with None in the place of frozen weights, and the frozen weights."""

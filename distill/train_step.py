@@ -8,7 +8,7 @@ devices.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from qwen3.adapter import joined
 from qwen3.model import Qwen3
 from qwen3.moe import load_balancing_loss
 from qwen3.rollout import NON_THINKING, THINKING
-from qwen3.sharding import batch_sharding, place, shardings, to_pieces
+from qwen3.sharding import TOKENS, batch_sharding, place, placed_shapes, row_shapes, shardings, to_pieces
 
 MODE_CODES = {THINKING: 1, NON_THINKING: 0}
 
@@ -118,8 +118,34 @@ class TrainStep:
             metrics=metrics, trained_positions=trained, tokens=real, padding_fraction=1 - real / places
         )
 
+    def programs(self, state: TrainState, batch: Batch) -> "TrainPrograms":
+        """What a step runs, for an abstract state and an abstract microbatch on this step's mesh."""
+        trained, frozen = state.split()
+        placed = row_shapes(batch, self._mesh, TOKENS)
+        denominator = jax.ShapeDtypeStruct((), np.float32)
+        first = trained.model, frozen, None, placed, denominator, self._teacher_head
+        with jax.set_mesh(self._mesh):
+            sums = jax.eval_shape(self._accumulate, *first)
+        sums = placed_shapes(sums, self._mesh)
+        more = trained.model, frozen, sums, placed, denominator, self._teacher_head
+        return TrainPrograms(
+            first_gradients=(self._accumulate, first),
+            more_gradients=(self._accumulate, more),
+            update=(self._apply, (trained, sums)),
+        )
+
     def _place(self, batch: Batch) -> Batch:
         return place(batch, batch_sharding(self._mesh))
+
+
+class TrainPrograms(NamedTuple):
+    """The programs of a step, each with its arguments."""
+
+    first_gradients: tuple[Any, tuple[Any, ...]]
+    """Of a step's first microbatch."""
+    more_gradients: tuple[Any, tuple[Any, ...]]
+    """Of every other one, added to those before."""
+    update: tuple[Any, tuple[Any, ...]]
 
 
 @functools.cache

@@ -104,16 +104,16 @@ def _topology(name: str, **options: Any) -> list[Any]:
         raise ValueError(f"target {name!r} is refused by its compiler: {error}") from None
 
 
-def compile_for(mesh: jax.sharding.Mesh, function: Any, *arguments: Any) -> jax.stages.Compiled:
-    """Compile what `jax.jit` made of a function, for a mesh of `devices` and abstract arguments.
+def compile_for(mesh: jax.sharding.Mesh, function: Any, /, *arguments: Any, **options: Any) -> jax.stages.Compiled:
+    """Compile what `jax.jit` made of a function, for a mesh of `devices`, abstract arguments and static options.
 
     Raises what the compiler raises; of a TPU that includes too little memory, of a GPU see `shortage`.
     """
     platform = mesh.devices.flat[0].platform
+    platforms = ("cuda" if platform == "gpu" else platform,)
     # The mesh stays set while kernels are lowered: they ask which TPU they are for.
     with jax.set_mesh(mesh):
-        lowered = function.trace(*arguments).lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
-        return lowered.compile()
+        return function.trace(*arguments, **options).lower(lowering_platforms=platforms).compile()
 
 
 def shortage(compiled: jax.stages.Compiled, target: str) -> str | None:

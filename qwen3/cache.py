@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3.attend import attend
 from qwen3.config import ModelConfig
 from qwen3.model import Layer, Qwen3
 from qwen3.rope import rotation
-from qwen3.sharding import BATCH, row_shares
+from qwen3.sharding import BATCH, row_shapes, row_shares
 
 _MASKED = -1e30
 
@@ -60,12 +60,16 @@ _ROWS_OF_HEADS = PartitionSpec(*BATCH, None, "tensor")
 
 def make_pages(config: ModelConfig, dtype: Any, *, pages: int, page_size: int, mesh: Mesh | None) -> Pages:
     """Empty pages, `pages` a layer in all shares together."""
+    shapes = page_shapes(config, dtype, pages=pages, page_size=page_size, mesh=mesh)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
+
+
+def page_shapes(config: ModelConfig, dtype: Any, *, pages: int, page_size: int, mesh: Mesh | None) -> Pages:
+    """Shapes, dtypes and shardings of what `make_pages` makes."""
     count, heads, size = config.num_hidden_layers * pages, config.num_key_value_heads, config.head_dim
-    place = None if mesh is None else NamedSharding(mesh, _PAGES)
-    return Pages(
-        jnp.zeros((count, heads, size, page_size), dtype, device=place),
-        jnp.zeros((count, heads, page_size, size), dtype, device=place),
-    )
+    k: Any = jax.ShapeDtypeStruct((count, heads, size, page_size), dtype)
+    v: Any = jax.ShapeDtypeStruct((count, heads, page_size, size), dtype)
+    return row_shapes(Pages(k, v), mesh, _PAGES)
 
 
 def layers_of(model: Qwen3) -> tuple[Layer, ...]:

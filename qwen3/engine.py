@@ -13,18 +13,18 @@ as the longest sequence by then. A pool smaller than its default therefore saves
 """
 
 import dataclasses
-import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from qwen3.cache import Pages, layers_of, make_pages, prefill
+from kernels_pallas.platforms import platform
+from qwen3.cache import Pages, layers_of, make_pages, page_shapes, prefill
 from qwen3.config import ModelConfig
 from qwen3.cores import usable_cores
 from qwen3.decoding import Decoder
@@ -32,8 +32,8 @@ from qwen3.errors import UserError
 from qwen3.model import UNROLL_LAYERS, Layer, Qwen3
 from qwen3.pages import PagePool
 from qwen3.rollout import THINKING, Rollout
-from qwen3.sampling import Plan
-from qwen3.sharding import BATCH, check_rows, fetch, place, row_shares
+from qwen3.sampling import Plan, SamplingParams
+from qwen3.sharding import BATCH, check_rows, fetch, place, placed_shapes, row_shapes, row_shares
 from qwen3.slots import Prompts, Request, Slots, State, Written
 
 __all__ = ["Engine", "OnProgress", "Request"]
@@ -54,6 +54,19 @@ class _Group:
     """Indices of the requests that these slots write."""
     slots: Slots
     pages: Pages
+
+
+class EnginePrograms(NamedTuple):
+    """The two programs of an engine with what they are compiled for: abstract arguments and static options."""
+
+    read: Any
+    """Reads prompts into pages."""
+    read_arguments: tuple[Any, ...]
+    read_options: Mapping[str, Any]
+    write: Any
+    """Writes tokens, one dispatch."""
+    write_arguments: tuple[Any, ...]
+    write_options: Mapping[str, Any]
 
 
 class Engine:
@@ -208,6 +221,37 @@ class Engine:
                         writing[write(group)] = group
         return [rollouts[index] for index in range(len(requests))]
 
+    def programs(self, model: Qwen3, sampling: Sequence[SamplingParams]) -> "EnginePrograms":
+        """What `generate` runs, in every group alike, for requests that are sampled in these ways.
+
+        `model` may be abstract (`qwen3.sharding.placed_shapes`); where its mesh's devices are, the programs are for.
+        """
+        prompt = [self.pad_id] * self.max_prompt_tokens
+        requests = [
+            Request(prompt_ids=prompt, prompt_id=str(number), sample_index=0, mode=THINKING, params=params)
+            for number, params in enumerate(sampling)
+        ]
+        mesh = _mesh(model)
+        shares = row_shares(mesh)
+        self._check_pages(shares)
+        devices = model.embed.get_value().sharding.mesh
+        layers = placed_shapes(jax.eval_shape(layers_of, model), devices) if self.unroll else tuple(model.stacks)
+        with jax.set_mesh(devices):
+            group = self._groups(requests, shares, model.compute_dtype, mesh, page_shapes)[0]
+        admitted = group.slots.admit()
+        assert admitted is not None
+        prompts = row_shapes(admitted[0], mesh, PartitionSpec(None, *BATCH))
+        fixed, state = row_shapes((group.slots.fixed, group.slots.state), mesh)
+        number, count = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((), np.int32)
+        return EnginePrograms(
+            read=self._read,
+            read_arguments=(model, group.pages, prompts, count),
+            read_options={"mesh": mesh},
+            write=self._decode,
+            write_arguments=(model, layers, group.pages, fixed, state, count, number, number),
+            write_options={"plan": Plan.of(sampling, self.config.vocab_size), "mesh": mesh},
+        )
+
     def _write(
         self,
         model: Qwen3,
@@ -267,7 +311,14 @@ class Engine:
         budget = request.params.thinking_budget
         return _NEVER if budget is None or request.mode != THINKING else budget
 
-    def _groups(self, requests: Sequence[Request], shares: int, dtype: Any, mesh: Mesh | None) -> list[_Group]:
+    def _groups(
+        self,
+        requests: Sequence[Request],
+        shares: int,
+        dtype: Any,
+        mesh: Mesh | None,
+        make: Callable[..., Pages] = make_pages,
+    ) -> list[_Group]:
         stop_ids = [self._stop_ids(request) for request in requests]
         count = self._most_groups if mesh is None else 1
         rows, pages = self.batch_size // count, self.pages // count
@@ -287,16 +338,15 @@ class Engine:
                 stop_width=-(-max(map(len, stop_ids)) // _STOP_WIDTH) * _STOP_WIDTH,
                 pad_id=self.pad_id,
             )
-            empty = make_pages(
-                self.config, dtype, pages=shares * (pages // shares + 1), page_size=self.page_size, mesh=mesh
-            )
+            size = shares * (pages // shares + 1)
+            empty = make(self.config, dtype, pages=size, page_size=self.page_size, mesh=mesh)
             groups.append(_Group(indices.tolist(), slots, empty))
         return groups
 
-    @functools.cached_property
+    @property
     def _most_groups(self) -> int:
         """One a core on CPU, else one in all; each has at least `_GROUP_ROWS` slots and pages for one sequence."""
-        if jax.default_backend() != "cpu":
+        if platform() != "cpu":
             return 1
         most = min(usable_cores(), self.batch_size // _GROUP_ROWS, self.pages // self._table_pages)
         return max((n for n in range(1, most + 1) if self.batch_size % n == 0), default=1)
@@ -311,7 +361,7 @@ class Engine:
 
 def _mesh(model: Qwen3) -> Mesh | None:
     """The mesh of several devices that holds the weights, if one does."""
-    sharding = model.embed[...].sharding
+    sharding = model.embed.get_value().sharding
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh) or sharding.mesh.size == 1:
         return None
     return sharding.mesh

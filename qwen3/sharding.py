@@ -123,6 +123,21 @@ def make_placed(make: Callable[[Array], Tree], key: Array, mesh: Mesh | None) ->
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
 
 
+def placed_shapes(tree: Tree, mesh: Mesh) -> Tree:
+    """Shapes and dtypes of `tree`, which may be abstract, where the table puts them: what programs are compiled for."""
+    return jax.tree.map(_placed_shape, tree, shardings(tree, mesh))
+
+
+def row_shapes(tree: Tree, mesh: Mesh | None, spec: PartitionSpec = BATCH) -> Tree:
+    """Shapes and dtypes of `tree`, all leaves spread as `spec` says; without a mesh, on whatever device it is."""
+    place = None if mesh is None else NamedSharding(mesh, spec)
+    return jax.tree.map(lambda leaf: _placed_shape(leaf, place), tree)
+
+
+def _placed_shape(leaf: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of [B, T, ...]: rows over the data-parallel axes, tokens over the context axis."""
     return NamedSharding(mesh, TOKENS)

@@ -25,6 +25,8 @@ class FromCheckpoint:
 
     path: str
     """The folder."""
+    planned_as: str | None = None
+    """A folder whose config.json a plan goes by as long as there is none in `path`; a run needs `path`."""
     lora: Lora | None = None
     """Train adapters beside these weights instead of the weights; None trains the weights."""
 

@@ -7,7 +7,7 @@ Rows go through the model and become hidden states; only from a few positions at
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +16,17 @@ from jaxtyping import Array, Float, Int
 
 from qwen3.model import Qwen3
 from qwen3.rollout import Rollout, first_fit_rows
-from qwen3.sharding import batch_sharding, batch_shares, fetch, partition_spec, place, to_pieces, to_rows
+from qwen3.sharding import (
+    TOKENS,
+    batch_sharding,
+    batch_shares,
+    fetch,
+    partition_spec,
+    place,
+    row_shapes,
+    to_pieces,
+    to_rows,
+)
 from teacher.scored_rollout import ScoredRollout
 from teacher.targets import AtIds, Hidden, Sampled, TopK, at_ids_targets, sampled_targets, top_k_targets
 from teacher.transfer import moved
@@ -45,10 +55,7 @@ class Scorer:
     def head(self) -> Float[Array, "V D"]:
         """The teacher's output matrix, where targets are wanted."""
         head = self._model.head
-        if self._wanted_on == self._mesh:
-            return head
-        spec = partition_spec(("vocab", "embed"), head.shape, self._wanted_on)
-        return moved(head, NamedSharding(self._wanted_on, spec))
+        return head if self._wanted_on == self._mesh else moved(head, head_sharding(head, self._wanted_on))
 
     def hidden(
         self, tokens: Int[np.ndarray, "B T"], positions: Int[np.ndarray, "B T"], segment_ids: Int[np.ndarray, "B T"]
@@ -131,10 +138,8 @@ class Scorer:
         lengths = [len(rollout.tokens) for rollout in rollouts]
         if max(lengths) > length:
             raise ValueError(f"a rollout of {max(lengths)} tokens does not fit rows of {length}")
-        shares, pieces = batch_shares(self._mesh), self._mesh.shape["context"]
-        length = math.ceil(length / pieces) * pieces
+        at_once, length = packed_shape(self._mesh, rows, length)
         row_of = first_fit_rows(lengths, length)
-        at_once = shares * min(max(1, TOKENS_AT_ONCE * pieces // length), math.ceil(rows / shares))
         scored: dict[int, Any] = {}
         for first in range(0, max(row_of) + 1, at_once):
             tokens = np.full((at_once, length), pad_id, np.int32)
@@ -159,6 +164,47 @@ class Scorer:
 
     def _moved(self, targets: AnyTargets) -> AnyTargets:
         return targets if self._wanted_on == self._mesh else moved(targets, batch_sharding(self._wanted_on))
+
+
+def head_sharding(head: Any, mesh: Mesh) -> NamedSharding:
+    """Where a teacher's output matrix [V, D], which may be abstract, lies on the mesh on which it is wanted."""
+    return NamedSharding(mesh, partition_spec(("vocab", "embed"), head.shape, mesh))
+
+
+def packed_shape(mesh: Mesh, rows: int, length: int) -> tuple[int, int]:
+    """Rows that go through the model together, and their length, where rollouts of at most `length` tokens are scored
+    in at most `rows`."""
+    shares, pieces = batch_shares(mesh), mesh.shape["context"]
+    length = math.ceil(length / pieces) * pieces
+    return shares * min(max(1, TOKENS_AT_ONCE * pieces // length), math.ceil(rows / shares)), length
+
+
+class ScoringProgram(NamedTuple):
+    """A program of `Scorer` and what it is compiled for."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+
+def hidden_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int) -> ScoringProgram:
+    """What `Scorer.hidden` runs on rows of this shape; `model` may be abstract."""
+    return ScoringProgram(_hidden, (model, *_row_shapes(mesh, rows, length), mesh))
+
+
+def top_k_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, k: int) -> ScoringProgram:
+    """What `Scorer.top_k` runs on rows of this shape, and `Scorer.score_rollouts` on rows of a `packed_shape`."""
+    return ScoringProgram(_top_k, (model, *_row_shapes(mesh, rows, length), k, mesh))
+
+
+def sampled_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, draws: int) -> ScoringProgram:
+    """What `Scorer.sample_rollouts` runs on rows of a `packed_shape`."""
+    number = jax.ShapeDtypeStruct((), np.uint32)
+    return ScoringProgram(_sampled, (model, *_row_shapes(mesh, rows, length), number, number, number, draws, mesh))
+
+
+def _row_shapes(mesh: Mesh, rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of tokens, positions and segments."""
+    return row_shapes((jax.ShapeDtypeStruct((rows, length), np.int32),) * 3, mesh, TOKENS)
 
 
 @functools.partial(jax.jit, static_argnums=4)

@@ -5,10 +5,10 @@ import functools
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -73,6 +73,34 @@ class TeacherModel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSizes:
+    """What a stage or an evaluation decides about the engine that it writes with."""
+
+    batch_size: int
+    """Sequences written at once."""
+    max_prompt_tokens: int
+    """Longest prompt."""
+    sampling: tuple[SamplingParams, ...]
+    """The ways in which sequences are sampled; the longest of them says how long they get."""
+
+    @property
+    def longest_tokens(self) -> int:
+        """The most that a prompt and the response to it may have."""
+        return self.max_prompt_tokens + max(params.max_new_tokens for params in self.sampling)
+
+
+class EndTokens(Protocol):
+    """Of a tokenizer, what ends a sequence or its thinking."""
+
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    think_end_id: int | None
+
+    @property
+    def stop_thinking_ids(self) -> tuple[int, ...]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunContext:
     directory: Path
     run_id: str
@@ -97,27 +125,30 @@ class RunContext:
         """A seed of its own for everything random in one stage, 32 bits."""
         return stage_seed(self.seed, name)
 
-    def engine(
-        self, model: Qwen3, *, batch_size: int, max_prompt_tokens: int, sampling: Sequence[SamplingParams]
-    ) -> Engine:
+    def engine(self, model: Qwen3, sizes: EngineSizes) -> Engine:
         """An engine that stops and thinks as this run's tokenizer says."""
-        budgeted = any(params.thinking_budget is not None for params in sampling)
-        return _engine(
-            model.config,
-            batch_size=batch_size,
-            max_prompt_tokens=max_prompt_tokens,
-            max_new_tokens=max(params.max_new_tokens for params in sampling),
-            stop_ids=self.tokenizer.eos_ids,
-            pad_id=self.tokenizer.pad_id,
-            stop_thinking_ids=self.tokenizer.stop_thinking_ids if budgeted else (),
-            think_end_id=self.tokenizer.think_end_id,
-        )
+        return make_engine(model.config, self.tokenizer, sizes)
 
 
 def stage_seed(seed: int, name: str) -> int:
     """The seed of stage `name` in a run of `seed`, 32 bits."""
     words = np.frombuffer(name.encode().ljust(-(-len(name.encode()) // 4) * 4, b"\0"), np.uint32)
     return int(np.random.SeedSequence([seed, *words.tolist()]).generate_state(1)[0])
+
+
+def make_engine(config: ModelConfig, tokens: EndTokens, sizes: EngineSizes) -> Engine:
+    """The engine of these sizes that stops and thinks with these tokens."""
+    budgeted = any(params.thinking_budget is not None for params in sizes.sampling)
+    return _engine(
+        config,
+        batch_size=sizes.batch_size,
+        max_prompt_tokens=sizes.max_prompt_tokens,
+        max_new_tokens=max(params.max_new_tokens for params in sizes.sampling),
+        stop_ids=tokens.eos_ids,
+        pad_id=tokens.pad_id,
+        stop_thinking_ids=tokens.stop_thinking_ids if budgeted else (),
+        think_end_id=tokens.think_end_id,
+    )
 
 
 @functools.cache

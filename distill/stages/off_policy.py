@@ -12,7 +12,7 @@ from distill.flops import forward_flops, training_flops
 from distill.losses import Loss
 from distill.processes import first_says, require_same
 from distill.rollouts import ModeMix, prompt_ids
-from distill.stages.context import Interrupted, RunContext, Stopwatch
+from distill.stages.context import EngineSizes, Interrupted, RunContext, Stopwatch
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.stages.packed import documents_flops
 from distill.train_step import Batch
@@ -85,6 +85,15 @@ class OffPolicy:
         """The most that a prompt and the teacher's response to it may have."""
         return self.max_prompt_tokens + max(self.thinking.max_new_tokens, self.non_thinking.max_new_tokens)
 
+    @property
+    def writing(self) -> EngineSizes:
+        """Of the engine with which the teacher writes."""
+        return EngineSizes(
+            batch_size=self.batch_size,
+            max_prompt_tokens=self.max_prompt_tokens,
+            sampling=(self.thinking, self.non_thinking),
+        )
+
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         spent = Spent()
         if self.targets_of is None:
@@ -148,14 +157,8 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     begun = first_says(begin)
     watch = Stopwatch(directory / "seconds.json")
     if not begun["finished"]:
-        engine = context.engine(
-            teacher.model,
-            batch_size=stage.batch_size,
-            max_prompt_tokens=stage.max_prompt_tokens,
-            sampling=(stage.thinking, stage.non_thinking),
-        )
+        engine = context.engine(teacher.model, stage.writing)
         scorer = Scorer(teacher.model, teacher.mesh)
-        length = stage.max_prompt_tokens + engine.max_new_tokens
         firsts = range(0, len(requests), stage.batch_size)
         done = begun["shards"]
         written = min(len(requests), len(done) * stage.batch_size)
@@ -169,7 +172,8 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
                         teacher.model, requests[first : first + stage.batch_size], seed=seed, policy_step=0
                     )
                 with watch.timing("score"):
-                    shape = {"rows": stage.batch_size, "length": length, "pad_id": context.tokenizer.pad_id}
+                    length, pad_id = stage.longest_tokens, context.tokenizer.pad_id
+                    shape = {"rows": stage.batch_size, "length": length, "pad_id": pad_id}
                     records = (
                         scorer.score_rollouts(rollouts, k=stage.top_k, **shape)
                         if stage.draws is None

@@ -29,7 +29,7 @@ from distill.losses import Loss
 from distill.rollouts import ModeMix, prompt_ids
 from distill.samples import judge
 from distill.stages.ahead import Written, WrittenAhead
-from distill.stages.context import RunContext
+from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.tasks import Problem
 from distill.train_step import Batch
@@ -91,6 +91,15 @@ class OnPolicy:
                 "raise it, or lower max_prompt_tokens or max_new_tokens"
             )
 
+    @property
+    def writing(self) -> EngineSizes:
+        """Of the engine with which the student writes."""
+        return EngineSizes(
+            batch_size=self.prompts_per_step * self.samples_per_prompt,
+            max_prompt_tokens=self.max_prompt_tokens,
+            sampling=(self.thinking, self.non_thinking),
+        )
+
     def check_meshes(self, name: str, mesh: Mesh, teacher_mesh: Mesh) -> None:
         """Refuses, by the name of the stage, to write ahead where nothing would be gained by it."""
         if self.max_staleness and mesh.size > 1 and teacher_mesh == mesh:
@@ -121,12 +130,7 @@ class _OwnRollouts:
         self._seed = context.stage_seed(name)
         count = stage.training.steps * stage.prompts_per_step
         self._problems = context.tasks.problems("train", count, self._seed, repeat=True)
-        self._engine = context.engine(
-            model,
-            batch_size=stage.prompts_per_step * stage.samples_per_prompt,
-            max_prompt_tokens=stage.max_prompt_tokens,
-            sampling=(stage.thinking, stage.non_thinking),
-        )
+        self._engine = context.engine(model, stage.writing)
         self._sample_flops = forward_flops(model.config, adapter_parameters(model))
         self._train_flops = training_flops(model.config, adapter_parameters(model))
         self._teacher_flops = forward_flops(context.load_teacher().model.config)
