@@ -19,10 +19,12 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.grouped_matmul.api import Implementation
 from kernels_pallas.moe_dispatch import experts
 from kernels_pallas.moe_dispatch.api import check
+from kernels_pallas.moe_dispatch.chunks import chunk_count, in_chunks
 from kernels_pallas.moe_dispatch.permute import combine, permute, placement
 from kernels_pallas.platforms import platform
 
 Exchange = Literal["all_gather", "ragged"]
+ROWS_AT_ONCE = 65_536
 _V5E, _V5E_CHIPS = "TPU v5 lite", 16
 
 
@@ -40,6 +42,7 @@ def expert_ffn_on_mesh(
     inner_axis: str,
     exchange: Exchange = "all_gather",
     receive_rows: int | None = None,
+    rows_at_once: int = ROWS_AT_ONCE,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M D"]:
     """`expert_ffn` on a mesh: equal to it but for the order of sums.
@@ -51,6 +54,9 @@ def expert_ffn_on_mesh(
       receive_rows: for "ragged", the rows that a device can receive. None makes room for the worst case, every token
         of the axis with as many experts here as can be. Where a smaller one would overflow on any device, nothing is
         sent and the result is NaN on all of them.
+      rows_at_once: bounds memory: each device exchanges so few of its tokens at a time that the devices along the axis
+        have at most so many rows, X a token, between them; the backward pass computes them again. Fewer rows are
+        slower: a chunk reads all experts.
       Others as in `expert_ffn`.
 
     Raises ValueError as `expert_ffn` does, and for sizes that the mesh does not divide, token axes without the expert
@@ -74,7 +80,9 @@ def expert_ffn_on_mesh(
         on_shard = functools.partial(_ragged, receive_rows=receive_rows)
 
     def run(*operands: Array) -> Array:
-        summed = on_shard(*operands, axis=expert_axis, implementation=implementation)
+        exchanged = functools.partial(on_shard, axis=expert_axis, implementation=implementation)
+        count = chunk_count(operands[0].shape[0], rows_at_once // (shards * expert_ids.shape[1]))
+        summed = in_chunks(exchanged, count, *operands) if count > 1 else exchanged(*operands)
         return jax.lax.psum(summed, inner_axis).astype(x.dtype)
 
     tokens = PartitionSpec(token_axes)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import moe_dispatch
-from kernels_pallas.moe_dispatch import exchange, permute
+from kernels_pallas.moe_dispatch import chunks, exchange, permute
 from tests.kernels_pallas.interpreters import interpret
 
 WIDTH, INNER = 12, 10
@@ -158,6 +158,50 @@ def test_value_and_every_gradient_on_a_mesh(way, expert_ids):
     for mine, theirs in zip(on_mesh(*inputs, exchange=way), expected, strict=True):
         # float32 sums in another order.
         np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["all_gather", "ragged"])
+@pytest.mark.parametrize("rows_at_once", [1, 8])
+def test_chunks_change_nothing(way, rows_at_once):
+    """Each device has 6 tokens for 2 experts each; two devices exchange 1 or 2 of them at a time."""
+    inputs = make_inputs(24, 8, 2)
+    expected = value_and_gradients("reference", *inputs)
+    for mine, theirs in zip(on_mesh(*inputs, exchange=way, rows_at_once=rows_at_once), expected, strict=True):
+        # float32 sums in another order.
+        np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_of_many_chunks_are_summed_in_float32():
+    inputs = make_inputs(800, 2, 1, dtype=jnp.bfloat16)
+    whole, chunked = on_mesh(*inputs), on_mesh(*inputs, rows_at_once=2)
+    for mine, theirs in zip(chunked[3:], whole[3:], strict=True):
+        # Each of 200 chunks' gradients is rounded to 8 bits; a sum in bfloat16 is off by several times as much.
+        np.testing.assert_allclose(
+            mine.astype(jnp.float32), theirs.astype(jnp.float32), atol=0.01 * np.abs(theirs).max()
+        )
+
+
+def test_chunks_bound_the_memory_of_forward_and_backward_pass():
+    mesh = jax.make_mesh((4, 2), ("expert", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    shapes = [(1024, 64), (1024, 4), (1024, 4), (8, 64, 32), (8, 64, 32), (8, 32, 64)]
+    operands = [jax.ShapeDtypeStruct(shape, jnp.int32 if i == 2 else jnp.float32) for i, shape in enumerate(shapes)]
+
+    def temporary_bytes(rows_at_once):
+        def loss(x, weights, expert_ids, *matrices):
+            axes = {"token_axes": ("expert",), "expert_axis": "expert", "inner_axis": "tensor", "mesh": mesh}
+            options = axes | {"rows_at_once": rows_at_once}
+            return jnp.sum(moe_dispatch.expert_ffn_on_mesh(x, weights, expert_ids, *matrices, **options))
+
+        run = jax.jit(jax.grad(loss, argnums=(0, 1, 3, 4, 5)))
+        return run.lower(*operands).compile().memory_analysis().temp_size_in_bytes
+
+    # Of what 1,024 tokens take, an eighth and what does not depend on their number.
+    assert temporary_bytes(512) < temporary_bytes(4096) / 3
+
+
+def test_the_fewest_chunks_that_fit():
+    assert [chunks.chunk_count(12, most) for most in (12, 11, 6, 5, 1, 0)] == [1, 2, 2, 3, 12, 12]
+    assert chunks.chunk_count(7, 6) == 7
 
 
 def test_receiving_more_than_there_is_room_for_is_seen_by_all():
