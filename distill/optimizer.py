@@ -81,6 +81,6 @@ def _decayed(model: Any) -> Any:
 
     def decays(leaf: nnx.Param) -> Any:
         axes = leaf.get_metadata()["axes"]
-        return leaf.replace(len(axes) > 1 and not {"embed", "rank"}.isdisjoint(axes))
+        return leaf.replace(len(axes) > 1 and not {"embed", "expert_embed", "rank"}.isdisjoint(axes))
 
     return jax.tree.map(decays, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))

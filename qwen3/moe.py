@@ -32,9 +32,9 @@ class Moe(nnx.Module):
         self.experts_per_token = config.num_experts_per_tok
         self.normalise = config.norm_topk_prob
         self.router = weight(keys[0], (width, experts), ("embed", "router"), scale, dtype)
-        self.gate = weight(keys[1], (experts, width, inner), ("experts", "embed", "expert_mlp"), scale, dtype)
-        self.up = weight(keys[2], (experts, width, inner), ("experts", "embed", "expert_mlp"), scale, dtype)
-        self.down = weight(keys[3], (experts, inner, width), ("experts", "expert_mlp", "embed"), scale, dtype)
+        self.gate = weight(keys[1], (experts, width, inner), ("experts", "expert_embed", "expert_mlp"), scale, dtype)
+        self.up = weight(keys[2], (experts, width, inner), ("experts", "expert_embed", "expert_mlp"), scale, dtype)
+        self.down = weight(keys[3], (experts, inner, width), ("experts", "expert_mlp", "expert_embed"), scale, dtype)
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], mesh: Mesh | None, kernels: Kernels

@@ -1,4 +1,4 @@
-"""Which mesh axis holds which logical axis of a weight: one table for teacher and student, dense and MoE."""
+"""Which mesh axes hold which logical axis of a weight: one table for teacher and student, dense and MoE."""
 
 import dataclasses
 import math
@@ -18,20 +18,23 @@ from qwen3.errors import UserError
 Tree = TypeVar("Tree")
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
-RULES: Mapping[str, str | None] = MappingProxyType(
+RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "layers": None,
-        "vocab": "tensor",
-        "embed": "fsdp",
-        "heads": "tensor",
-        "kv_heads": "tensor",
-        "head_dim": None,
-        "mlp": "tensor",
-        "experts": "expert",
-        "expert_mlp": "tensor",
-        "router": None,
-        "rank": None,
-        "norm": None,
+        "layers": (),
+        "vocab": ("tensor",),
+        # Devices that share rows share the weights, too: where they are needed, they are gathered.
+        "embed": ("fsdp", "expert", "context"),
+        "heads": ("tensor",),
+        "kv_heads": ("tensor",),
+        "head_dim": (),
+        "mlp": ("tensor",),
+        # Gathered over context as whole experts: XLA would transpose all layers at once to gather rows of them.
+        "experts": ("expert", "context"),
+        "expert_embed": ("fsdp",),
+        "expert_mlp": ("tensor",),
+        "router": (),
+        "rank": (),
+        "norm": (),
     }
 )
 BATCH = PartitionSpec(("data", "fsdp", "expert", "context"))
@@ -50,11 +53,12 @@ class MeshShape:
     fsdp: int = 1
     """Devices that share rows, and each weight by its rows."""
     expert: int = 1
-    """Devices that share rows, and the experts of a layer."""
+    """Devices that share rows, the experts of a layer, and every other weight by its rows."""
     tensor: int = 1
     """Devices that share heads, feed-forward columns and the vocabulary."""
     context: int = 1
-    """Devices that share the tokens of each row where it is trained or scored, and rows where they are sampled."""
+    """Devices that share the tokens of each row where it is trained or scored, and rows where they are sampled; and
+    each weight by its rows."""
 
     def __post_init__(self) -> None:
         for axis in MESH_AXES:
@@ -85,21 +89,20 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
 
     Raises UserError where two axes of one weight claim the same mesh axis or a size does not divide.
     """
-    names: list[str | None] = []
+    parts: list[tuple[str, ...]] = []
     for axis, size in zip(axes, shape, strict=True):
-        name = None if axis is None else RULES[axis]
-        if name is None or mesh.shape[name] == 1:
-            names.append(None)
-            continue
-        if name in names:
-            raise UserError(f"axes {axes} put two dimensions of one weight on mesh axis {name!r}")
-        if size % mesh.shape[name]:
+        names = tuple(name for name in (() if axis is None else RULES[axis]) if mesh.shape[name] > 1)
+        for name in names:
+            if any(name in part for part in parts):
+                raise UserError(f"axes {axes} put two dimensions of one weight on mesh axis {name!r}")
+        count = math.prod(mesh.shape[name] for name in names)
+        if size % count:
+            product = " × ".join(f"mesh.{name}" for name in names)
             raise UserError(
-                f"{axis} has {size} entries, which mesh.{name} = {mesh.shape[name]} does not divide; "
-                f"choose a divisor of {size}"
+                f"{axis} has {size} entries, which {product} = {count} does not divide; choose a divisor of {size}"
             )
-        names.append(name)
-    return PartitionSpec(*names)
+        parts.append(names)
+    return PartitionSpec(*((part[0] if len(part) == 1 else part) or None for part in parts))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

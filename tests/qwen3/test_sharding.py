@@ -100,8 +100,9 @@ def unsharded(config):
         (MOE, {"fsdp": 2, "expert": 2, "tensor": 2}),
         (DENSE, {"fsdp": 2, "context": 2, "tensor": 2}),
         (MOE, {"expert": 2, "context": 4}),
+        (DENSE, {"fsdp": 2, "expert": 4}),
     ],
-    ids=["dense", "moe", "moe_by_expert", "dense_by_context", "moe_by_context"],
+    ids=["dense", "moe", "moe_by_expert", "dense_by_context", "moe_by_context", "dense_by_expert"],
 )
 def test_loss_and_every_gradient_equal_unsharded(config, shape):
     model, (expected_loss, expected) = unsharded(config)
@@ -126,7 +127,7 @@ def test_every_parameter_and_what_mirrors_it_is_placed():
     specs = [leaf.spec for leaf in jax.tree.leaves(placed["model"])]
     assert specs == [leaf.spec for leaf in jax.tree.leaves(placed["moments"])]
     assert placed["step"].spec == PartitionSpec()
-    assert placed["model"].embed.get_value().spec == PartitionSpec("tensor", "fsdp")
+    assert placed["model"].embed.get_value().spec == PartitionSpec("tensor", ("fsdp", "expert"))
     moe = placed["model"].stacks[0].ffn
     assert moe.gate.get_value().spec == PartitionSpec(None, "expert", "fsdp", "tensor")
     assert moe.down.get_value().spec == PartitionSpec(None, "expert", "tensor", "fsdp")
@@ -148,6 +149,8 @@ def test_collisions_and_sizes_that_do_not_divide_are_refused_with_the_numbers():
         shardings(jax.eval_shape(lambda: Qwen3(DENSE, jax.random.key(0))), mesh)
     with pytest.raises(UserError, match=r"experts has 6 entries, which mesh\.expert = 4"):
         partition_spec(("experts",), (6,), make_mesh(MeshShape(expert=4)))
+    with pytest.raises(UserError, match=r"embed has 12 entries, which mesh\.fsdp × mesh\.context = 8 does not divide"):
+        partition_spec(("embed",), (12,), make_mesh(MeshShape(fsdp=4, context=2)))
 
 
 def test_mesh_sizes():
