@@ -1,0 +1,21 @@
+"""Qwen3-235B-A22B teaches Qwen3-14B-Base, the largest dense student.
+
+    python -m distill.plan experiments/qwen3_235b_to_14b.py --topology v5p:4x4x4
+    python -m distill.run experiments/qwen3_235b_to_14b.py
+
+Data, lengths, modes, learning rates with their source, and what to download: experiments/qwen3_strong_to_weak.py.
+
+Devices: 64, as in qwen3_235b_to_8b.py; weights, moments and two sums of gradients of the student take 5.2 GiB of each.
+"""
+
+from distill.experiment import Experiment
+from experiments.qwen3_strong_to_weak import strong_to_weak
+
+
+def config() -> Experiment:
+    return strong_to_weak(
+        name="qwen3_235b_to_14b",
+        description="Qwen3-235B-A22B teaches Qwen3-14B-Base, 32K of thinking, on 64 devices.",
+        teacher="Qwen3-235B-A22B",
+        student="Qwen3-14B-Base",
+    )
