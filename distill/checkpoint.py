@@ -57,9 +57,9 @@ class Checkpointer:
         if latest is not None and step <= latest:
             raise ValueError(f"step is {step}, but {self.directory} already holds step {latest}; steps must grow")
         named = {name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in _named(arrays)}
-        sums = {name: _bit_sum(leaf) for name, leaf in named.items()}
+        sums = _bit_sums(named)
         description = {
-            name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "bit_sum": int(sums[name])}
+            name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "bit_sum": sums[name]}
             for name, leaf in named.items()
         }
         # Here rather than in orbax, whose error would come up later and elsewhere.
@@ -99,8 +99,8 @@ class Checkpointer:
         restored = self._restore_item(
             step, "arrays", ocp.args.PyTreeRestore(item=dict.fromkeys(targets, 0), restore_args=targets)
         )
-        sums = {name: _bit_sum(leaf) for name, leaf in restored.items()}
-        changed = [name for name, bit_sum in sums.items() if int(bit_sum) != record["arrays"][name]["bit_sum"]]
+        sums = _bit_sums(restored)
+        changed = [name for name, bit_sum in sums.items() if bit_sum != record["arrays"][name]["bit_sum"]]
         if changed:
             raise UserError(self._damaged(step, f"the bits of {_listed(changed)} have changed"))
         leaves = [_as(leaf, restored[name]) for name, leaf in named_like.items()]
@@ -192,26 +192,41 @@ def _as(leaf: Any, value: Any) -> Any:
     return value if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray) else type(leaf)(value.item())
 
 
-def _bit_sum(array: jax.Array | np.ndarray) -> jax.Array | int:
-    """Sum modulo 2³² of an array's bits read as unsigned integers (64-bit values as two).
+def _bit_sums(named: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
+    """Sum modulo 2³² of each array's bits read as unsigned integers (64-bit values as two).
 
     It is the same for every sharding, costs one pass over memory where the array lives, and changes with
     any one bit.
     """
-    if isinstance(array, jax.Array) and not (
+    # On this host's CPU, NumPy sees the same memory, and there is no program to compile for each shape.
+    here = {name: array for name, array in named.items() if not _lies_elsewhere(array)}
+    # One program for all others: of a program for each, more may wait than a device takes in, and then devices of
+    # several processes wait for each other.
+    elsewhere = _device_bit_sums({name: array for name, array in named.items() if name not in here})
+    return {name: int(bit_sum) for name, bit_sum in jax.device_get(elsewhere).items()} | {
+        name: _host_bit_sum(np.asarray(array)) for name, array in here.items()
+    }
+
+
+def _lies_elsewhere(array: jax.Array | np.ndarray) -> bool:
+    return isinstance(array, jax.Array) and not (
         array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
-    ):
-        return _device_bit_sum(array)
-    # On the CPU, NumPy sees the same memory, and there is no program to compile for each shape.
+    )
+
+
+def _host_bit_sum(array: np.ndarray) -> int:
     flat = np.ascontiguousarray(array).reshape(-1)
     return int(flat.view(f"u{min(flat.itemsize, 4)}").sum(dtype=np.uint64)) % 2**32
 
 
 @jax.jit
-def _device_bit_sum(array: jax.Array) -> jax.Array:
-    if array.dtype != jnp.bool_:
-        array = jax.lax.bitcast_convert_type(array, f"uint{min(array.dtype.itemsize, 4) * 8}")
-    return jnp.sum(array.astype(jnp.uint32), dtype=jnp.uint32)
+def _device_bit_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def bit_sum(array: jax.Array) -> jax.Array:
+        if array.dtype != jnp.bool_:
+            array = jax.lax.bitcast_convert_type(array, f"uint{min(array.dtype.itemsize, 4) * 8}")
+        return jnp.sum(array.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return jax.tree.map(bit_sum, arrays)
 
 
 def _crc32(contents: Mapping[str, Any]) -> int:

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from distill.checkpoint import Checkpointer, _bit_sum, _device_bit_sum
+from distill.checkpoint import Checkpointer, _device_bit_sums, _host_bit_sum
 from qwen3.errors import UserError
 
 METADATA = {"data": {"parent": {"next_index": 12}}, "stage": "off_policy", "loss": 0.1}
@@ -269,9 +269,10 @@ def test_bit_sums_agree_on_host_and_device_under_any_sharding(dtype: str) -> Non
     values = np.random.default_rng(0).integers(-100, 100, (8, 6)).astype(jnp.dtype(dtype))
     spread = jax.device_put(values, NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data")))
     expected = sum(int(bits) for bits in values.view(f"u{values.itemsize}").ravel()) % 2**32
-    assert {_bit_sum(values), int(_device_bit_sum(jnp.asarray(values))), int(_device_bit_sum(spread))} == {expected}
+    sums = _device_bit_sums({"one device": jnp.asarray(values), "spread": spread})
+    assert {_host_bit_sum(values), *(int(bit_sum) for bit_sum in sums.values())} == {expected}
     double = np.array([1.5, -2.0])
-    assert _bit_sum(double) == sum(int(half) for half in double.view(np.uint32)) % 2**32
+    assert _host_bit_sum(double) == sum(int(half) for half in double.view(np.uint32)) % 2**32
 
 
 def test_orbax_is_quiet(tmp_path: Path) -> None:
