@@ -1,8 +1,10 @@
 """Arrays from the devices of one mesh to those of another, while both go on with what they do.
 
 `jax.device_put` does that only where both meshes cut an array alike; else it waits for the array and takes it through
-the host's memory, and between meshes that several processes share it refuses. Here every device sends the rows that
-another device of the same process wants, and that one puts them together: nobody waits, and no process hears of it.
+the host's memory, and between meshes that several processes share it refuses. Here the rows that a device of the other
+mesh wants are put together on one of the first mesh, in the same process, and sent from there: nobody waits, and no
+process hears of it. Nothing is computed on the devices that receive: a device takes its programs one after the other,
+and one that waits for rows which are still to come would hold up those behind it.
 """
 
 import collections
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen3.sharding import BATCH, row_shares
+from qwen3.sharding import TOKENS, batch_shares
 
 
 def moved(tree: Any, onto: NamedSharding) -> Any:
@@ -35,7 +37,7 @@ def _moved(x: jax.Array, onto: NamedSharding) -> jax.Array:
     for number, (device, index) in enumerate(onto.addressable_devices_indices_map(x.shape).items()):
         assert index is not None
         start, stop = _bounds(index[0], x.shape[0])
-        pieces = []
+        pieces: list[jax.Array] = []
         for (first, last), replicas in sorted(holders.items()):
             begin, end = max(start, first), min(stop, last)
             if begin < end:
@@ -44,8 +46,8 @@ def _moved(x: jax.Array, onto: NamedSharding) -> jax.Array:
                 for axis, part in enumerate(index[1:], start=1):
                     left, right = _bounds(part, x.shape[axis])
                     piece = _cut(piece, axis, left, right - left)
-                pieces.append(jax.device_put(piece, device))
-        parts.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces))
+                pieces.append(piece if not pieces else jax.device_put(piece, pieces[0].sharding))
+        parts.append(jax.device_put(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces), device))
     return jax.make_array_from_single_device_arrays(x.shape, onto, parts)
 
 
@@ -54,8 +56,8 @@ def _by_rows(x: jax.Array, onto: NamedSharding) -> jax.Array:
     assert isinstance(x.sharding, NamedSharding)
     mesh = x.sharding.mesh
     assert isinstance(mesh, Mesh)
-    by_rows, whole = NamedSharding(mesh, PartitionSpec(*BATCH)), NamedSharding(mesh, PartitionSpec())
-    splits = x.shape[0] % row_shares(mesh) == 0 and _each_process_has_its_rows(by_rows, onto, x.shape)
+    by_rows, whole = NamedSharding(mesh, PartitionSpec(TOKENS[0])), NamedSharding(mesh, PartitionSpec())
+    splits = x.shape[0] % batch_shares(mesh) == 0 and _each_process_has_its_rows(by_rows, onto, x.shape)
     wanted = by_rows if splits else whole
     return x if x.sharding.is_equivalent_to(wanted, x.ndim) else _laid_out(wanted)(x)
 

@@ -19,6 +19,9 @@ from teacher.transfer import moved
         ({"data": 2, "expert": 3}, {"data": 1, "tensor": 2}),
         ({"fsdp": 3, "tensor": 2}, {"fsdp": 2}),
         ({"data": 7}, {"data": 1}),
+        ({"fsdp": 2, "context": 2}, {"data": 2, "context": 2}),
+        ({"data": 2, "context": 3}, {"data": 1, "tensor": 2}),
+        ({"fsdp": 2}, {"data": 2, "context": 3}),
     ],
 )
 def test_rows_are_the_same_on_any_other_mesh(source, onto):
@@ -29,7 +32,7 @@ def test_rows_are_the_same_on_any_other_mesh(source, onto):
         make_mesh(MeshShape(**onto), devices[split:]),
     )
     rng = np.random.default_rng(0)
-    tree = {"wide": rng.normal(size=(84, 3, 4)).astype(np.float32), "flat": rng.integers(0, 9, 84)}
+    tree = {"wide": rng.normal(size=(84, 6, 4)).astype(np.float32), "flat": rng.integers(0, 9, (84, 6))}
     placed = jax.device_put(tree, batch_sharding(of_source))
     wanted = batch_sharding(of_target)
     for name, leaf in moved(placed, wanted).items():
@@ -54,8 +57,9 @@ def test_a_matrix_split_both_ways_comes_split_another_way():
     np.testing.assert_array_equal(moved(odd, wanted), matrix[:7])
 
 
-def test_nobody_waits_for_what_is_still_computed():
-    source, onto = make_mesh(MeshShape(), jax.devices()[:4]), make_mesh(MeshShape(tensor=2), jax.devices()[4:])
+@pytest.mark.parametrize("onto", [{"fsdp": 4}, {"tensor": 2}, {"tensor": 4}])
+def test_nobody_waits_for_what_is_still_computed(onto):
+    source, onto = make_mesh(MeshShape(), jax.devices()[:4]), make_mesh(MeshShape(**onto), jax.devices()[4:])
 
     @jax.jit
     def slow(x, rounds):
@@ -63,7 +67,7 @@ def test_nobody_waits_for_what_is_still_computed():
 
     x = jax.device_put(np.full((4, 128, 128), 1e-3, np.float32), batch_sharding(source))
     jax.block_until_ready(moved(slow(x, 2), batch_sharding(onto)))
-    computed = slow(x, 10_000)
+    computed = slow(x, 4_000)
     arriving = moved(computed, batch_sharding(onto))
     assert not computed.is_ready()
     np.testing.assert_array_equal(arriving, computed)
