@@ -26,6 +26,7 @@ from distill.train_step import Batch, TrainStep
 from kernels_pallas import topologies
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
+from qwen3.quantisation import Quantisation, quantised
 from qwen3.sharding import placed_shapes
 from student.init import FromCheckpoint
 from teacher.scoring import head_sharding, hidden_program, packed_shape, sampled_program, top_k_program
@@ -95,8 +96,12 @@ def architectures(experiment: Experiment) -> dict[str, tuple[ModelConfig, str]]:
     return found
 
 
-def _fresh(config: ModelConfig, **dtypes: Any) -> Qwen3:
-    return jax.eval_shape(lambda: Qwen3(config, jax.random.key(0), **dtypes))
+def _fresh(config: ModelConfig, quantisation: Quantisation | None = None, **dtypes: Any) -> Qwen3:
+    def make() -> Qwen3:
+        model = Qwen3(config, jax.random.key(0), **dtypes)
+        return model if quantisation is None else quantised(model, quantisation)
+
+    return jax.eval_shape(make)
 
 
 def device_bytes(tree: Any) -> int:
@@ -138,7 +143,9 @@ class _Planned:
         self._teacher: Qwen3 | None = None
         if experiment.teacher is not None:
             dtype = jnp.dtype(experiment.teacher.dtype)
-            teacher = _fresh(known["teacher"][0], param_dtype=dtype, compute_dtype=dtype)
+            teacher = _fresh(
+                known["teacher"][0], experiment.teacher.quantisation, param_dtype=dtype, compute_dtype=dtype
+            )
             self._teacher = self._placed(teacher, self._teacher_mesh)
 
     def _placed(self, model: Qwen3, mesh: Mesh) -> Qwen3:

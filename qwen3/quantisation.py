@@ -19,6 +19,9 @@ import qwix
 from flax import nnx
 from jaxtyping import Array, Float
 
+from qwen3.hf_names import leaves_of
+from qwen3.model import Qwen3
+
 Quantisation = Literal["int8", "fp8"]
 _DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
@@ -54,6 +57,17 @@ def quantise(weight: nnx.Variable, kind: Quantisation, inputs: Collection[int]) 
     stacked = array.ndim - len(axes)
     scale_axes = tuple(None if stacked + i in inputs else axis for i, axis in enumerate(axes))
     return QuantisedWeight(nnx.Param(rounded.qvalue, axes=axes), nnx.Param(rounded.scale, axes=scale_axes))
+
+
+def quantised(model: Qwen3, kind: Quantisation) -> Qwen3:
+    """The model, which may be abstract, with its projections and experts in eight bits; changed in place.
+
+    `qwen3.hf.load` does the same without ever having the model whole.
+    """
+    for leaf in leaves_of(model):
+        if leaf.summed_axes:
+            setattr(leaf.owner, leaf.attribute, quantise(leaf.param, kind, leaf.summed_axes))
+    return model
 
 
 def saved_bytes(model: Any, dtype: Any) -> int:

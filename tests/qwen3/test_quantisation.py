@@ -12,9 +12,8 @@ from flax import nnx
 from qwen3 import hf, streaming
 from qwen3.config import ModelConfig
 from qwen3.engine import Engine, Request
-from qwen3.hf_names import leaves_of
 from qwen3.model import Qwen3
-from qwen3.quantisation import QuantisedWeight, quantise, saved_bytes
+from qwen3.quantisation import QuantisedWeight, quantised, saved_bytes
 from qwen3.rollout import NON_THINKING
 from qwen3.sampling import SamplingParams
 from qwen3.sharding import MeshShape, make_mesh, shardings
@@ -114,6 +113,7 @@ def test_slabs_and_meshes_make_the_same_bits(folder, monkeypatch, kind, shape):
     mesh = None if shape is None else make_mesh(MeshShape(**shape))
     placed = hf.load(folder, quantisation=kind, mesh=mesh)
     assert_same_bits(placed, once)
+    assert_same_bits(quantised(hf.load(folder), kind), once)
     if mesh is None:
         return
     for leaf, where in zip(jax.tree.leaves(placed), jax.tree.leaves(shardings(placed, mesh)), strict=True):
@@ -147,14 +147,7 @@ def test_no_more_than_a_layer_is_wide_at_once():
     sizes = {"num_hidden_layers": 16, "hidden_size": 256, "moe_intermediate_size": 256, "mlp_only_layers": ()}
     deep = dataclasses.replace(CONFIG, **sizes)
 
-    def make():
-        model = Qwen3(deep, jax.random.key(0))
-        for leaf in leaves_of(model):
-            if leaf.summed_axes:
-                setattr(leaf.owner, leaf.attribute, quantise(leaf.param, "int8", leaf.summed_axes))
-        return model
-
-    model = jax.eval_shape(make)
+    model = jax.eval_shape(lambda: quantised(Qwen3(deep, jax.random.key(0)), "int8"))
     rows = jax.ShapeDtypeStruct((1, 8), np.int32)
     compiled = jax.jit(Qwen3.hidden).lower(model, rows, rows, rows).compile()
     layer = sum(leaf.size for leaf in jax.tree.leaves(model.stacks)) * 4 // 16
