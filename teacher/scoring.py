@@ -24,11 +24,12 @@ from qwen3.sharding import (
     partition_spec,
     place,
     row_shapes,
+    row_shares,
     to_pieces,
     to_rows,
 )
 from teacher.scored_rollout import ScoredRollout
-from teacher.targets import AtIds, Hidden, Sampled, TopK, at_ids_targets, sampled_targets, top_k_targets
+from teacher.targets import BLOCK_TOKENS, AtIds, Hidden, Sampled, TopK, at_ids_targets, sampled_targets, top_k_targets
 from teacher.transfer import moved
 
 AnyTargets = TypeVar("AnyTargets", TopK, AtIds, Hidden, Sampled)
@@ -207,6 +208,17 @@ def _row_shapes(mesh: Mesh, rows: int, length: int) -> tuple[jax.ShapeDtypeStruc
     return row_shapes((jax.ShapeDtypeStruct((rows, length), np.int32),) * 3, mesh, TOKENS)
 
 
+def _head(model: Qwen3, mesh: Mesh) -> Float[Array, "V D"]:
+    """The head, split by words alone: gathered once, where otherwise each block of tokens would gather it again."""
+    place = NamedSharding(mesh, partition_spec(("vocab", None), model.head.shape, mesh))
+    return jax.lax.with_sharding_constraint(model.head, place)
+
+
+def _block_tokens(mesh: Mesh) -> int:
+    """Tokens of a block, of which every share of them has as many as a device alone would take."""
+    return BLOCK_TOKENS * row_shares(mesh)
+
+
 @functools.partial(jax.jit, static_argnums=4)
 def _hidden(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, mesh: Mesh) -> Hidden:
     return Hidden(hidden=model.hidden(tokens, positions, segment_ids, mesh))
@@ -215,13 +227,13 @@ def _hidden(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, m
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k: int, mesh: Mesh) -> TopK:
     hidden = to_pieces(model.hidden(tokens, positions, segment_ids, mesh), mesh)
-    return to_rows(top_k_targets(hidden, model.head, k), mesh)
+    return to_rows(top_k_targets(hidden, _head(model, mesh), k, block_tokens=_block_tokens(mesh)), mesh)
 
 
 @functools.partial(jax.jit, static_argnums=5)
 def _at_ids(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, ids: Array, mesh: Mesh) -> AtIds:
     hidden, ids = to_pieces((model.hidden(tokens, positions, segment_ids, mesh), ids), mesh)
-    return to_rows(at_ids_targets(hidden, model.head, ids), mesh)
+    return to_rows(at_ids_targets(hidden, _head(model, mesh), ids, block_tokens=_block_tokens(mesh)), mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8))
@@ -238,4 +250,5 @@ def _sampled(
 ) -> Sampled:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), first_row)
     hidden = to_pieces(model.hidden(tokens, positions, segment_ids, mesh), mesh)
-    return to_rows(sampled_targets(hidden, model.head, draws, key), mesh)
+    targets = sampled_targets(hidden, _head(model, mesh), draws, key, block_tokens=_block_tokens(mesh))
+    return to_rows(targets, mesh)

@@ -65,8 +65,8 @@ class Sampled:
 
 Targets = TopK | AtIds | Hidden | Sampled
 
-# Tokens whose logits [tokens, V] are held at a time while targets are made.
-_BLOCK_TOKENS = 128
+BLOCK_TOKENS = 128
+"""Tokens whose logits [tokens, V] are held at a time while targets are made; on a mesh, of every share of them."""
 
 
 def one_hot(tokens: Int[Array, "B T"]) -> AtIds:
@@ -84,7 +84,7 @@ def one_hot(tokens: Int[Array, "B T"]) -> AtIds:
 
 
 def top_k_targets(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], k: int, *, block_tokens: int = _BLOCK_TOKENS
+    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], k: int, *, block_tokens: int = BLOCK_TOKENS
 ) -> TopK:
     """The k most likely words of softmax(hidden · headᵀ) and the exact log-mass of all others.
 
@@ -107,7 +107,7 @@ def at_ids_targets(
     head: Float[Array, "V D"],
     ids: Int[Array, "B T J"],
     *,
-    block_tokens: int = _BLOCK_TOKENS,
+    block_tokens: int = BLOCK_TOKENS,
 ) -> AtIds:
     """The teacher's log-probabilities at `ids` and the exact log-mass of all other words.
 
@@ -128,7 +128,7 @@ def sampled_targets(
     draws: int,
     key: Array,
     *,
-    block_tokens: int = _BLOCK_TOKENS,
+    block_tokens: int = BLOCK_TOKENS,
 ) -> Sampled:
     """`draws` words of softmax(hidden · headᵀ) at every position, with replacement, and its exact entropy.
 

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distill.collectives import collectives
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
 from qwen3.rollout import THINKING, Rollout
-from qwen3.sharding import MeshShape, batch_sharding, make_mesh, shardings
+from qwen3.sharding import MeshShape, batch_sharding, make_mesh, placed_shapes, shardings
 from teacher import scoring
 from teacher.scoring import Scorer
+from teacher.targets import BLOCK_TOKENS
 
 CONFIG = ModelConfig(
     model_type="qwen3_moe",
@@ -172,6 +174,18 @@ def test_logits_of_all_tokens_never_exist(model, rows):
     ):
         compiled = program.lower(large, shape, shape, shape, *more, mesh).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < logits_bytes / 4
+
+
+def test_a_mesh_takes_no_more_blocks_of_tokens_than_one_device_and_gathers_the_head_once():
+    config = dataclasses.replace(CONFIG, vocab_size=4096)
+    mesh = make_mesh(MeshShape(fsdp=4, tensor=2))
+    model = placed_shapes(jax.eval_shape(lambda: Qwen3(config, jax.random.key(0))), mesh)
+    function, arguments = scoring.top_k_program(model, mesh, rows=4, length=4 * BLOCK_TOKENS, k=K)
+    found = collectives(function.lower(*arguments).compile().as_text())
+    # Each of the two devices that share the words of the head gathers its half; all else is done once a block.
+    half_bytes = config.vocab_size * config.hidden_size * 4 / 2
+    assert [one.times for one in found if one.kind == "all-gather" and one.whole_bytes == half_bytes] == [1]
+    assert max(one.times for one in found) == 4
 
 
 def test_drawn_words_are_each_rollouts_own_and_repeat(model, rollouts, alone, monkeypatch):
