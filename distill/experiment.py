@@ -39,7 +39,8 @@ class Teacher:
     bfloat16, for targets that differ a little (measured by experiments/benchmarks/quantised_teacher.py)."""
     placement: Literal["colocated", "own_mesh"] = "colocated"
     """colocated: on the student's mesh, taking turns with it. own_mesh: on devices of the same job that the student
-    has not, scoring the next rows while the student trains on those before."""
+    has not, scoring the next rows while the student trains on those before; of several processes each gives both
+    equally many."""
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     """With own_mesh the teacher's devices along each axis; the student's are those that are left."""
 
