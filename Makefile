@@ -23,11 +23,13 @@ quickstart: $(VENV)/.runtime ## Distil the quickstart's student on this machine,
 test: $(VENV)/.test ## Run the suite: make test ARGS="tests/qwen3 -k rope"
 	$(python) -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15 $(ARGS)
 
-test-compile: $(COMPILE_VENV)/.compilers ## Compile some kernels for the TPUs and GPUs in TARGETS, which need not be here
+test-compile: $(COMPILE_VENV)/.compilers ## Compile some kernels for TARGETS and a 235B teacher for 64 TPUs: none need be here
 	$(COMPILE_VENV)/bin/python -m experiments.benchmarks.kernels --compile $(TARGETS) --subset $(ARGS)
+	$(COMPILE_VENV)/bin/python -m experiments.benchmarks.programs --subset
 
-compile-all: $(COMPILE_VENV)/.compilers ## Compile every kernel at every shape for TARGETS
-	$(COMPILE_VENV)/bin/python -m experiments.benchmarks.kernels --compile $(TARGETS) $(ARGS)
+compile-all: $(COMPILE_VENV)/.compilers ## Compile every kernel at every shape for TARGETS, and every experiment's programs
+	$(COMPILE_VENV)/bin/python -m experiments.benchmarks.kernels --compile $(TARGETS) $(ARGS); kernels=$$?; \
+	  $(COMPILE_VENV)/bin/python -m experiments.benchmarks.programs && exit $$kernels
 
 lint: $(VENV)/.test ## Check style, format and types, as the suite does
 	$(python) -m ruff check .

@@ -116,15 +116,20 @@ def compile_for(mesh: jax.sharding.Mesh, function: Any, /, *arguments: Any, **op
         return function.trace(*arguments, **options).lower(lowering_platforms=platforms).compile()
 
 
+def needed_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a program takes of each device's memory: arguments, results that are no arguments, and temporaries."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return needed - memory.alias_size_in_bytes
+
+
 def shortage(compiled: jax.stages.Compiled, target: str) -> str | None:
     """What a GPU program needs more than the card has, which its compiler does not say; None where it fits."""
     kind = target.partition(":")[0]
-    memory = compiled.memory_analysis()
-    if kind not in _GPUS or memory is None:
+    if kind not in _GPUS:
         return None
-    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    needed -= memory.alias_size_in_bytes
-    card = CHIPS[kind]
+    needed, card = needed_bytes(compiled), CHIPS[kind]
     if needed <= card.memory_bytes:
         return None
     return f"needs {needed / 2**30:.1f} GiB, {card.name} has {card.memory_bytes / 2**30:.1f} GiB"
