@@ -4,21 +4,25 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from qwen3.cache import Cache, Pages, gather_cache, keep_pages, step
 from qwen3.config import ModelConfig
 from qwen3.model import Layer, Qwen3
+from qwen3.quantisation import QuantisedWeight
 from qwen3.sampling import Plan, choose_tokens
+from qwen3.sharding import WHOLE_ROWS, shardings
 from qwen3.slots import Fixed, State, Written
 
 _SEGMENT_TOKENS = 64
 _MOST_SEGMENTS = 4
+Tree = TypeVar("Tree")
 
 
 class _Loop(NamedTuple):
@@ -63,6 +67,8 @@ class Decoder:
     ) -> tuple[State, Pages, Written]:
         """Write until as few as `leave` slots are active. A few loops see more and more pages: attention costs what
         the longest sequence has filled."""
+        if mesh is not None:
+            model, layers = _gathered((model, layers), model.compute_dtype, mesh)
         batch, most, longest = len(state.token), self.tokens_per_dispatch, self.max_new_tokens
         written = Written(
             tokens=jnp.full((most, batch), self.pad_id, jnp.int32),
@@ -148,6 +154,23 @@ class Decoder:
             finished=state.finished | finished,
         )
         return _Loop(now + 1, state, written), cache
+
+
+def _gathered(tree: Tree, dtype: Any, mesh: Mesh) -> Tree:
+    """Weights whose rows are whole on every device, in the dtype that they are multiplied in: done once, where the loop
+    would do it at every token. The router alone stays as wide as it is."""
+
+    def narrow(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Param) or "router" in leaf.get_metadata()["axes"]:
+            return leaf
+        # The barrier keeps XLA from gathering wide numbers and making them narrow afterwards.
+        return leaf.replace(jax.lax.optimization_barrier(leaf.get_value().astype(dtype)))
+
+    def kept(leaf: Any) -> bool:
+        return isinstance(leaf, nnx.Param | QuantisedWeight)
+
+    narrowed = jax.tree.map(narrow, tree, is_leaf=kept)
+    return jax.lax.with_sharding_constraint(narrowed, shardings(narrowed, mesh, WHOLE_ROWS))
 
 
 def _logits(model: Qwen3, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:

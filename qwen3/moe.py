@@ -39,12 +39,14 @@ class Moe(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], mesh: Mesh | None, kernels: Kernels
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """On `mesh` every device sorts its own tokens, and they are exchanged over the expert axis."""
+        """On `mesh` every device sorts its own tokens, and they are exchanged over the expert axis. Experts that the
+        context axis divides are gathered over it; of one-token steps, the few tokens go there instead (all_gather)."""
         flat = x.reshape(-1, x.shape[-1])
         logits = flat.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
         weights, expert_ids, probabilities = moe_dispatch.route(
             logits, self.experts_per_token, normalise=self.normalise
         )
+        few = x.shape[1] == 1 and kernels.exchange == "all_gather"
         operands = flat, weights, expert_ids, *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
         if mesh is None or mesh.size == 1:
             out = moe_dispatch.expert_ffn(*operands, implementation=kernels.grouped_matmul)
@@ -53,7 +55,7 @@ class Moe(nnx.Module):
                 *operands,
                 mesh=mesh,
                 token_axes=BATCH[0],
-                expert_axis="expert",
+                expert_axis=("expert", "context") if few else "expert",
                 inner_axis="tensor",
                 exchange=kernels.exchange,
                 implementation=kernels.grouped_matmul,

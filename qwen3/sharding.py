@@ -18,7 +18,9 @@ from qwen3.errors import UserError
 Tree = TypeVar("Tree")
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
-RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+Rules = Mapping[str, tuple[str, ...]]
+
+RULES: Rules = MappingProxyType(
     {
         "layers": (),
         "vocab": ("tensor",),
@@ -37,6 +39,8 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "norm": (),
     }
 )
+WHOLE_ROWS = MappingProxyType({**RULES, "embed": (), "expert_embed": ()})
+"""Where the weights lie for many steps of few tokens each, before each of which their rows would be gathered."""
 BATCH = PartitionSpec(("data", "fsdp", "expert", "context"))
 """Rows are spread over every axis along which the computation is data-parallel: whole sequences while sampling, which
 has none to split, and the pieces of `to_pieces`."""
@@ -84,14 +88,16 @@ def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES
+) -> PartitionSpec:
     """Look every logical axis up in the table; mesh axes of size 1 are left out.
 
     Raises UserError where two axes of one weight claim the same mesh axis or a size does not divide.
     """
     parts: list[tuple[str, ...]] = []
     for axis, size in zip(axes, shape, strict=True):
-        names = tuple(name for name in (() if axis is None else RULES[axis]) if mesh.shape[name] > 1)
+        names = tuple(name for name in (() if axis is None else rules[axis]) if mesh.shape[name] > 1)
         for name in names:
             if any(name in part for part in parts):
                 raise UserError(f"axes {axes} put two dimensions of one weight on mesh axis {name!r}")
@@ -105,7 +111,7 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
     return PartitionSpec(*((part[0] if len(part) == 1 else part) or None for part in parts))
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """The NamedSharding of every leaf: parameters (and whatever mirrors them, such as Adam's moments) by their
     logical axes, a leading stacked axis included; anything else replicated. `tree` may be abstract."""
 
@@ -114,7 +120,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         axes, shape = leaf.get_metadata()["axes"], leaf.get_value().shape
         stacked = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
-        return leaf.replace(NamedSharding(mesh, partition_spec(stacked, shape, mesh)))
+        return leaf.replace(NamedSharding(mesh, partition_spec(stacked, shape, mesh, rules)))
 
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 

@@ -8,6 +8,7 @@ experts and back, where the other form moves it to and from every device of the 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -38,7 +39,7 @@ def expert_ffn_on_mesh(
     *,
     mesh: Mesh,
     token_axes: tuple[str, ...],
-    expert_axis: str,
+    expert_axis: str | tuple[str, ...],
     inner_axis: str,
     exchange: Exchange = "all_gather",
     receive_rows: int | None = None,
@@ -49,7 +50,8 @@ def expert_ffn_on_mesh(
 
     Args:
       mesh: x, weights and expert_ids are split by rows over `token_axes`, `expert_axis` among them; experts over
-        `expert_axis`, their inner columns F over `inner_axis`. The sizes must divide.
+        `expert_axis`, which may be several axes taken as one, their inner columns F over `inner_axis`. The sizes must
+        divide.
       exchange: how tokens reach their experts, see above.
       receive_rows: for "ragged", the rows that a device can receive. None makes room for the worst case, every token
         of the axis with as many experts here as can be. Where a smaller one would overflow on any device, nothing is
@@ -63,9 +65,10 @@ def expert_ffn_on_mesh(
     axis, an exchange that `check_exchange` refuses, or receive_rows that does not apply.
     """
     check(x, weights, expert_ids, gate, up, down)
-    shards = mesh.shape[expert_axis]
-    if expert_axis not in token_axes:
-        raise ValueError(f"token_axes {token_axes} must contain the expert axis {expert_axis!r}")
+    expert_axes = (expert_axis,) if isinstance(expert_axis, str) else expert_axis
+    shards = math.prod(mesh.shape[axis] for axis in expert_axes)
+    if absent := [axis for axis in expert_axes if axis not in token_axes]:
+        raise ValueError(f"token_axes {token_axes} must contain the expert axis {absent[0]!r}")
     parts = {"x": functools.reduce(lambda size, axis: size * mesh.shape[axis], token_axes, 1), "gate": shards}
     for name, array in (("x", x), ("gate", gate)):
         if array.shape[0] % parts[name]:
@@ -80,7 +83,7 @@ def expert_ffn_on_mesh(
         on_shard = functools.partial(_ragged, receive_rows=receive_rows)
 
     def run(*operands: Array) -> Array:
-        exchanged = functools.partial(on_shard, axis=expert_axis, implementation=implementation)
+        exchanged = functools.partial(on_shard, axis=expert_axes, implementation=implementation)
         count = chunk_count(operands[0].shape[0], rows_at_once // (shards * expert_ids.shape[1]))
         summed = in_chunks(exchanged, count, *operands) if count > 1 else exchanged(*operands)
         return jax.lax.psum(summed, inner_axis).astype(x.dtype)
@@ -119,7 +122,7 @@ def _all_gather(
     up: Array,
     down: Array,
     *,
-    axis: str,
+    axis: tuple[str, ...],
     implementation: Implementation | None,
 ) -> Float[Array, "M D"]:
     first = jax.lax.axis_index(axis) * gate.shape[0]
@@ -136,7 +139,7 @@ def _ragged(
     up: Array,
     down: Array,
     *,
-    axis: str,
+    axis: tuple[str, ...],
     receive_rows: int | None,
     implementation: Implementation | None,
 ) -> Float[Array, "M D"]:

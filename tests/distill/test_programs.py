@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh
 from rich.console import Console
 
+from distill.collectives import collectives
 from distill.execute import execute
 from distill.experiment import Experiment
 from distill.programs import architectures, device_bytes, programs
@@ -127,6 +128,15 @@ def test_adapters_are_trained_alone(teacher: str) -> None:
     (training,) = (p for p in programs(experiment, jax.devices()[:1]) if p.name == "off_policy: student trains")
     trained, frozen = training.arguments[:2]
     assert 0 < device_bytes(trained) < device_bytes(frozen) / 10
+
+
+def test_weights_are_gathered_before_the_loop_that_writes_tokens(teacher: str) -> None:
+    (writes,) = (p for p in programs(sharded(teacher), jax.devices()[:4]) if p.name == "on_policy: student writes")
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(writes.arguments[1]))
+    gathered = [one for one in collectives(writes.compile().as_text()) if one.kind == "all-gather"]
+    # Nearly all of them: norms are on every device anyway, and XLA moves a few in other ways.
+    assert sum(one.whole_bytes for one in gathered if not one.open_loops) > 0.75 * whole
+    assert 0 < max(one.whole_bytes for one in gathered if one.open_loops) < 0.05 * whole
 
 
 def test_a_plan_goes_by_the_checkpoint_and_before_that_by_what_is_declared(teacher: str, tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ def emulated():
 
 def on_mesh(x, weights, expert_ids, gate, up, down, cotangent, **options):
     mesh = jax.make_mesh((2, 2, 2), ("data", "expert", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    options |= {"token_axes": ("data", "expert"), "expert_axis": "expert", "inner_axis": "tensor", "mesh": mesh}
+    axes = {"token_axes": ("data", "expert"), "expert_axis": "expert", "inner_axis": "tensor", "mesh": mesh}
+    options = axes | options
 
     def loss(x, weights, gate, up, down):
         out = moe_dispatch.expert_ffn_on_mesh(x, weights, expert_ids, gate, up, down, **options)
@@ -156,6 +157,14 @@ def test_value_and_every_gradient_on_a_mesh(way, expert_ids):
     inputs = make_inputs(24, 8, 2, expert_ids=expert_ids)
     expected = value_and_gradients("reference", *inputs)
     for mine, theirs in zip(on_mesh(*inputs, exchange=way), expected, strict=True):
+        # float32 sums in another order.
+        np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_several_axes_of_experts_are_taken_as_one():
+    inputs = make_inputs(24, 8, 2)
+    expected = value_and_gradients("reference", *inputs)
+    for mine, theirs in zip(on_mesh(*inputs, expert_axis=("data", "expert")), expected, strict=True):
         # float32 sums in another order.
         np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=1e-4)
 

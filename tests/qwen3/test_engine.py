@@ -333,9 +333,13 @@ def test_other_requests_and_weights_compile_nothing(models):
     assert compiled == []
 
 
-def test_sharded_weights_write_the_same(models, engine):
-    model = models["dense"]
-    mesh = make_mesh(MeshShape(fsdp=2, tensor=2, context=2))
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("dense", {"fsdp": 2, "tensor": 2, "context": 2}), ("moe", {"expert": 2, "tensor": 2, "context": 2})],
+)
+def test_sharded_weights_write_the_same(models, name, shape):
+    model = models[name]
+    engine, mesh = make_engine(model.config), make_mesh(MeshShape(**shape))
     placed = jax.device_put(model, shardings(model, mesh))
     requests = mixed_requests()
     for wanted, rollout in zip(
