@@ -5,7 +5,8 @@
 
 Data, lengths, modes, learning rates with their source, and what to download: experiments/qwen3_strong_to_weak.py.
 
-Devices: 64, as in qwen3_235b_to_8b.py; weights, moments and two sums of gradients of the student take 5.2 GiB of each.
+Devices: 64, as in qwen3_235b_to_8b.py; the student's weights, those it began with, moments and two sums of
+gradients take 5.2 GiB of each.
 """
 
 from distill.experiment import Experiment

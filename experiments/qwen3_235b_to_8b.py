@@ -6,8 +6,12 @@
 Data, lengths, modes, learning rates with their source, and what to download: experiments/qwen3_strong_to_weak.py.
 
 Devices: 64 (v5p:4x4x4, v6e:8x8, tpu7x:2x4x4, h100:8x8, h200:8x8), teacher and student on the same ones in turns:
-experts over 8, heads over 4, each row's tokens over 2. On one host of eight H200 give `--mesh.expert 2 --mesh.context 1
---stages.off-policy.training.rows 2 --stages.on-policy.training.rows 2`: the teacher then takes 59 GB of each.
+experts over 8, heads over 4, each row's tokens over 2. On one host of eight H200, where no program needs more than 96
+of 140 GiB:
+
+    python -m distill.run experiments/qwen3_235b_to_8b.py --mesh.expert 2 --mesh.context 1 --evaluation.batch-size 16 \\
+        --stages.off-policy.training.rows 2 --stages.off-policy.microbatches-per-step 16 \\
+        --stages.off-policy.batch-size 16 --stages.on-policy.training.rows 2 --stages.on-policy.prompts-per-step 16
 
 To expect, from table 21 of arXiv 2505.09388 (theirs, thinking mode, after a better off-policy stage than this data
 gives): AIME'24 55.0 after the off-policy stage, 74.4 after the on-policy one, 1,800 GPU hours for the latter.

@@ -5,7 +5,8 @@
 
 Data, lengths, modes, learning rates with their source, and what to download: experiments/qwen3_strong_to_weak.py.
 
-Devices: 64, as in qwen3_235b_to_8b.py; weights, moments and two sums of gradients of the student take 11 GiB of each.
+Devices: 64, as in qwen3_235b_to_8b.py; the student's weights, those it began with, moments and two sums of
+gradients take 11 GiB of each.
 Both models' experts are spread alike, and no token is dropped in either; the student's router is kept balanced by the
 loss that its config.json asks for (router_aux_loss_coef).
 """
