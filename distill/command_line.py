@@ -26,13 +26,19 @@ _KINDS = {
 """How tyro spells types, and what they are called."""
 
 
-def overridden(experiment: Experiment, fields: Sequence[str], path: Path, options: Mapping[str, str]) -> Experiment:
-    """The experiment of file `path` with the fields that the arguments change.
+def overridden(
+    experiment: Experiment,
+    fields: Sequence[str],
+    path: Path,
+    options: Mapping[str, str],
+    command: str = "python -m distill.run",
+) -> Experiment:
+    """The experiment of file `path` with the fields that the arguments of `command` change.
 
     `options` are those of the command itself, which --help lists beside the fields. Raises UserError where an argument
     names no field or a value that cannot be, SystemExit after --help.
     """
-    prog = f"python -m distill.run {path}"
+    prog = f"{command} {path}"
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
@@ -56,7 +62,7 @@ def _description(experiment: Experiment, prog: str, options: Mapping[str, str]) 
     own = "\n".join(f"  {option:{width}}  {words}" for option, words in options.items())
     return (
         f"{experiment.description}\n\n"
-        f"Options of the run:\n{own}\n\n"
+        f"Options of the command:\n{own}\n\n"
         "The fields of the experiment follow, with the values that its file gives them.\n"
         "A changed experiment needs another --name:\n"
         f"  {prog} --name {experiment.name}-1 --seed 1"

@@ -5,6 +5,7 @@ runs nothing: not whether the numbers are right, nor how fast they come.
 """
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -25,6 +26,16 @@ _LIBTPU: Mapping[str, str] = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
 }
 KINDS = tuple(CHIPS)
+SHAPES: Mapping[str, tuple[str, ...]] = {
+    "v4": ("1x1x1", "2x2x1", "4x4x4"),
+    "v5e": ("1x1", "2x2", "2x4", "4x4", "8x8", "16x16"),
+    "v5p": ("1x1x1", "2x2x1", "2x2x2", "4x4x4", "8x8x8"),
+    "v6e": ("1x1", "2x2", "2x4", "8x8", "16x16"),
+    "tpu7x": ("1x1x1", "2x2x1", "2x2x2", "2x4x4"),
+    "h100": ("1x1", "1x2", "1x4", "1x8", "2x8", "4x8", "8x8", "16x8", "32x8"),
+    "h200": ("1x1", "1x2", "1x4", "1x8", "2x8", "4x8", "8x8", "16x8", "32x8"),
+}
+"""Shapes that the compilers take, smallest first; a TPU's are not all that can be rented."""
 
 # XLA's GpuTargetConfigProto for a Hopper card; the limits are those of compute capability 9.0 (CUDA C++ Programming
 # Guide, "Technical Specifications per Compute Capability"), the counts those of the SXM card.
@@ -67,6 +78,25 @@ def devices(target: str) -> list[Any]:
 
     Raises ValueError for a target that there is not, ModuleNotFoundError where its compiler is not installed.
     """
+    kind, shape = parsed(target)
+    jax.config.update("jax_platforms", "cpu")
+    if kind in _GPUS:
+        _require(kind, "jax_cuda13_plugin", "jax_cuda12_plugin")
+        card = CHIPS[kind]
+        config = _HOPPER.format(name=card.name, memory=card.memory_bytes, bandwidth=int(card.bytes_per_s))
+        return _topology(kind, platform="cuda", topology=f"1x{'x'.join(map(str, shape))}", target_config=config)
+    _require(kind, "libtpu")
+    for variable, value in _LIBTPU.items():
+        os.environ.setdefault(variable, value)
+    name = f"{kind}:{'x'.join(map(str, shape))}"
+    if math.prod(shape) == 1:
+        chip = _topology(name, platform="tpu", chips_per_host_bounds=(1, 1, 1))
+        return chip if ":" in target else chip[:1]
+    return _topology(name, platform="tpu")
+
+
+def parsed(target: str) -> tuple[str, tuple[int, ...]]:
+    """Kind and shape of a target; that of a single chip where it gives none. Raises ValueError as `devices`."""
     kind, colon, shape = target.partition(":")
     dimensions = 2 if kind not in CHIPS or kind in _GPUS else CHIPS[kind].torus_dimensions
     if kind not in CHIPS or (colon and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{dimensions - 1}}}", shape)):
@@ -74,19 +104,7 @@ def devices(target: str) -> list[Any]:
             f"target {target!r} is unknown; use one of {', '.join(KINDS)}, or one with its topology such as v5e:4x4, "
             "v5p:4x4x4 or h100:8x8"
         )
-    jax.config.update("jax_platforms", "cpu")
-    if kind in _GPUS:
-        _require(kind, "jax_cuda13_plugin", "jax_cuda12_plugin")
-        card = CHIPS[kind]
-        config = _HOPPER.format(name=card.name, memory=card.memory_bytes, bandwidth=int(card.bytes_per_s))
-        return _topology(kind, platform="cuda", topology=f"1x{shape or '1x1'}", target_config=config)
-    _require(kind, "libtpu")
-    for variable, value in _LIBTPU.items():
-        os.environ.setdefault(variable, value)
-    if not shape:
-        one_chip = f"{kind}:{'x'.join('1' * dimensions)}"
-        return _topology(one_chip, platform="tpu", chips_per_host_bounds=(1, 1, 1))[:1]
-    return _topology(f"{kind}:{shape}", platform="tpu")
+    return kind, tuple(map(int, shape.split("x"))) if colon else (1,) * dimensions
 
 
 def _require(kind: str, *packages: str) -> None:

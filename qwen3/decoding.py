@@ -21,7 +21,8 @@ from qwen3.sharding import WHOLE_ROWS, shardings
 from qwen3.slots import Fixed, State, Written
 
 _SEGMENT_TOKENS = 64
-_MOST_SEGMENTS = 4
+MOST_SEGMENTS = 4
+"""Lengths that the cache is cut to while it is read, each with a loop of its own in the program."""
 Tree = TypeVar("Tree")
 
 
@@ -95,7 +96,7 @@ class Decoder:
             pages = keep_pages(self.config, pages, cache, target[:, :end], start, tokens=tokens, **how)
             return loop, pages, target
 
-        segments = min(_MOST_SEGMENTS, -(-longest // _SEGMENT_TOKENS))
+        segments = min(MOST_SEGMENTS, -(-longest // _SEGMENT_TOKENS))
         ends = {self.pages_for(self.max_prompt_tokens + longest * (i + 1) // segments - 1) for i in range(segments)}
         carry = _Loop(jnp.int32(0), state, written), pages, fixed.source_table
         for begin, end in itertools.pairwise((0, *sorted(ends))):

@@ -1,0 +1,174 @@
+"""How long a program takes at best: what it computes, moves through memory and sends, against what a chip can.
+
+FLOPs are analytic and those that the program does: with what rematerialising computes again, heads in both directions,
+and attention to what is visible. Memory traffic is analytic and coarse: weights once a pass, every activation written
+and read once, logits, and all of the cache that a decoding step looks at. Collectives are those of the compiled
+program. Efficiency within a kernel, launches and the host are left out: the roof is a bound and no forecast.
+"""
+
+import dataclasses
+import math
+
+from distill.collectives import Traffic
+from distill.experiment import Experiment
+from distill.flops import Flops, executed_training_flops, forward_flops
+from distill.programs import Program
+from distill.stages import OnPolicy
+from kernels_pallas.chips import Chip
+from qwen3.config import ModelConfig
+
+_WORD_PASSES = 3
+"""Times that a block of float32 logits goes through memory: written, and read for its largest and for its sum."""
+_UPDATE_BYTES = 28
+"""A parameter's float32 weight, two moments and gradient read, all but the gradient written."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one call of a program does; of a program that writes, one token of every sequence."""
+
+    flops: float
+    """On all devices."""
+    device_bytes: float
+    """Through the memory of each device."""
+    tokens: float
+    """That go through the model, on all devices."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roof:
+    """Seconds of one call at full speed, and what bounds it."""
+
+    compute_seconds: float
+    memory_seconds: float
+    network_seconds: float | None
+    """None where the program was not compiled, which says what is sent."""
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_seconds, self.memory_seconds, self.network_seconds or 0.0)
+
+    @property
+    def bound(self) -> str:
+        if self.seconds == self.compute_seconds:
+            return "compute"
+        return "memory" if self.seconds == self.memory_seconds else "network"
+
+
+def roof(work: Work, devices: int, chip: Chip, sent: Traffic | None) -> Roof:
+    """The roof of a program that spreads over so many devices evenly."""
+    return Roof(
+        compute_seconds=work.flops / devices / chip.flops_per_s,
+        memory_seconds=work.device_bytes / chip.bytes_per_s,
+        network_seconds=None if sent is None else sent.seconds,
+    )
+
+
+def work_of(program: Program, experiment: Experiment) -> Work:
+    """What one call does, from shapes alone."""
+    config, rows, length = program.model, program.rows, program.length
+    on_policy = isinstance(experiment.stages.get(program.stage), OnPolicy)
+    head = Flops(per_token=2 * config.hidden_size * config.vocab_size, per_attended_token=0)
+    forward = forward_flops(config)
+    traffic = _MemoryTraffic(program)
+    match program.purpose:
+        case "teacher_scores":
+            flops = forward.of([length]) * rows - (head.of([length]) * rows if on_policy else 0)
+            moved = traffic.weights(1) + traffic.activations(1) + (0 if on_policy else traffic.logits(1))
+            return Work(flops=flops, device_bytes=moved, tokens=rows * length)
+        case "teacher_reads" | "student_reads":
+            flops = (forward.of([length]) - head.of([length])) * rows
+            return Work(flops=flops, device_bytes=traffic.weights(1) + traffic.activations(1), tokens=rows * length)
+        case "teacher_writes" | "student_writes":
+            flops = rows * (forward.per_token + forward.per_attended_token * length)
+            return Work(flops=flops, device_bytes=traffic.weights(1) + traffic.cache(), tokens=rows)
+        case "student_trains":
+            training = experiment.stages[program.stage].training
+            width = None
+            if on_policy:
+                # The batch is the one argument with the teacher's hidden states.
+                width = next(a.targets.hidden.shape[-1] for a in program.arguments if hasattr(a, "targets"))
+            step = executed_training_flops(config, rematerialise=training.rematerialise, teacher_width=width)
+            passes = 3 + training.rematerialise
+            # Gradients are added to those of the microbatches before: read, read and written.
+            moved = traffic.weights(passes) + traffic.activations(passes) + traffic.logits(2)
+            return Work(
+                flops=step.of([length]) * rows,
+                device_bytes=moved + 3 * 4 * parameters(config) / program.mesh.size,
+                tokens=rows * length,
+            )
+        case "student_updates":
+            count = parameters(config)
+            return Work(flops=12.0 * count, device_bytes=_UPDATE_BYTES * count / program.mesh.size, tokens=0)
+
+
+def parameters(config: ModelConfig) -> int:
+    """Of all matrices; norms and biases are left out."""
+    return _dense_parameters(config) + _expert_parameters(config)
+
+
+def _dense_parameters(config: ModelConfig) -> int:
+    width, size = config.hidden_size, config.head_dim
+    attention = width * size * 2 * (config.num_attention_heads + config.num_key_value_heads)
+    feed_forward = sum(
+        count * (width * config.num_experts if moe else 3 * width * config.intermediate_size)
+        for moe, count in config.layer_runs()
+    )
+    heads = 1 if config.tie_word_embeddings else 2
+    return config.num_hidden_layers * attention + feed_forward + heads * width * config.vocab_size
+
+
+def _expert_parameters(config: ModelConfig) -> int:
+    layers = sum(count for moe, count in config.layer_runs() if moe)
+    return layers * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
+
+
+class _MemoryTraffic:
+    """Bytes through each device's memory in one call of a program."""
+
+    def __init__(self, program: Program):
+        self._program, self._config = program, program.model
+        self._shape = program.mesh.shape
+        model = next(one for one in _models(program) if one is not None)
+        self._stored = model.embed.get_value().dtype.itemsize
+        self._computed = 4 if model.compute_dtype == "float32" else 2
+        self._writes = program.purpose.endswith("writes")
+        self._shares = math.prod(self._shape[axis] for axis in ("data", "fsdp", "expert", "context"))
+
+    def weights(self, passes: int) -> float:
+        """Each pass reads what a device computes with; where it holds a part of that alone, the rest is gathered:
+        written and read once more."""
+        config, shape = self._config, self._shape
+        experts = _expert_parameters(config) / shape["tensor"] / shape["expert"]
+        if self._writes and config.num_experts:
+            # A few tokens do not reach all experts.
+            seen = self._program.rows / (self._shares / shape["expert"])
+            experts *= 1 - (1 - config.num_experts_per_tok / config.num_experts) ** seen
+        dense = _dense_parameters(config) / shape["tensor"]
+        gathered = self._shares > 1
+        return passes * (dense + experts) * (self._stored + (2 * self._computed if gathered else 0))
+
+    def activations(self, passes: int) -> float:
+        config, tensor = self._config, self._shape["tensor"]
+        width, heads = config.hidden_size, config.num_attention_heads + 2 * config.num_key_value_heads
+        entries = 0.0
+        for moe, count in config.layer_runs():
+            inner = config.num_experts_per_tok * config.moe_intermediate_size if moe else config.intermediate_size
+            copies = 6 * width + (4 * config.num_experts_per_tok * width if moe else 0)
+            entries += count * (copies + (2 * heads * config.head_dim + 3 * inner) / tensor)
+        return passes * 2 * self._computed * entries * self._program.rows * self._program.length / self._shares
+
+    def logits(self, passes: int) -> float:
+        tokens = self._program.rows * self._program.length / self._shares
+        return passes * _WORD_PASSES * 4 * tokens * self._config.vocab_size / self._shape["tensor"]
+
+    def cache(self) -> float:
+        """Keys and values up to the end of the longest sequence."""
+        config = self._config
+        entries = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers / self._shape["tensor"]
+        return self._computed * entries * self._program.length * self._program.rows / self._shares
+
+
+def _models(program: Program):
+    for argument in program.arguments:
+        yield argument if hasattr(argument, "stacks") else getattr(argument, "model", None)

@@ -1,0 +1,247 @@
+"""Plans against sums done by hand, what the CPU's compiler says, and what a user sees."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from distill import plan as command
+from distill.collectives import Traffic
+from distill.experiment import Experiment
+from distill.experiment_file import load_experiment
+from distill.flops import executed_training_flops, forward_flops
+from distill.losses import Loss
+from distill.optimizer import Optimizer
+from distill.planning import plan_on
+from distill.program_memory import Compiled, compiled, known_memory
+from distill.programs import programs
+from distill.roofline import Work, parameters, roof, work_of
+from distill.train_state import TrainState
+from distill.train_step import Batch, TrainStep
+from distill.whole_run import Assumptions, stage_plans
+from kernels_pallas.chips import CHIPS
+from qwen3.config import ModelConfig
+from qwen3.model import Qwen3
+from qwen3.sharding import MeshShape, make_mesh, placed_shapes
+from teacher.scoring import top_k_program
+from teacher.targets import Hidden, TopK
+
+QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.py"
+TOKENS, TEACHER_WIDTH, ENTRIES = 64, 320, 8
+# One layer in a real model's proportions: what the analytic count leaves out (norms, softmax) is then below 1 %.
+DENSE = ModelConfig(
+    model_type="qwen3", vocab_size=2048, hidden_size=512, intermediate_size=1536, num_hidden_layers=1,
+    num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> Experiment:
+    return load_experiment(QUICKSTART)
+
+
+def _cpu_mesh() -> jax.sharding.Mesh:
+    return make_mesh(MeshShape(data=1), jax.devices()[:1])
+
+
+def _squares(per_token: float, per_attended: float) -> float:
+    """So few tokens are one block of attention, which computes what is masked, too."""
+    return per_token * TOKENS + per_attended * TOKENS * TOKENS
+
+
+@pytest.mark.parametrize(("rematerialise", "on_policy"), [(False, True), (True, False)])
+def test_training_flops_agree_with_the_compiler(rematerialise: bool, on_policy: bool) -> None:
+    mesh = _cpu_mesh()
+    model = placed_shapes(jax.eval_shape(lambda: Qwen3(DENSE, jax.random.key(0))), mesh)
+    transformation = Optimizer().transformation(1)
+    head = jax.ShapeDtypeStruct((DENSE.vocab_size, TEACHER_WIDTH), jnp.float32) if on_policy else None
+
+    def rows(dtype: type, *last: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, TOKENS, *last), dtype)
+
+    entries = TopK(ids=rows(jnp.int32, ENTRIES), logprobs=rows(jnp.float32, ENTRIES), log_tail=rows(jnp.float32))
+    batch = Batch(
+        tokens=rows(jnp.int32), positions=rows(jnp.int32), segment_ids=rows(jnp.int32), loss_mask=rows(jnp.bool_),
+        mode=rows(jnp.uint8), targets=Hidden(hidden=rows(jnp.float32, TEACHER_WIDTH)) if on_policy else entries,
+    )  # fmt: skip
+    step = TrainStep(
+        transformation=transformation, loss=Loss(), mesh=mesh, rematerialise=rematerialise, teacher_head=head
+    )
+    function, arguments = step.programs(TrainState.shapes(model, transformation, mesh), batch).first_gradients
+    counted = function.trace(*arguments).lower().compile().cost_analysis()["flops"]
+    flops = executed_training_flops(
+        DENSE, rematerialise=rematerialise, teacher_width=TEACHER_WIDTH if on_policy else None
+    )
+    assert counted == pytest.approx(_squares(flops.per_token, flops.per_attended_token), rel=0.02)
+
+
+@pytest.mark.parametrize("experts", [0, 1])
+def test_scoring_flops_agree_with_the_compiler(experts: int) -> None:
+    """One expert, since the compiler counts a loop over the blocks of several once."""
+    tokens = 8 if experts else TOKENS
+    moe = {
+        "model_type": "qwen3_moe", "num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 768,
+    }  # fmt: skip
+    config = dataclasses.replace(DENSE, **(moe if experts else {}))
+    mesh = _cpu_mesh()
+    model = placed_shapes(jax.eval_shape(lambda: Qwen3(config, jax.random.key(0))), mesh)
+    program = top_k_program(model, mesh, rows=1, length=tokens, k=ENTRIES)
+    counted = program.function.trace(*program.arguments).lower().compile().cost_analysis()["flops"]
+    flops = forward_flops(config)
+    assert counted == pytest.approx(flops.per_token * tokens + flops.per_attended_token * tokens**2, rel=0.02)
+
+
+def test_memory_of_a_program_is_split_by_what_it_is_for(quickstart: Experiment) -> None:
+    made = {program.name: program for program in programs(quickstart, jax.devices()[:1])}
+    student, teacher = made["on_policy: student trains"].model, made["off_policy: teacher scores"].model
+    writes = known_memory(made["off_policy: teacher writes"])
+    config = made["off_policy: teacher writes"]
+    # float32, and norms, which `parameters` leaves out.
+    assert known_memory(made["off_policy: teacher scores"]).weights == pytest.approx(
+        4 * (parameters(teacher) + parameters(student)), rel=0.01
+    )
+    trains = known_memory(made["on_policy: student trains"])
+    # Two moments, and the student with which the stage began beside the one that it trains.
+    assert trains.optimizer == pytest.approx(8 * parameters(student), rel=0.01)
+    assert trains.weights == pytest.approx(4 * (parameters(teacher) + 2 * parameters(student)), rel=0.02)
+    assert writes.cache >= 2 * 4 * config.rows * config.length * teacher.num_key_value_heads * teacher.head_dim
+    assert writes.temporaries is None
+    assert writes.total == writes.weights + writes.optimizer + writes.cache + writes.other
+
+
+def test_a_compiled_program_says_its_temporaries(quickstart: Experiment) -> None:
+    made = {program.name: program for program in programs(quickstart, jax.devices()[:1])}
+    found = compiled(made["on_policy: student updates"], CHIPS["v5e"])
+    assert found.error is None
+    assert found.temporary_bytes > 0
+    assert found.sent == Traffic()
+
+
+def test_the_roof_is_the_slowest_of_three() -> None:
+    chip = CHIPS["v5p"]
+    work = Work(flops=64 * 459e12, device_bytes=2765e9 / 2, tokens=64)
+    assert roof(work, 64, chip, None).seconds == 1
+    assert roof(work, 64, chip, None).bound == "compute"
+    assert roof(work, 256, chip, None).bound == "memory"
+    assert roof(work, 64, chip, Traffic(seconds=3.0)).bound == "network"
+
+
+def test_a_decoded_token_reads_weights_and_cache(quickstart: Experiment) -> None:
+    made = {program.name: program for program in programs(quickstart, jax.devices()[:1])}
+    program = made["on_policy: student writes"]
+    config, work = program.model, work_of(program, quickstart)
+    cache = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * program.length * program.rows
+    assert work.device_bytes == pytest.approx(4 * (parameters(config) + cache))
+    assert work.tokens == program.rows
+    assert work.flops == program.rows * (
+        forward_flops(config).per_token + forward_flops(config).per_attended_token * program.length
+    )
+
+
+def test_calls_of_a_run_by_hand(quickstart: Experiment) -> None:
+    assumed = Assumptions(response_share=0.5, prompt_share=0.5, filled_share=1.0)
+    made = programs(quickstart, jax.devices()[:1])
+    by_name = {plan.stage: plan for plan in stage_plans(quickstart, made, assumed)}
+    stage = quickstart.stages["off_policy"]
+    share = stage.modes.thinking_fraction
+    response = 0.5 * (share * stage.thinking.max_new_tokens + (1 - share) * stage.non_thinking.max_new_tokens)
+    calls = by_name["off_policy"].calls
+    assert calls["teacher_writes"] == stage.prompts * response / stage.batch_size
+    assert calls["student_trains"] == calls["student_updates"] == stage.training.steps
+    assert by_name["off_policy"].bytes_moved == stage.prompts * response * (8 * stage.top_k + 4)
+    on_policy = quickstart.stages["on_policy"]
+    # All start at once and wait for the longest.
+    longest = max(on_policy.thinking.max_new_tokens, on_policy.non_thinking.max_new_tokens)
+    assert by_name["on_policy"].calls["student_writes"] == on_policy.training.steps * longest
+    # What the comparison may spend is what the on-policy stage has cost.
+    assert by_name["same_outputs"].calls["student_trains"] > on_policy.training.steps
+    assert by_name["evaluation"].calls.keys() == {"student_reads", "student_writes", "teacher_reads", "teacher_writes"}
+
+
+def test_what_does_not_fit_is_said_with_a_remedy(quickstart: Experiment) -> None:
+    devices, assumed = jax.devices()[:1], Assumptions()
+
+    def measure(name: str, number: int, count: int) -> Compiled:
+        return Compiled(temporary_bytes=2**30 if name == "on_policy: student trains" else 0)
+
+    roomy = plan_on(quickstart, devices, CHIPS["v5e"], "v5e:1x1", assumed, measure)
+    assert roomy.fits
+    small = dataclasses.replace(CHIPS["v5e"], memory_bytes=2**30)
+    tight = plan_on(quickstart, devices, small, "v5e:1x1", assumed, measure)
+    assert not tight.fits
+    (problem,) = tight.problems
+    assert problem.startswith("on_policy: student trains: needs 1.")
+    assert "which has 1.0; lower training.rows" in problem
+    tiny = plan_on(quickstart, devices, dataclasses.replace(small, memory_bytes=2**20), "v5e:1x1", assumed)
+    assert any("spread the weights" in problem for problem in tiny.problems)
+    assert any("fewer or shorter sequences" in problem for problem in tiny.problems)
+
+
+def test_a_program_that_does_not_compile_is_named(quickstart: Experiment) -> None:
+    def measure(name: str, number: int, count: int) -> Compiled:
+        return Compiled(error="Mosaic failed" if number == 0 else None)
+
+    plan = plan_on(quickstart, jax.devices()[:1], CHIPS["v5e"], "v5e:1x1", Assumptions(), measure)
+    assert plan.problems == ["off_policy: teacher reads: does not compile: Mosaic failed"]
+
+
+def test_the_command_prints_topologies_side_by_side(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert command.main([str(QUICKSTART), "--topology", "v5e:2x2,h100", "--no-compile"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("on_policy: student trains", "bound by", "chip-hours", "Not compiled", "smallest v5e that fits: v5e:"):
+        assert text in printed
+
+
+def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--topology", "v6e:1x1", "--no-compile", "--json", "--efficiency", "0.25", "--no-smallest"]
+    assert command.main([str(QUICKSTART), *options, "--stages.on-policy.training.steps", "7"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    assert plan["devices"] == plan["chips"] == 1
+    assert plan["chip_hours"] == pytest.approx(plan["seconds"] / 3600)
+    trains = next(one for one in plan["programs"] if one["name"] == "on_policy: student trains")
+    stage = next(one for one in plan["stages"] if one["name"] == "on_policy")
+    calls = stage["seconds"]["student_trains"] * 0.25 / trains["roof"]["seconds"]
+    assert calls % 7 == pytest.approx(0, abs=1e-6)
+    assert trains["sent"] is None
+    assert trains["memory"]["temporaries"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "--topology is missing"),
+        (["--topology", "v9:2x2"], "target 'v9:2x2' is unknown"),
+        (["--topology", "v5e:1x1", "--efficiency", "0"], "--efficiency is 0.0; it must lie in 0..1"),
+        (["--topology", "v5e:1x1", "--stages.nothing", "1"], "--stages.nothing"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([str(QUICKSTART), "--no-compile", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
+def test_a_mesh_that_the_devices_do_not_make_up_is_no_crash(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--topology", "v5e:2x2", "--no-compile", "--no-smallest", "--mesh.tensor", "3"]
+    assert command.main([str(QUICKSTART), *options]) == 2
+    assert "there are 4" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_missing_compiler_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find(name, *rest)
+    )
+    assert command.main([str(QUICKSTART), "--topology", "v5e:2x2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "needs the package libtpu" in line
+    assert line.endswith("or plan with --no-compile")
