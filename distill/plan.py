@@ -170,7 +170,8 @@ def _smallest(experiment: Experiment, plan: Plan, planned: Callable[..., Plan], 
 
 
 class _Compilers:
-    """Compiles in a process of its own: one that aborts ends that process, and is a finding, not the plan's end."""
+    """Compiles each program in a process of its own, so that memory is given back and a compiler that aborts is a
+    finding, not the end of the plan."""
 
     def __init__(self, experiment: Experiment, topology: str, console: Console):
         self._experiment, self._topology, self._console = experiment, topology, console
@@ -197,7 +198,9 @@ class _Compilers:
 
 
 def _new_pool() -> concurrent.futures.ProcessPoolExecutor:
-    return concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    return concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    )
 
 
 def _compile(experiment: Experiment, topology: str, number: int) -> Compiled:

@@ -1,0 +1,204 @@
+"""How far a plan is from what programs take: memory, FLOPs and time of every program that a step runs, on this machine.
+
+    python -m experiments.benchmarks.plan_error --size vocab
+
+prints a Markdown table. The machine's two roofs are measured first: a product of large matrices, and a copy. Each
+program runs in a process of its own. Memory is what the process grows by while the program runs, beside its
+arguments; it is compared with the compiler's temporaries and results, which is what a plan adds to what follows from
+shapes. The FLOPs are those of a compiled program of one layer, where no loop hides any.
+"""
+
+import ctypes
+import dataclasses
+import json
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from distill.experiment import Experiment, Teacher
+from distill.program_memory import compiled, known_memory
+from distill.programs import Program, programs
+from distill.roofline import roof, work_of
+from distill.stages import OffPolicy, OnPolicy
+from distill.stages.loop import Training
+from distill.tasks import Arithmetic
+from experiments.benchmarks.machine import machine
+from experiments.benchmarks.sizes import SIZES
+from kernels_pallas.chips import Chip
+from qwen3.config import ModelConfig
+from qwen3.sampling import SamplingParams
+from student.init import FromScratch
+
+_TOKENIZER = str(Path(__file__).parents[1] / "quickstart_tokenizer")
+_MATRIX, _COPIED_BYTES, _TURNS = 3072, 2**28, 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What to measure."""
+
+    size: Literal["tiny", "vocab"] = "tiny"
+
+
+class Measured(NamedTuple):
+    """Of one program: what was predicted and what it took."""
+
+    name: str
+    argument_bytes: int
+    predicted_bytes: int
+    grown_bytes: int
+    predicted_seconds: float
+    bound: str
+    seconds: float
+
+
+def main(arguments: Arguments) -> None:
+    chip = this_machine()
+    print(f"{chip.name}: {chip.flops_per_s / 1e9:.0f} GFLOP/s, {chip.bytes_per_s / 1e9:.1f} GB/s; {machine()}\n")
+    print("| program | arguments, MiB | temporaries, MiB | grown by, MiB | roof, ms | bound | took, ms | of the roof |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        names = [program.name for program in _programs(arguments.size, folder)]
+        for name in names:
+            # A decoding loop ends at once where no sequence is under way.
+            if name.endswith("writes") or name.startswith("evaluation"):
+                continue
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+                print(_row(alone.submit(measure, arguments.size, folder, name, chip).result()), flush=True)
+
+
+def _row(one: Measured) -> str:
+    mib = " | ".join(f"{size / 2**20:,.0f}" for size in (one.argument_bytes, one.predicted_bytes, one.grown_bytes))
+    times = f"{one.predicted_seconds * 1e3:,.1f} | {one.bound} | {one.seconds * 1e3:,.1f}"
+    return f"| {one.name} | {mib} | {times} | {one.predicted_seconds / one.seconds:.0%} |"
+
+
+def this_machine() -> Chip:
+    """Its roofs, as the fastest of a few turns of each."""
+    a = jnp.eye(_MATRIX, dtype=jnp.float32)
+    words = jnp.ones(_COPIED_BYTES // 4, jnp.float32)
+    product = _fastest(jax.jit(lambda a: a @ a), a)
+    # Read and written.
+    copy = _fastest(jax.jit(lambda x: x + 1, donate_argnums=0), words)
+    return Chip(
+        name="this machine",
+        flops_per_s=2 * _MATRIX**3 / product,
+        memory_bytes=2**62,
+        bytes_per_s=2 * _COPIED_BYTES / copy,
+        link_bytes_per_s=1.0,
+    )
+
+
+def measure(size: str, folder: str, name: str, chip: Chip) -> Measured:
+    """Run one program with arguments of no meaning, in a process that has run nothing else."""
+    program = next(one for one in _programs(size, folder) if one.name == name)
+    found = compiled(program, chip)
+    assert found.error is None, found.error
+    run = program.compile()
+    dynamic = _filled(program)
+    before = _start_of_peak()
+    kept = jax.block_until_ready(run(*dynamic))
+    grown = _memory("VmHWM") - before
+    del kept
+    seconds = []
+    for _ in range(_TURNS):
+        dynamic = _filled(program)
+        started = time.perf_counter()
+        jax.block_until_ready(run(*dynamic))
+        seconds.append(time.perf_counter() - started)
+    predicted = roof(work_of(program, _experiment(size, folder)), 1, chip, found.sent)
+    arguments = dataclasses.replace(program, beside={})
+    return Measured(
+        name=name,
+        argument_bytes=known_memory(arguments).total,
+        predicted_bytes=found.temporary_bytes,
+        grown_bytes=grown,
+        predicted_seconds=predicted.seconds,
+        bound=predicted.bound,
+        seconds=float(np.median(seconds)),
+    )
+
+
+def _start_of_peak() -> int:
+    """Bytes that the process holds, after giving back what it does not use; its peak counts from here (Linux)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(field: str) -> int:
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def _fastest(function: Any, argument: jax.Array) -> float:
+    argument = jax.block_until_ready(function(argument))
+    seconds = []
+    for _ in range(_TURNS):
+        started = time.perf_counter()
+        # An array that is given away is written in place: fresh pages would be measured, too.
+        argument = jax.block_until_ready(function(argument))
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _filled(program: Program) -> list[Any]:
+    """The program's arguments as arrays that exist; static ones are not passed on to a compiled program."""
+    draw = np.random.default_rng(0)
+
+    def fill(leaf: Any) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(draw.standard_normal(leaf.shape, np.float32) * 0.02, leaf.dtype)
+        return jnp.ones(leaf.shape, leaf.dtype)
+
+    abstract = [one for one in program.arguments if not isinstance(one, int | jax.sharding.Mesh)]
+    return jax.block_until_ready(jax.tree.map(fill, abstract))
+
+
+def _programs(size: str, folder: str) -> list[Program]:
+    return programs(_experiment(size, folder), jax.devices()[:1])
+
+
+def _experiment(size: str, folder: str) -> Experiment:
+    """The benchmarks' models and batch as an experiment, with only the teacher's config.json on disk."""
+    work = SIZES[size]
+    (Path(folder) / "config.json").write_text(json.dumps(_raw(work.teacher)))
+    writes: Any = {
+        "thinking": SamplingParams(max_new_tokens=work.new_tokens),
+        "non_thinking": SamplingParams(max_new_tokens=work.new_tokens),
+        "max_prompt_tokens": work.prompt_tokens,
+        "training": Training(steps=10, rows=work.batch_size, row_length=work.sequence_tokens, rematerialise=False),
+    }
+    return Experiment(
+        name="plan_error",
+        description="The benchmarks' step.",
+        student=FromScratch(architecture=_raw(work.student), tokenizer=_TOKENIZER),
+        teacher=Teacher(path=folder, dtype="float32"),
+        tasks={"arithmetic": Arithmetic()},
+        stages={
+            "off_policy": OffPolicy(prompts=64, batch_size=work.batch_size, top_k=64, **writes),
+            "on_policy": OnPolicy(prompts_per_step=work.batch_size, **writes),
+        },
+        compute_dtype="float32",
+    )
+
+
+def _raw(config: ModelConfig) -> dict[str, Any]:
+    fields = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if value is not None and name not in ("qk_norm", "attention_bias", "attention_output_bias", "mlp_only_layers")
+    }
+    return fields | {"eos_token_id": 0, "pad_token_id": 0}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))
