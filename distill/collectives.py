@@ -121,15 +121,18 @@ def _traffic_of(one: Collective, group: Sequence[Any], devices: Sequence[Any], c
         seconds = within / chip.link_bytes_per_s
         seconds += across / chip.network_bytes_per_s if chip.network_bytes_per_s else 0.0
         return Traffic(sent_bytes=sent, link_bytes=within, network_bytes=across, seconds=seconds)
-    sizes = [len({device.coords[axis] for device in devices}) for axis in range(chip.torus_dimensions)]
-    crossed = [size for axis, size in enumerate(sizes) if len({device.coords[axis] for device in group}) > 1]
+    # Of each dimension that the group reaches over, its chips and whether they close a ring.
+    crossed = []
+    for axis in range(chip.torus_dimensions):
+        reached, size = (len({device.coords[axis] for device in some}) for some in (group, devices))
+        if reached > 1:
+            crossed.append((reached, reached == size >= chip.ring_from))
     if not crossed:  # The devices of one chip.
         return Traffic(sent_bytes=sent)
-    links = sum(2 if size >= chip.ring_from else 1 for size in crossed)
-    per_link = sent / links
+    per_link = sent / sum(2 if is_ring else 1 for _, is_ring in crossed)
     if one.kind in ("all-to-all", "ragged-all-to-all"):
-        # What goes to the far side passes every link on the way: a quarter of a ring, or half of a line, on average.
-        per_link = max(one.whole_bytes * size / (8 if size >= chip.ring_from else 4) for size in crossed)
+        # What goes to the far side passes every link on the way: an eighth of a ring's, or a quarter of a line's.
+        per_link = max(one.whole_bytes * reached / (8 if is_ring else 4) for reached, is_ring in crossed)
     elif one.kind == "collective-permute":
         per_link = sent
     return Traffic(sent_bytes=sent, link_bytes=per_link, seconds=per_link / chip.link_bytes_per_s)

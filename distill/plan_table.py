@@ -42,7 +42,7 @@ def _show_one(plan: Plan, console: Console) -> None:
                 highlight=False,
             )
     for problem in plan.problems:
-        console.print(f"[red]does not fit[/red]  {problem}", highlight=False)
+        console.print(f"[red]does not fit[/red]  {problem}", highlight=False, soft_wrap=True)
     if plan.fits:
         total = f"{_hours(plan.seconds)}, {plan.chip_hours:,.1f} chip-hours"
         console.print(f"[green]fits[/green]  {total}", highlight=False)
@@ -51,24 +51,23 @@ def _show_one(plan: Plan, console: Console) -> None:
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = _table(
-        "GiB a device",
-        "weights",
-        "optimizer",
-        "cache",
-        "rows",
-        "temporaries",
-        "all",
-        f"of {_gib(plan.chip.memory_bytes)}",
-    )
+    # A model for tests would be a row of zeros in GiB.
+    small = all(program.memory.total < _GIB for program in plan.programs)
+    unit, name = (_MIB, "MiB") if small else (_GIB, "GiB")
+
+    def size(count: float) -> str:
+        return f"{count / unit:,.2f}" if count < 10 * unit else f"{count / unit:,.1f}"
+
+    capacity = f"of {size(plan.chip.memory_bytes)}"
+    table = _table(f"{name} a device", "weights", "optimizer", "cache", "rows", "temporaries", "all", capacity)
     for program in plan.programs:
         memory = program.memory
         share = memory.total / plan.chip.memory_bytes
         table.add_row(
             program.name,
-            *(_gib(size) for size in (memory.weights, memory.optimizer, memory.cache, memory.other)),
-            "?" if memory.temporaries is None else _gib(memory.temporaries),
-            _gib(memory.total),
+            *map(size, (memory.weights, memory.optimizer, memory.cache, memory.other)),
+            "?" if memory.temporaries is None else size(memory.temporaries),
+            size(memory.total),
             f"{share:.0%}",
             style="red" if program.problem else None,
         )
@@ -129,10 +128,6 @@ def _table(first: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
-
-
-def _gib(size: float) -> str:
-    return f"{size / _GIB:,.2f}" if size < 10 * _GIB else f"{size / _GIB:,.1f}"
 
 
 def _number(value: float) -> str:

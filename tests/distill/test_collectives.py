@@ -122,6 +122,8 @@ def test_traffic_on_a_torus() -> None:
     devices, chip = _torus(4, 4, 4), CHIPS["v5p"]
     # Four chips in a ring: three quarters of the whole, half of it each way round.
     assert traffic([_gather((0, 1, 2, 3))], devices, chip).link_bytes == 600
+    # Two neighbours have one link between them, whatever ring they are on.
+    assert traffic([_gather((0, 1))], devices, chip).link_bytes == 800
     # Sixteen in a plane of two rings; twice as much for an all-reduce; three times in three calls.
     assert traffic([_gather(tuple(range(16)), times=3)], devices, chip).link_bytes == 3 * 375
     both = traffic([_gather(tuple(range(16)), "all-reduce")], devices, chip)
