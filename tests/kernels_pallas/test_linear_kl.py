@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.linear_kl import Divergence, linear_kl_at_ids, linear_kl_full
-from kernels_pallas.linear_kl.divergence import contribution_and_slope
+from kernels_pallas.linear_kl.divergence import contribution, contribution_and_slope
 
 B, T, D, DT, V, J = 2, 7, 8, 12, 37, 5
 DIVERGENCES = [
@@ -144,6 +144,15 @@ def test_a_bucket_without_mass_has_finite_value_and_slope(divergence):
         assert all(jnp.isfinite(x) for x in contribution_and_slope(divergence, empty, half))
     if divergence.name != "forward_kl":  # which is infinite, truly, where the student has no mass at all
         assert all(jnp.isfinite(x) for x in contribution_and_slope(divergence, half, empty))
+
+
+@each_divergence
+def test_slopes_are_the_derivatives(divergence):
+    with jax.enable_x64(True):
+        teacher, student = -np.random.default_rng(0).exponential(5, (2, 200))
+        _, slope = contribution_and_slope(divergence, teacher, student)
+        derivative = jax.vmap(jax.grad(lambda s, t: contribution(divergence, t, s)))(student, teacher)
+        np.testing.assert_allclose(slope, derivative, rtol=1e-9, atol=1e-15)  # float64, terms that cancel
 
 
 @functools.cache
