@@ -62,6 +62,11 @@ def load(source: Any, index: tuple[Any, ...], axis: int) -> Array:
     return plgpu.load(source, index, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
 
 
+def load_matrix(source: Any, index: tuple[Any, ...]) -> Array:
+    """A matrix from any memory, like a product."""
+    return plgpu.load(source, index, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
 def index_along(shape: tuple[int, ...], axis: int) -> Array:
     """The row or column of each number of a product."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)

@@ -43,6 +43,7 @@ MODELS = (
     Model(name="235B-A22B", width=4096, heads=64, kv_heads=4, experts=128, experts_per_token=8, expert_width=1536),
 )
 LARGEST = MODELS[-1].name
+WIDEST_STUDENT = Model(name="14B", width=5120, heads=40, kv_heads=8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,12 +255,15 @@ def _linear_kl(model: Model) -> Iterator[Case]:
         ("linear_kl, 64 words", at_ids, sample_at_ids, 0),
     ):
         shape = f"{model.name}, {tokens:,} × {VOCABULARY:,}"
+        subset = model.name == "8B" and function is at_ids
         case = Case(
-            operation=operation, shape=shape, function=function, sample=sample, kernels=("tpu",), flops=own + extra
+            operation=operation, shape=shape, function=function, sample=sample, flops=own + extra, subset=subset
         )
         yield case
         gradient = _gradient(function, 2)
         yield dataclasses.replace(case, operation=f"{operation}, gradient", function=gradient, flops=3 * own + extra)
+    if model.name == "8B":
+        yield from _linear_kl(WIDEST_STUDENT)
 
 
 OPERATIONS: Mapping[str, Callable[[Model], Iterator[Case]]] = MappingProxyType(

@@ -119,7 +119,7 @@ def linear_kl_at_ids(
       words, and also `teacher_tail_mass` and `student_support_mass` (the student's mass on the named words).
 
     Raises:
-      ValueError: as `linear_kl_full`.
+      ValueError: as `linear_kl_full`, or more words than the kernel asked for takes.
     """
     _require_student(hidden, head, weights)
     _require("ids", ids, (*hidden.shape[:2], None))
@@ -129,6 +129,11 @@ def linear_kl_at_ids(
     _require("teacher_log_tail", teacher_log_tail, ids.shape[:2])
     plan = _plan(hidden, head, divergence, block_tokens, block_vocab, implementation)
     _require_kernel(plan, hidden=hidden, head=head)
+    if plan.kernels and ids.shape[2] > plan.kernels.MOST_NAMED:
+        raise ValueError(
+            f"ids names {ids.shape[2]} words; implementation {plan.implementation!r} of linear_kl takes at most "
+            f"{plan.kernels.MOST_NAMED}; use 'xla'"
+        )
     return _at_ids(hidden, head, (ids, teacher_logprobs, teacher_log_tail, weights), plan)
 
 
@@ -141,15 +146,22 @@ class _Plan:
     vocab: xla.Blocks
     implementation: str
 
+    @property
+    def kernels(self) -> ModuleType | None:
+        """The backend, if it is one. Imported when it is wanted: each brings its platform's compiler front end."""
+        if self.implementation in ("xla", "reference"):
+            return None
+        return importlib.import_module(f"kernels_pallas.linear_kl.{self.implementation}")
+
 
 def _with_derivative(xla_loss, kernel_loss, reference_loss):
     """A function of (hidden, head, constants, plan) whose derivatives are made in its forward pass."""
 
     def run(hidden, head, constants, plan, with_gradients):
         options = {"divergence": plan.divergence, "with_gradients": with_gradients}
-        if plan.implementation == "xla":
-            return xla_loss(hidden, head, *constants, positions=plan.positions, vocab=plan.vocab, **options)
-        return kernel_loss(_kernels(plan.implementation), hidden, head, *constants, **options)
+        if plan.kernels:
+            return kernel_loss(plan.kernels, hidden, head, *constants, **options)
+        return xla_loss(hidden, head, *constants, positions=plan.positions, vocab=plan.vocab, **options)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
     def blocked(hidden, head, constants, plan):
@@ -179,11 +191,6 @@ def _with_derivative(xla_loss, kernel_loss, reference_loss):
 
 _full = _with_derivative(xla.full, passes.full, reference.full)
 _at_ids = _with_derivative(xla.at_ids, passes.at_ids, reference.at_ids)
-
-
-def _kernels(name: str) -> ModuleType:
-    # Imported when they are wanted: each brings its platform's compiler front end.
-    return importlib.import_module(f"kernels_pallas.linear_kl.{name}")
 
 
 def _plan(hidden, head, divergence, block_tokens, block_vocab, implementation) -> _Plan:
@@ -225,10 +232,10 @@ def _require_student(hidden: Array, head: Array, weights: Array) -> None:
 
 def _require_kernel(plan: _Plan, **pair: Array) -> None:
     """That a kernel, if it is one, takes these hidden states and this head."""
-    name = plan.implementation
-    if name in ("xla", "reference"):
+    name, kernels = plan.implementation, plan.kernels
+    if kernels is None:
         return
-    kernels, names, dtypes = _kernels(name), " and ".join(pair), {str(array.dtype) for array in pair.values()}
+    names, dtypes = " and ".join(pair), {str(array.dtype) for array in pair.values()}
     if len(dtypes) > 1 or not dtypes <= {*kernels.DTYPES}:
         raise ValueError(
             f"{names} have dtypes {', '.join(sorted(dtypes))}; implementation {name!r} of linear_kl takes one of "

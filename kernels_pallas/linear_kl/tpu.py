@@ -23,6 +23,7 @@ from kernels_pallas.linear_kl.xla import Mass
 
 DTYPES = ("bfloat16", "float32")
 MULTIPLE = 1  # of D
+MOST_NAMED = 256  # what fast memory holds beside the blocks
 _LANES = 128
 _BLOCK_TOKENS = 1024
 _BLOCK_WORDS = 512
@@ -134,7 +135,7 @@ def _survey_at_ids_kernel(rounds, h, w, ids, chosen, top, total, moment, logits,
     @_each_round(rounds, ids, left, w)
     def _(hit, own):
         found = jnp.max(jnp.where(hit, logits[...], _MASKED), axis=0, keepdims=True)
-        chosen[...] = jnp.where(own, found, chosen[...])
+        chosen[...] = jnp.where(own, jnp.maximum(found, chosen[...]), chosen[...])
         logits[...] = jnp.where(hit, _MASKED, logits[...])
 
     _add_mass(logits[...], top, total, moment)
@@ -213,7 +214,10 @@ def _mass(rows: list[Array]) -> Mass:
 
 
 def _each_round(rounds: Any, ids: Any, left: Any, w: Any) -> Callable[[Callable[[Array, Array], None]], None]:
-    """Run body(hit, own) for each round: `hit` [words, tokens] and `own` [J, tokens] say where a token's id is."""
+    """Run body(hit, own) for each round: `hit` [words, tokens] and `own` [J, tokens] say where a token's id is.
+
+    Entries without an id in this block are in `own` too, once a token has none left; `hit` is then false everywhere.
+    """
 
     def run(body: Callable[[Array, Array], None]) -> None:
         tokens, block = pl.program_id(0), pl.program_id(1)
@@ -223,7 +227,7 @@ def _each_round(rounds: Any, ids: Any, left: Any, w: Any) -> Callable[[Callable[
         @pl.loop(0, rounds[tokens, block])
         def _(_: Any) -> None:
             current = jnp.max(left[...], axis=0, keepdims=True)
-            own = (left[...] == current) & (current >= 0)
+            own = left[...] == current
             body(_index((w.shape[0], ids.shape[1])) == current, own)
             left[...] = jnp.where(own, -1, left[...])
 

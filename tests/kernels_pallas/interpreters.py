@@ -53,6 +53,7 @@ def _interpret_gpu():
         ),
         "full": lambda value, shape: jnp.full(shape, value, jnp.float32),
         "load": lambda source, index, axis: source[index],
+        "load_matrix": lambda source, index: source[index],
         "index_along": functools.partial(jax.lax.broadcasted_iota, jnp.int32),
     }
     try:

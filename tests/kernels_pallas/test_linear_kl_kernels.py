@@ -88,6 +88,9 @@ CASES = [
     ("tpu", "at_ids", 5, (8, 8), 7, 7, 1, jnp.float32, SKEW),
     ("tpu", "full", 200, (40, 64), 300, 0, 0.7, jnp.bfloat16, FORWARD),
     ("tpu", "full", 131, (64, 40), 130, 0, 0.7, jnp.float32, JSD),
+    ("gpu", "at_ids", 200, (64, 40), 300, 17, 0.7, jnp.bfloat16, FORWARD),
+    ("gpu", "at_ids", 1, (64, 8), 70, 70, 1, jnp.bfloat16, SKEW),
+    ("gpu", "full", 131, (64, 128), 300, 0, 0.7, jnp.bfloat16, REVERSE),
 ]
 
 
@@ -117,12 +120,13 @@ def test_tpu(kind, tokens, widths, vocab, named, live, dtype, divergence, seed):
     check("tpu", kind, make_inputs(kind, tokens, widths, vocab, named, live, dtype, seed), divergence)
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("kind", ["at_ids", "full"])
-def test_positions_of_weight_zero_add_exactly_nothing(kind):
-    hidden, head, *constants = make_inputs(kind, 6, (8, 8), 40, 3, 0, jnp.float32)
-    with interpret("tpu"):
+def test_positions_of_weight_zero_add_exactly_nothing(platform, kind):
+    hidden, head, *constants = make_inputs(kind, 6, (64, 64), 40, 3, 0, jnp.bfloat16)
+    with interpret(platform):
         inputs = (jnp.full_like(hidden, jnp.nan), head, *constants)
-        (loss, stats), gradients = loss_and_gradients(kind, inputs, REVERSE, "tpu")
+        (loss, stats), gradients = loss_and_gradients(kind, inputs, REVERSE, platform)
     assert all(not np.any(array) for array in (loss, *stats.values(), *gradients))
 
 
@@ -154,8 +158,16 @@ def test_what_a_kernel_does_not_take_is_refused(monkeypatch):
     mixed = (*inputs[:2], inputs[2].astype(jnp.bfloat16), *inputs[3:])
     with pytest.raises(ValueError, match=r"teacher_hidden and teacher_head have dtypes bfloat16, float32; .*'tpu'"):
         linear_kl_full(*mixed, **options)
+    with pytest.raises(ValueError, match="ids names 300 words; implementation 'tpu' of linear_kl takes at most 256"):
+        linear_kl_at_ids(*make_inputs("at_ids", 2, (8, 8), 700, 300, 1, jnp.float32), **options)
     with (
         jax.set_mesh(jax.make_mesh((2, 4), ("data", "tensor"))),
         pytest.raises(ValueError, match=r"works on one device's arrays, the mesh has 8 devices; .*shard_map"),
     ):
         linear_kl_full(*inputs, **options)
+    monkeypatch.setattr(platforms, "platform", lambda: "gpu")
+    options["implementation"] = "gpu"
+    with pytest.raises(ValueError, match=r"hidden and head have dtypes float32; .*'gpu' .* takes one of bfloat16"):
+        linear_kl_full(*inputs, **options)
+    with pytest.raises(ValueError, match=r"hidden and head are 8 wide; .*'gpu' of linear_kl takes multiples of 64"):
+        linear_kl_full(*(x.astype(jnp.bfloat16) for x in inputs), **options)
