@@ -305,7 +305,8 @@ def _run(
 def _sizes(operands: tuple[Array, ...]) -> tuple[int, int]:
     """Tokens and words of a tile: multiples of the lanes that share the vocabulary and the tokens out evenly."""
     tokens, words = (operands[i * len(operands) // 2].shape[0] for i in (0, 1))
-    row_bytes = sum(x.shape[1] * x.dtype.itemsize for x in operands[: len(operands) // 2])
+    # Of float32 a product makes bfloat16 pieces, which take as much again.
+    row_bytes = sum(x.shape[1] * (8 if x.dtype == jnp.float32 else 2) for x in operands[: len(operands) // 2])
     return (
         _even_block(tokens, min(_BLOCK_TOKENS, _TOKEN_BYTES // row_bytes)),
         _even_block(words, min(_BLOCK_WORDS, _WORD_BYTES // row_bytes)),
@@ -313,5 +314,6 @@ def _sizes(operands: tuple[Array, ...]) -> tuple[int, int]:
 
 
 def _even_block(size: int, most: int) -> int:
-    """A multiple of the lanes, near `most` or below, that cuts `size` evenly."""
-    return pl.cdiv(pl.cdiv(size, pl.cdiv(size, max(_LANES, most))), _LANES) * _LANES
+    """A multiple of the lanes, at most `most` if that is one, which cuts `size` evenly."""
+    most = max(_LANES, most // _LANES * _LANES)
+    return pl.cdiv(pl.cdiv(size, pl.cdiv(size, most)), _LANES) * _LANES
