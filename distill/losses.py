@@ -1,13 +1,17 @@
 """The losses by name, over every kind of target: the one place where a target's type decides anything."""
 
 import dataclasses
-from typing import TypedDict
+import functools
+from typing import Any, TypedDict
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from kernels_pallas.linear_kl import Divergence, DivergenceName, Implementation, linear_kl_at_ids, linear_kl_full
 from qwen3.errors import UserError
+from qwen3.sharding import BATCH
 from teacher.targets import AtIds, Hidden, Sampled, Targets, TopK
 
 
@@ -54,6 +58,7 @@ def distillation_loss(
     block_tokens: int | None = None,
     block_vocab: int | None = None,
     implementation: Implementation | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B T"]]]:
     """Σ weights · loss over positions, and per-position statistics without gradient.
 
@@ -64,6 +69,8 @@ def distillation_loss(
       teacher_head: the teacher's output matrix, for `Hidden` targets only.
       block_tokens, block_vocab: memory against speed, see `linear_kl_full`.
       implementation: which `linear_kl` to use, see there; None picks.
+      mesh: makes each device work on positions of its own with whole heads, as kernels need it. With None XLA divides
+        the work as the arrays lie, and a head stays divided.
 
     Returns:
       The loss sum in nats, and the statistics of `linear_kl_full` (`Hidden`) or `linear_kl_at_ids` (others). A
@@ -74,6 +81,39 @@ def distillation_loss(
         than forward_kl, shapes that do not fit, or an implementation that cannot do this.
     """
     options: Options = {"block_tokens": block_tokens, "block_vocab": block_vocab, "implementation": implementation}
+    run = functools.partial(_loss, loss=loss, options=options)
+    if mesh is None or mesh.size == 1:
+        return run(hidden, head, targets, weights, teacher_head)
+    if hidden.shape[1] % mesh.shape["tensor"]:
+        raise ValueError(
+            f"hidden has {hidden.shape[1]} positions a row, which mesh.tensor {mesh.shape['tensor']} does not divide; "
+            "choose sizes that it divides, or give no mesh"
+        )
+
+    def on_share(*arrays: Any) -> tuple[Array, dict[str, Array]]:
+        total, stats = run(*arrays)
+        return jax.lax.psum(total, mesh.axis_names), stats
+
+    places, whole = PartitionSpec(*BATCH, "tensor"), PartitionSpec()
+    # Varying axes are not tracked: kernels inside lose them.
+    return jax.shard_map(
+        on_share,
+        mesh=mesh,
+        in_specs=(places, whole, places, places, whole),
+        out_specs=(whole, places),
+        check_vma=False,
+    )(hidden, head, targets, weights, teacher_head)
+
+
+def _loss(
+    hidden: Array,
+    head: Array,
+    targets: Targets,
+    weights: Array,
+    teacher_head: Array | None,
+    loss: Loss,
+    options: Options,
+) -> tuple[Array, dict[str, Array]]:
     if isinstance(targets, Hidden):
         if teacher_head is None:
             raise ValueError("teacher_head is None; Hidden targets need the teacher's output matrix [V, D]")
