@@ -69,8 +69,8 @@ def distillation_loss(
       teacher_head: the teacher's output matrix, for `Hidden` targets only.
       block_tokens, block_vocab: memory against speed, see `linear_kl_full`.
       implementation: which `linear_kl` to use, see there; None picks.
-      mesh: makes each device work on positions of its own with whole heads, as kernels need it. With None XLA divides
-        the work as the arrays lie, and a head stays divided.
+      mesh: on it each device works on positions of its own with whole heads, as kernels need it. It changes nothing of
+        other implementations, whose work XLA divides as the arrays lie.
 
     Returns:
       The loss sum in nats, and the statistics of `linear_kl_full` (`Hidden`) or `linear_kl_at_ids` (others). A
@@ -79,15 +79,23 @@ def distillation_loss(
     Raises:
       ValueError: `Hidden` targets without a teacher head or a head without them, `Sampled` targets with another loss
         than forward_kl, shapes that do not fit, or an implementation that cannot do this.
+      UserError: rows that the mesh's tensor axis does not divide, with a kernel.
     """
     options: Options = {"block_tokens": block_tokens, "block_vocab": block_vocab, "implementation": implementation}
     run = functools.partial(_loss, loss=loss, options=options)
+    if implementation in ("tpu", "gpu"):
+        # Kernels multiply what is of one dtype: that in which the models compute.
+        head = head.astype(hidden.dtype)
+        if teacher_head is not None and isinstance(targets, Hidden):
+            teacher_head = teacher_head.astype(targets.hidden.dtype)
+    else:
+        mesh = None
     if mesh is None or mesh.size == 1:
         return run(hidden, head, targets, weights, teacher_head)
     if hidden.shape[1] % mesh.shape["tensor"]:
-        raise ValueError(
-            f"hidden has {hidden.shape[1]} positions a row, which mesh.tensor {mesh.shape['tensor']} does not divide; "
-            "choose sizes that it divides, or give no mesh"
+        raise UserError(
+            f"kernels.linear_kl: mesh.tensor {mesh.shape['tensor']} does not divide rows of {hidden.shape[1]} tokens; "
+            "choose sizes that it divides, or xla"
         )
 
     def on_share(*arrays: Any) -> tuple[Array, dict[str, Array]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from kernels_pallas import platforms
 from kernels_pallas.attention import attention
@@ -15,6 +15,8 @@ from kernels_pallas.attention.api import Implementation as Attention
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels_pallas.grouped_matmul.api import IMPLEMENTATIONS as GROUPED_MATMULS
 from kernels_pallas.grouped_matmul.api import Implementation as GroupedMatmul
+from kernels_pallas.linear_kl import Divergence, linear_kl_full
+from kernels_pallas.linear_kl import Implementation as LinearKl
 from kernels_pallas.moe_dispatch import Exchange, check_exchange
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
@@ -30,6 +32,10 @@ class Kernels:
     """Of training, of scoring and of reading prompts."""
     grouped_matmul: GroupedMatmul | None = None
     """The products of a mixture's experts."""
+    linear_kl: LinearKl | None = None
+    """The student's head and the loss over it, of the teacher's head too where targets are hidden states. Kernels
+    multiply by heads in the dtype of computing, which each device has whole, and share the tokens of a row over
+    mesh.tensor."""
     exchange: Exchange = "all_gather"
     """How tokens reach experts on other devices. all_gather: every token goes to every device of mesh.expert, on all
     platforms. ragged: to those of its experts alone, not on CPU and on at most 16 chips of TPU v5e."""
@@ -68,4 +74,13 @@ class Kernels:
             yield "grouped_matmul", lambda: jax.eval_shape(lift, shaped(128, width), wide, wide, sizes)
             narrow = shaped(experts, inner, width)
             yield "grouped_matmul", lambda: jax.eval_shape(lower, shaped(128, inner), narrow, sizes)
+        if self.linear_kl is not None:
+            hidden, head = shaped(1, 128, config.hidden_size), shaped(config.vocab_size, config.hidden_size)
+            divergence = functools.partial(
+                linear_kl_full, divergence=Divergence("forward_kl"), implementation=self.linear_kl
+            )
+            whole = PartitionSpec()
+            one: Any = jax.shard_map(divergence, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+            weights = shaped(1, 128, of=jnp.float32)
+            yield "linear_kl", lambda: jax.eval_shape(one, hidden, head, hidden, head, weights)
         yield "exchange", lambda: check_exchange(self.exchange, mesh)

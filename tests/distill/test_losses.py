@@ -1,5 +1,7 @@
 """The losses by name: what each kind of target gives, and what they refuse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from distill.losses import Loss, distillation_loss
 from qwen3.errors import UserError
 from qwen3.sharding import MeshShape, make_mesh
 from teacher.targets import Hidden, Sampled, at_ids_targets, one_hot, sampled_targets, top_k_targets
+from tests.kernels_pallas.interpreters import interpret
 
 B, T, D, V = 2, 6, 8, 31
 LOSSES = [
@@ -56,28 +59,28 @@ def test_every_kind_of_target_gives_the_same_answer_where_it_names_every_word(ar
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, answers[0][1])
 
 
-@pytest.mark.parametrize("kind", ["hidden", "top_k", "sampled"])
-def test_devices_that_each_work_on_positions_of_their_own_give_the_same(arrays, kind):
-    hidden, head, teacher_hidden, teacher_head, weights = (
-        jnp.tile(array, (2, 1, 1)[: array.ndim]) if array.shape[0] == B else array for array in arrays
-    )
+@pytest.mark.parametrize("kind", ["hidden", "top_k"])
+def test_a_kernel_on_a_mesh_gives_the_same(arrays, kind):
+    hidden, head, teacher_hidden, teacher_head, weights = arrays
     targets, options = {
         "hidden": (Hidden(hidden=teacher_hidden), {"teacher_head": teacher_head}),
         "top_k": (top_k_targets(teacher_hidden, teacher_head, 5), {}),
-        "sampled": (sampled_targets(teacher_hidden, teacher_head, 5, jax.random.key(1)), {}),
     }[kind]
 
-    def run(mesh):
-        def loss(hidden, head):
-            return distillation_loss(hidden, head, targets, weights, LOSSES[0], mesh=mesh, **options)
+    def loss(hidden, head, **implementation):
+        return distillation_loss(hidden, head, targets, weights, LOSSES[0], **options, **implementation)
 
-        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head)
+    def run(**implementation):
+        gradient = jax.value_and_grad(functools.partial(loss, **implementation), (0, 1), has_aux=True)
+        return jax.block_until_ready(jax.jit(gradient)(hidden, head))
 
-    mesh = make_mesh(MeshShape(data=2, context=2, tensor=2))
+    expected, mesh = run(), make_mesh(MeshShape(data=2, tensor=2), jax.devices()[:4])
+    with interpret("tpu"):
+        found = run(implementation="tpu", mesh=mesh)
+        with pytest.raises(UserError, match=r"kernels.linear_kl: mesh.tensor 2 does not divide rows of 5 tokens"):
+            loss(hidden[:, 1:], head, implementation="tpu", mesh=mesh)
     # The same float32 terms added in another order.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), run(mesh), run(None))
-    with pytest.raises(ValueError, match=r"hidden has 5 positions a row, which mesh.tensor 2 does not divide"):
-        distillation_loss(hidden[:, 1:], head, targets, weights, LOSSES[0], mesh=mesh, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
 
 
 def test_forward_kl_to_the_data_is_the_cross_entropy(arrays):

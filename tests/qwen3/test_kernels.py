@@ -65,6 +65,10 @@ def test_a_kernel_on_a_mesh_attends_every_row_and_head():
             r"kernels\.attention: implementation 'tpu' of attention needs TPU, this platform is cpu",
         ),
         ({"grouped_matmul": "gpu"}, r"kernels\.grouped_matmul: implementation 'gpu' of grouped_matmul needs NVIDIA"),
+        (
+            {"linear_kl": "gpu"},
+            r"kernels\.linear_kl: implementation 'gpu' of linear_kl needs NVIDIA",
+        ),
         ({"attention": "triton"}, r"kernels\.attention: implementation 'triton' of attention is unknown; use one of"),
         ({"exchange": "ragged"}, r"kernels\.exchange: exchange 'ragged' does not run on cpu; use 'all_gather'"),
     ],
@@ -88,6 +92,12 @@ def test_what_the_platform_lacks_is_refused(kernels, message):
             dataclasses.replace(DENSE, head_dim=96),
             "bfloat16",
             r"kernels\.attention: head size 96",
+        ),
+        (
+            {"linear_kl": "gpu"},
+            DENSE,
+            "bfloat16",
+            r"kernels\.linear_kl: hidden and head are 16 wide; ",
         ),
         ({"grouped_matmul": "gpu"}, MOE, "bfloat16", r"kernels\.grouped_matmul: D 16 and F 48: "),
     ],
