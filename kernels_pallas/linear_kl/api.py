@@ -64,8 +64,9 @@ def linear_kl_full(
 
     Peak temporary memory of "xla", in bytes beside arguments and results, with M tokens in a block: at most
     4·M·(2·V + 8·block_vocab) + 4·block_vocab·D. These are the student's and the teacher's logits, what is made of one
-    block of them, and one block of the student's head. Accumulation is in float32 (float64 for float64 inputs, which
-    doubles the memory).
+    block of them, and one block of the student's head. Of the kernels: 256 MiB of derivatives by the logits of a part
+    of the vocabulary and of its rows of heads, 4·B·T·D of a gradient's sum, and copies of the hidden states.
+    Accumulation is in float32 ("xla": float64 for float64 inputs, which doubles the memory).
 
     Returns:
       The loss sum, in nats, and per-position statistics without gradient, 0 where the weight is 0: `divergence`,

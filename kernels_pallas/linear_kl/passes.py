@@ -20,7 +20,7 @@ from kernels_pallas.linear_kl.divergence import Divergence
 from kernels_pallas.linear_kl.xla import Blocks, Gradients, Stats, accumulator, finite, local_ids, over_buckets
 
 TOKENS = 128  # what a kernel's tokens are a multiple of
-_SLOPE_BYTES = 256 * 2**20  # of the derivatives by the logits of one part of the vocabulary
+_PART_BYTES = 256 * 2**20  # of the derivatives by the logits of one part of the vocabulary, and of its rows of heads
 _PART = 512  # what the words of a part are a multiple of, unless it is the whole vocabulary
 
 
@@ -56,7 +56,7 @@ def full(
             )
             return slopes, value + more
 
-        gradients, value = _gradients(part, h, head, jnp.zeros_like(weight), hidden.shape)
+        gradients, value = _gradients(part, h, (head, teacher_head), jnp.zeros_like(weight), hidden.shape)
     stats = {
         "divergence": value,
         "student_entropy": student.entropy(),
@@ -100,7 +100,7 @@ def at_ids(
             )
             return slopes, nothing
 
-        gradients, _ = _gradients(part, h, head, None, hidden.shape)
+        gradients, _ = _gradients(part, h, (head,), None, hidden.shape)
     return _sum(stats, weights, gradients)
 
 
@@ -118,9 +118,14 @@ def rounds(
     return own.reshape(-1, block_tokens, own.shape[1]).max(1)
 
 
-def _gradients(part, hidden: Float[Array, "M D"], head: Float[Array, "V D"], carry, shape: tuple[int, ...]):
-    """Gradients from `part(words, index, carry) -> (slopes [words, M], carry)`, one part of the vocabulary each."""
-    most = max(1, _SLOPE_BYTES // (hidden.dtype.itemsize * len(hidden) * _PART))
+def _gradients(part, hidden: Float[Array, "M D"], heads: tuple[Float[Array, "V _"], ...], carry, shape):
+    """Gradients from `part(words, index, carry) -> (slopes [words, M], carry)`, one part of the vocabulary each.
+
+    The gradient by a head is by the first; `shape` is that of the hidden states before they were put in one axis.
+    """
+    head = heads[0]
+    word_bytes = len(hidden) * hidden.dtype.itemsize + sum(x.shape[1] * x.dtype.itemsize for x in heads)
+    most = max(1, _PART_BYTES // (word_bytes * _PART))
     parts = -(-len(head) // (most * _PART))
     words = Blocks(size=len(head), block=min(len(head), -(-len(head) // (parts * _PART)) * _PART))
     dtype, precision = accumulator(hidden), lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None

@@ -24,7 +24,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tpu, "_BLOCK_TOKENS", 128)
     monkeypatch.setattr(tpu, "_BLOCK_WORDS", 128)
     monkeypatch.setattr(passes, "_PART", 192)
-    monkeypatch.setattr(passes, "_SLOPE_BYTES", 1)
+    monkeypatch.setattr(passes, "_PART_BYTES", 1)
 
 
 def make_inputs(kind, tokens, widths, vocab, named, live, dtype, seed=0):
