@@ -40,6 +40,7 @@ chips (v5e:8x8, v5p:4x4x4, v6e:8x8, tpu7x:2x4x4), or hosts × cards (h100:8x8, h
 Exit status: 0 the run fits all of them; 2 it does not, and what to change is said, or something else is for you to
 mend, said in one line.
 """
+_WIDTH = 120
 _ASSUMED: Mapping[str, str] = {
     "efficiency": "share of each program's roof that is reached (measured runs say; 0.5 is a good kernel's)",
     "response_share": "mean response, as a share of max_new_tokens",
@@ -87,6 +88,9 @@ def _main(arguments: list[str]) -> int:
         if not 0 < value <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie in 0..1, 0 excluded")
     console = Console(stderr=own.json)
+    if not console.is_terminal:
+        # A file or a pipe has no width, and rich would cut the tables to 80 columns.
+        console.width = _WIDTH
     plans = []
     for topology in own.topology.split(","):
         how = functools.partial(_planned, experiment, assumed=Assumptions(**values), compiling=own.compile)

@@ -27,7 +27,7 @@ def test_a_stage_keeps_drawn_words_and_learns_from_them(tmp_path: Path, monkeypa
         export_stage=None,
     )
     # Programs for one device compile several times as fast as for eight.
-    monkeypatch.setattr("distill.execute.make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
+    monkeypatch.setattr("distill.experiment.make_mesh", lambda shape, _: make_mesh(shape, jax.devices()[:1]))
     with Progress() as progress:
         execute(experiment, tmp_path / "run", progress, StopRequest())
     store = TargetStore.open(tmp_path / "run" / "targets" / "off_policy")

@@ -54,7 +54,7 @@ def finished(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -
 def run(experiment: Experiment, directory: Path) -> None:
     """On one device: programs for eight take several times as long to compile."""
     with pytest.MonkeyPatch.context() as patched, Progress() as progress:
-        patched.setattr("distill.execute.make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
+        patched.setattr("distill.experiment.make_mesh", lambda shape, _: make_mesh(shape, jax.devices()[:1]))
         execute(experiment, directory, progress, StopRequest())
 
 

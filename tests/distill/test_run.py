@@ -197,6 +197,7 @@ def _small_files_only() -> None:
 def _error(ended: faults.Ended) -> str:
     """The one line of an error that ends with status 2."""
     assert ended.status == 2, ended.output
+    assert "\nerror" in ended.output, ended.output
     return ended.output[ended.output.index("\nerror") :].strip()
 
 

@@ -25,7 +25,7 @@ DESCENT = optax.sgd(1e4)
 
 
 def config(moe: bool) -> ModelConfig:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if moe else {}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if moe else {}
     return ModelConfig(
         model_type="qwen3_moe" if moe else "qwen3",
         vocab_size=64,
