@@ -1,6 +1,7 @@
 """What is planned is what runs: the same functions, with arguments of the same shapes, dtypes and places."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from distill.execute import execute
 from distill.experiment import Experiment
 from distill.programs import architectures, device_bytes, programs
 from distill.progress import Progress
+from distill.stages import context
 from distill.stages.context import StopRequest
 from distill.train_step import TrainStep
 from qwen3.config import ModelConfig
@@ -68,6 +70,8 @@ def test_a_run_calls_what_was_planned(teacher: str, tmp_path: Path, monkeypatch:
     """Programs are recorded instead of compiled."""
     devices = jax.devices()[:4]
     monkeypatch.setattr(jax, "devices", lambda *backend: devices)
+    # Engines that earlier tests have made are not recorded, and later ones must not find recorded ones.
+    monkeypatch.setattr(context, "_engine", functools.cache(context._engine.__wrapped__))
     experiment = sharded(teacher)
     mesh = experiment.meshes()[0]
     called: list[list[Any]] = []
