@@ -5,13 +5,13 @@ classes may change between versions; what differs from the expected arrays is na
 is stored beside it, because the array files themselves carry no check and a flipped bit would load as a weight.
 """
 
+import functools
 import json
 import logging
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -36,6 +36,7 @@ class Checkpointer:
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least 1 checkpoint must be kept to resume from")
         logging.getLogger("absl").addFilter(_not_orbax_chatter)
+        _leave_later_failures_unsaid()
         address = os.fspath(directory)
         self.directory = address if "://" in address else os.path.abspath(address)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -128,8 +129,7 @@ class Checkpointer:
 
     def _restore_item(self, step: int, name: str, args: Any) -> Any:
         try:
-            with _later_failures_unsaid():
-                return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+            return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
         # Orbax reports a damaged file as any of ten types, bare Exception among them.
         except Exception as error:
             raise UserError(self._damaged(step, _one_line(error))) from error
@@ -238,12 +238,12 @@ def _listed(names: list[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + more
 
 
-@contextmanager
-def _later_failures_unsaid() -> Iterator[None]:
-    """Keeps reads that are still under way when one fails from printing a traceback each.
+@functools.cache
+def _leave_later_failures_unsaid() -> None:
+    """Keeps reads and writes that are still under way when one fails from printing a traceback each.
 
-    Orbax closes its event loop at the first failure; those that end later find it closed, and Python reports them as
-    unraisable. After a failure the filter stays: nobody knows when the last one ends.
+    Orbax closes its event loop at the first failure, which is raised; those that end later find it closed, and Python
+    reports them as unraisable. Nobody knows when the last one ends, so this is once for all of the process.
     """
     report = sys.unraisablehook
 
@@ -252,8 +252,6 @@ def _later_failures_unsaid() -> Iterator[None]:
             report(unraisable)
 
     sys.unraisablehook = filtered
-    yield
-    sys.unraisablehook = report
 
 
 def _one_line(error: BaseException) -> str:

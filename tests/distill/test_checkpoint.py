@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from distill.checkpoint import Checkpointer, _device_bit_sums, _host_bit_sum
+from distill.checkpoint import Checkpointer, _device_bit_sums, _host_bit_sum, _leave_later_failures_unsaid
 from qwen3.errors import UserError
 
 METADATA = {"data": {"parent": {"next_index": 12}}, "stage": "off_policy", "loss": 0.1}
@@ -187,6 +187,8 @@ def flip(path: Path) -> None:
 def test_of_many_arrays_that_cannot_be_read_one_line_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    # Another Checkpointer of this process may have done so for the hook before.
+    _leave_later_failures_unsaid.cache_clear()
     weights = {str(n): np.random.default_rng(n).normal(size=(200, 300)).astype(np.float32) for n in range(30)}
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, weights, {})
