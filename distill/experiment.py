@@ -124,6 +124,12 @@ class Experiment:
                 )
 
     @property
+    def named_words(self) -> int:
+        """The most that the teacher's stored targets name at a position; 0 where none are stored."""
+        writing = [s for s in self.stages.values() if isinstance(s, OffPolicy) and s.targets_of is None]
+        return max((stage.draws or stage.top_k for stage in writing), default=0)
+
+    @property
     def adapted_base(self) -> str | None:
         """The folder of the weights that stay frozen beside adapters; None where there are no adapters."""
         return self.student.path if isinstance(self.student, FromCheckpoint) and self.student.lora else None

@@ -92,11 +92,7 @@ def distillation_loss(
         mesh = None
     if mesh is None or mesh.size == 1:
         return run(hidden, head, targets, weights, teacher_head)
-    if hidden.shape[1] % mesh.shape["tensor"]:
-        raise UserError(
-            f"kernels.linear_kl: mesh.tensor {mesh.shape['tensor']} does not divide rows of {hidden.shape[1]} tokens; "
-            "choose sizes that it divides, or xla"
-        )
+    check_rows_of_loss(hidden.shape[1], implementation, mesh)
 
     def on_share(*arrays: Any) -> tuple[Array, dict[str, Array]]:
         total, stats = run(*arrays)
@@ -111,6 +107,15 @@ def distillation_loss(
         out_specs=(whole, places),
         check_vma=False,
     )(hidden, head, targets, weights, teacher_head)
+
+
+def check_rows_of_loss(length: int, implementation: Implementation | None, mesh: Mesh) -> None:
+    """Refuses rows, or pieces of rows, of so many tokens that a kernel cannot share on `mesh`."""
+    if implementation in ("tpu", "gpu") and length % mesh.shape["tensor"]:
+        raise UserError(
+            f"kernels.linear_kl: mesh.tensor {mesh.shape['tensor']} does not divide rows of {length} tokens; "
+            "choose sizes that it divides, or xla"
+        )
 
 
 def _loss(

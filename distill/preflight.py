@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from distill.evaluate import Evaluation
 from distill.experiment import Experiment
+from distill.losses import check_rows_of_loss
 from distill.progress import Progress
 from distill.progress import Task as Bar
 from distill.rollouts import prompt_ids, raw_document, worked_document
@@ -47,7 +48,7 @@ def preflight(
     stages = {name: stage for name, stage in experiment.stages.items() if name not in finished}
     check_meshes(experiment, mesh, teacher_mesh)
     models = _checked_models(experiment, teacher_mesh)
-    experiment.kernels.check(models["student"], experiment.compute_dtype, mesh)
+    experiment.kernels.check(models["student"], experiment.compute_dtype, mesh, named_words=experiment.named_words)
     if experiment.teacher is not None:
         experiment.kernels.check(models["teacher"], experiment.teacher.dtype, teacher_mesh)
     if teacher_mesh != mesh and any(isinstance(stage, OnPolicy) for stage in stages.values()):
@@ -80,6 +81,7 @@ def check_meshes(experiment: Experiment, mesh: Mesh, teacher_mesh: Mesh) -> None
         # On-policy, the teacher scores the very rows that the student trains on.
         for its_mesh in (mesh, teacher_mesh) if isinstance(stage, OnPolicy) else (mesh,):
             check_batch(f"stages.{name}.training", stage.training.rows, stage.training.row_length, its_mesh)
+        check_rows_of_loss(stage.training.row_length // mesh.shape["context"], experiment.kernels.linear_kl, mesh)
 
 
 def _checked_models(experiment: Experiment, teacher_mesh: Mesh) -> dict[str, ModelConfig]:

@@ -139,7 +139,8 @@ class _Planned:
         self._mesh, self._teacher_mesh = experiment.meshes(devices)
         check_meshes(experiment, self._mesh, self._teacher_mesh)
         known = architectures(experiment)
-        self._student = self._placed(self._fresh_student(known["student"][0]), self._mesh)
+        named = experiment.named_words
+        self._student = self._placed(self._fresh_student(known["student"][0]), self._mesh, named_words=named)
         self._teacher: Qwen3 | None = None
         if experiment.teacher is not None:
             dtype = jnp.dtype(experiment.teacher.dtype)
@@ -148,10 +149,10 @@ class _Planned:
             )
             self._teacher = self._placed(teacher, self._teacher_mesh)
 
-    def _placed(self, model: Qwen3, mesh: Mesh) -> Qwen3:
+    def _placed(self, model: Qwen3, mesh: Mesh, *, named_words: int = 0) -> Qwen3:
         kernels = self._experiment.kernels
         with jax.set_mesh(mesh):
-            kernels.check(model.config, model.compute_dtype, mesh)
+            kernels.check(model.config, model.compute_dtype, mesh, named_words=named_words)
         model.kernels = kernels
         return placed_shapes(model, mesh)
 

@@ -15,7 +15,7 @@ from kernels_pallas.attention.api import Implementation as Attention
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels_pallas.grouped_matmul.api import IMPLEMENTATIONS as GROUPED_MATMULS
 from kernels_pallas.grouped_matmul.api import Implementation as GroupedMatmul
-from kernels_pallas.linear_kl import Divergence, linear_kl_full
+from kernels_pallas.linear_kl import Divergence, linear_kl_at_ids, linear_kl_full
 from kernels_pallas.linear_kl import Implementation as LinearKl
 from kernels_pallas.moe_dispatch import Exchange, check_exchange
 from qwen3.config import ModelConfig
@@ -40,19 +40,22 @@ class Kernels:
     """How tokens reach experts on other devices. all_gather: every token goes to every device of mesh.expert, on all
     platforms. ragged: to those of its experts alone, not on CPU and on at most 16 chips of TPU v5e."""
 
-    def check(self, config: ModelConfig, dtype: Any, mesh: Mesh) -> None:
+    def check(self, config: ModelConfig, dtype: Any, mesh: Mesh, *, named_words: int = 0) -> None:
         """Refuses what this platform, the mesh, or a model's sizes or dtype of computing do not allow.
 
+        `named_words` are the most that targets name at a position.
         Traces each operation that was asked for by name; compiles and runs nothing. Raises UserError, which begins
         with the field.
         """
-        for field, probe in self._probes(config, dtype, mesh):
+        for field, probe in self._probes(config, dtype, mesh, named_words):
             try:
                 probe()
             except ValueError as error:
                 raise UserError(f"kernels.{field}: {error}") from None
 
-    def _probes(self, config: ModelConfig, dtype: Any, mesh: Mesh) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def _probes(
+        self, config: ModelConfig, dtype: Any, mesh: Mesh, named_words: int
+    ) -> Iterator[tuple[str, Callable[[], Any]]]:
         def shaped(*shape: int, of: Any = dtype) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, of)
 
@@ -76,11 +79,15 @@ class Kernels:
             yield "grouped_matmul", lambda: jax.eval_shape(lower, shaped(128, inner), narrow, sizes)
         if self.linear_kl is not None:
             hidden, head = shaped(1, 128, config.hidden_size), shaped(config.vocab_size, config.hidden_size)
-            divergence = functools.partial(
-                linear_kl_full, divergence=Divergence("forward_kl"), implementation=self.linear_kl
-            )
-            whole = PartitionSpec()
-            one: Any = jax.shard_map(divergence, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
-            weights = shaped(1, 128, of=jnp.float32)
-            yield "linear_kl", lambda: jax.eval_shape(one, hidden, head, hidden, head, weights)
+            weights, whole = shaped(1, 128, of=jnp.float32), PartitionSpec()
+
+            def loss(operation: Callable[..., Any], *arguments: Any) -> Any:
+                run = functools.partial(operation, divergence=Divergence("forward_kl"), implementation=self.linear_kl)
+                on_mesh = jax.shard_map(run, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+                return jax.eval_shape(on_mesh, hidden, head, *arguments, weights)
+
+            yield "linear_kl", lambda: loss(linear_kl_full, hidden, head)
+            if named_words:
+                ids, logprobs = (shaped(1, 128, named_words, of=of) for of in (jnp.int32, jnp.float32))
+                yield "linear_kl", lambda: loss(linear_kl_at_ids, ids, logprobs, weights)
         yield "exchange", lambda: check_exchange(self.exchange, mesh)
