@@ -86,7 +86,7 @@ def _explained(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ImportError):
         return _unimportable(error)
-    if unknown := _UNKNOWN_FIELD.fullmatch(str(error)):
+    if unknown := _UNKNOWN_FIELD.match(str(error)):
         return _unknown_field(*unknown.groups())
     if missing := _MISSING_FIELDS.fullmatch(str(error)):
         return f"{missing[1]} lacks {missing[2].replace(chr(39), '')}; give it"

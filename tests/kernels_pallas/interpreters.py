@@ -23,6 +23,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interp
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as gpu_interpreter
 from jax._src.pallas.mosaic_gpu.interpret import params as gpu_params
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import platforms, warpgroup
@@ -45,12 +46,21 @@ def _interpret_gpu():
     def product(a, b):
         return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
+    def tile(ref):
+        # A product reads shared memory as a copy would, not as a warpgroup does: what is copied there next need not be
+        # fenced against it.
+        values = ref[...]
+        plgpu.commit_smem()
+        return values
+
+    def product_of_tiles(acc, a, b, *, transpose_a=False, transpose_b=False):
+        a, b = tile(a), tile(b)
+        return acc + product(a.T if transpose_a else a, b.T if transpose_b else b)
+
     plain = {
-        "product_transposed": lambda a, b: product(a[...], b[...].T),
-        "add_product": lambda acc, a, b: acc + product(a, b[...]),
-        "add_product_of_tiles": lambda acc, a, b, *, transpose_a=False, transpose_b=False: (
-            acc + product(a[...].T if transpose_a else a[...], b[...].T if transpose_b else b[...])
-        ),
+        "product_transposed": lambda a, b: product(tile(a), tile(b).T),
+        "add_product": lambda acc, a, b: acc + product(a, tile(b)),
+        "add_product_of_tiles": product_of_tiles,
         "full": lambda value, shape: jnp.full(shape, value, jnp.float32),
         "load": lambda source, index, axis: source[index],
         "load_matrix": lambda source, index: source[index],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.linear_kl import Divergence, linear_kl_at_ids, linear_kl_full
@@ -299,7 +300,7 @@ def largest_array(jaxpr) -> int:
     found = [0]
     for equation in jaxpr.eqns:
         found += [math.prod(getattr(variable.aval, "shape", ())) for variable in equation.outvars]
-        found += [largest_array(inner) for inner in jax.core.jaxprs_in_params(equation.params)]
+        found += [largest_array(inner) for inner in jaxprs_in_params(equation.params)]
     return max(found)
 
 
