@@ -10,7 +10,9 @@ import jax
 Platform = Literal["cpu", "tpu", "gpu"]
 
 _NAMES: Mapping[str, Platform] = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
-_KERNELS = {"tpu": "TPU", "gpu": "NVIDIA GPUs from Hopper on"}
+_KERNELS = {"tpu": "TPU", "gpu": "an NVIDIA GPU of the Hopper generation"}
+_HOPPER = "9.0"
+"""The compute capability whose warpgroup products the GPU kernels use; later generations have others."""
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,21 @@ def choose(
             f"implementation {requested!r} of {operation} needs {_KERNELS[requested]}, this platform is {here}; "
             "use 'xla', or None"
         )
+    if requested == "gpu" and (capability := _compute_capability()) not in (None, _HOPPER):
+        raise ValueError(
+            f"implementation 'gpu' of {operation} needs {_KERNELS['gpu']}, compute capability {_HOPPER}; the one here "
+            f"has {capability}; use 'xla', or None"
+        )
     return requested
+
+
+@functools.cache
+def _compute_capability() -> str | None:
+    """Of the GPUs here; None where there are none, as when compiling for some that are elsewhere."""
+    try:
+        return jax.devices("gpu")[0].compute_capability
+    except RuntimeError:
+        return None
 
 
 @functools.cache

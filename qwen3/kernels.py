@@ -24,7 +24,7 @@ from qwen3.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """Implementations by operation: xla (everywhere), tpu (Mosaic TPU), gpu (Mosaic GPU, from Hopper on) or reference
+    """Implementations by operation: xla (everywhere), tpu (Mosaic TPU), gpu (Mosaic GPU, on Hopper) or reference
     (everywhere, slow and obvious). None is what is best on the platform as far as that was measured. What is asked for
     by name is refused before anything starts where the platform or the model's sizes do not allow it."""
 

@@ -35,6 +35,15 @@ def test_a_kernel_of_another_platform_is_refused(name: str) -> None:
         choose("attention", name, AVAILABLE)
 
 
+@pytest.mark.parametrize("capability", ["8.0", "10.0"])
+def test_a_gpu_of_another_generation_is_refused(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+    monkeypatch.setattr(platforms, "platform", lambda: "gpu")
+    monkeypatch.setattr(platforms, "_compute_capability", lambda: capability)
+    assert choose("attention", "xla", AVAILABLE) == "xla"
+    with pytest.raises(ValueError, match=f"needs .* Hopper .* 9.0; the one here has {capability}; use 'xla'"):
+        choose("attention", "gpu", AVAILABLE)
+
+
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match="'triton' of attention is unknown; use one of xla, reference, tpu, gpu"):
         choose("attention", "triton", AVAILABLE)

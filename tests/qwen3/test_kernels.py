@@ -64,10 +64,10 @@ def test_a_kernel_on_a_mesh_attends_every_row_and_head():
             {"attention": "tpu"},
             r"kernels\.attention: implementation 'tpu' of attention needs TPU, this platform is cpu",
         ),
-        ({"grouped_matmul": "gpu"}, r"kernels\.grouped_matmul: implementation 'gpu' of grouped_matmul needs NVIDIA"),
+        ({"grouped_matmul": "gpu"}, r"kernels\.grouped_matmul: implementation 'gpu' of grouped_matmul needs an NVIDIA"),
         (
             {"linear_kl": "gpu"},
-            r"kernels\.linear_kl: implementation 'gpu' of linear_kl needs NVIDIA",
+            r"kernels\.linear_kl: implementation 'gpu' of linear_kl needs an NVIDIA",
         ),
         ({"attention": "triton"}, r"kernels\.attention: implementation 'triton' of attention is unknown; use one of"),
         ({"exchange": "ragged"}, r"kernels\.exchange: exchange 'ragged' does not run on cpu; use 'all_gather'"),
