@@ -12,8 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from qwen3.cache import Cache, Pages, gather_cache, keep_pages, step
+from qwen3.cache import Cache, Pages
 from qwen3.config import ModelConfig
+from qwen3.contiguous_cache import ContiguousCache
 from qwen3.model import Layer, Qwen3
 from qwen3.quantisation import QuantisedWeight
 from qwen3.sampling import Plan, choose_tokens
@@ -79,8 +80,8 @@ class Decoder:
         keys = _row_keys(seed, policy_step, fixed.prompt_hash, fixed.sample_index)
         # Those of all steps at once: a row that is still written has come one position further at every step.
         uniforms = _uniforms(keys, state.position + 1 + jnp.arange(most)[:, None])
-        how: Any = {"mesh": mesh, "unroll": self.unroll}
-        write_token = functools.partial(self._write_token, model, layers, fixed, uniforms, plan, how)
+        cache = ContiguousCache(config=self.config, mesh=mesh, unroll=self.unroll)
+        write_token = functools.partial(self._write_token, model, layers, fixed, uniforms, plan, cache)
 
         def going(end: int) -> Callable[[tuple[_Loop, Any] | tuple[_Loop, Any, Any]], Array]:
             return functools.partial(self._unfinished, leave, end * self.page_size)
@@ -89,11 +90,13 @@ class Decoder:
             """Write at most `tokens` more as long as `end` pages hold every sequence."""
             loop, pages, source = carry
             first, start, target = loop.step, loop.state.position, fixed.page_table
-            cache = gather_cache(self.config, pages, source[:, :end], **how)
-            loop, cache = jax.lax.while_loop(
-                lambda carry: going(end)(carry) & (carry[0].step - first < tokens), write_token, (loop, cache)
+            opened = cache.open(pages, source[:, :end], target[:, :end], start)
+            loop, opened = jax.lax.while_loop(
+                lambda carry: going(end)(carry) & (carry[0].step - first < tokens),
+                functools.partial(write_token, target[:, :end]),
+                (loop, opened),
             )
-            pages = keep_pages(self.config, pages, cache, target[:, :end], start, tokens=tokens, **how)
+            pages = cache.keep(pages, opened, target[:, :end], start, tokens=tokens)
             return loop, pages, target
 
         segments = min(MOST_SEGMENTS, -(-longest // _SEGMENT_TOKENS))
@@ -119,12 +122,13 @@ class Decoder:
         fixed: Fixed,
         uniforms: Float[Array, "n B 2"],
         plan: Plan,
-        how: Any,
-        carry: tuple[_Loop, Cache],
-    ) -> tuple[_Loop, Cache]:
-        loop, cache = carry
+        cache: Cache[Any],
+        page_table: Int[Array, "B p"],
+        carry: tuple[_Loop, Any],
+    ) -> tuple[_Loop, Any]:
+        loop, opened = carry
         now, state, active = loop.step, loop.state, loop.state.active
-        hidden, cache = step(model, layers, cache, state.token, state.position, **how)
+        hidden, opened = cache.step(model, layers, opened, page_table, state.token, state.position)
         sampled, logprobs = choose_tokens(_logits(model, hidden), fixed.sampling, uniforms[now], plan)
 
         tokens, closed, forced = sampled, state.closed, state.forced
@@ -154,7 +158,7 @@ class Decoder:
             active=goes_on,
             finished=state.finished | finished,
         )
-        return _Loop(now + 1, state, written), cache
+        return _Loop(now + 1, state, written), opened
 
 
 def _gathered(tree: Tree, dtype: Any, mesh: Mesh) -> Tree:
