@@ -12,7 +12,7 @@ from distill.programs import Program, device_bytes
 from distill.train_state import TrainState
 from kernels_pallas.chips import Chip
 from qwen3.cache import Pages
-from qwen3.decoding import MOST_SEGMENTS
+from qwen3.decoding import most_segments
 from qwen3.model import Layer, Qwen3
 
 _REFUSED = re.compile(r"(?:total memory required for .*?\(|Used )(\d+(?:\.\d+)?)([KMGT])")
@@ -89,13 +89,13 @@ def compiled(program: Program, chip: Chip) -> Compiled:
     sent = traffic(found, devices, chip)
     if program.purpose.endswith("writes"):
         sent = Traffic()
-        for one, times in one_token(found):
+        for one, times in one_token(found, most_segments(program.arguments[0].kernels)):
             sent += traffic([dataclasses.replace(one, times=1)], devices, chip) * times
     return Compiled(temporary_bytes=analysis.temp_size_in_bytes + max(0, results), sent=sent)
 
 
-def one_token(found: Sequence[Collective]) -> list[tuple[Collective, float]]:
+def one_token(found: Sequence[Collective], loops: int) -> list[tuple[Collective, float]]:
     """Of a decoding program the collectives of one token, and how often each happens: those inside the innermost of
-    its open loops, of which it has one for each length that the cache is cut to."""
+    its open loops, of which it has so many that follow each other."""
     deepest = max((one.open_loops for one in found), default=0)
-    return [(one, one.times / MOST_SEGMENTS) for one in found if one.open_loops == deepest > 0]
+    return [(one, one.times / loops) for one in found if one.open_loops == deepest > 0]

@@ -1,7 +1,8 @@
 """Keys and values of what sequences have read so far, in pages, and what is common to the two ways of decoding.
 
 Pages keep what sequences have read, laid out as `kernels_pallas.paged_attention` reads them. While a dispatch writes
-its tokens, a `Cache` says where keys and values stand: `qwen3.contiguous_cache` lays those of each row side by side.
+its tokens, a `Cache` says where keys and values stand: `qwen3.contiguous_cache` lays those of each row side by side,
+`qwen3.paged_cache` leaves them in the pages.
 
 Layers of a shallow model are taken out of their stacks and unrolled: a scan over stacked layers copies every layer's
 weights at every token, which makes small batches on CPU almost half as fast. Deep models are scanned: taking their
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qwen3.attend import attend
 from qwen3.config import ModelConfig
@@ -100,26 +101,47 @@ def prefill(
 ) -> Pages:
     """Read right-padded rows into the pages that `page_table` names for them: p·s is T or more, whole pages are
     written, and entries behind a row's last page are 0."""
-    index = jnp.arange(tokens.shape[1])
-    segments = (index[None] < lengths[:, None]).astype(jnp.int32)
-    rot = rotation(model.config, jnp.broadcast_to(index, tokens.shape))
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
     write = per_share(_write_prompts, mesh, (PAGES, HEADS, HEADS, BATCH), PAGES)
 
-    def body(carry: tuple[Array, Pages], unit: tuple[Layer, Array]) -> tuple[tuple[Array, Pages], None]:
+    def read(q: Array, k: Array, v: Array, pages: Pages, first: Array) -> tuple[Array, Pages]:
+        out = attend(q, k, v, segments, mesh=mesh, implementation=model.kernels.attention)
+        return out, write(pages, k, v, page_table + first)
+
+    stacks, real = tuple(model.stacks), segments != 0
+    return over_pages(model, stacks, tokens, positions, real, pages, read, mesh=mesh, unroll=False)[1]
+
+
+def over_pages(
+    model: Qwen3,
+    layers: tuple[Layer, ...],
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    real: Bool[Array, "B T"],
+    pages: Pages,
+    read: Callable[[Array, Array, Array, Pages, Array], tuple[Array, Pages]],
+    *,
+    mesh: Mesh | None,
+    unroll: bool,
+) -> tuple[Float[Array, "B T D"], Pages]:
+    """Tokens through all layers, each of which attends by `read(q, k, v, pages, first of its pages)`. Returns the
+    residual stream and the pages."""
+    rot = rotation(model.config, positions)
+
+    def run(carry: tuple[Array, Pages], unit: tuple[Layer, Array]) -> tuple[tuple[Array, Pages], None]:
         (x, pages), (layer, first) = carry, unit
-
-        def attend_prompts(q: Array, k: Array, v: Array) -> tuple[Array, Pages]:
-            out = attend(q, k, v, segments, mesh=mesh, implementation=model.kernels.attention)
-            return out, write(pages, k, v, page_table + first)
-
-        x, pages, _ = layer(x, rot, segments != 0, attend_prompts, mesh, model.kernels)
+        x, pages, _ = layer(x, rot, real, lambda q, k, v: read(q, k, v, pages, first), mesh, model.kernels)
         return (x, pages), None
 
     carry, firsts = (model.embed_tokens(tokens), pages), first_pages(model.config, pages, mesh)
-    for stack, (_, count) in zip(model.stacks, model.config.layer_runs(), strict=True):
-        carry, _ = jax.lax.scan(body, carry, (stack, firsts[:count]))
-        firsts = firsts[count:]
-    return carry[1]
+    for layer, numbers in zip(layers, units(model.config, unroll), strict=True):
+        if isinstance(numbers, int):
+            carry, _ = run(carry, (layer, firsts[numbers]))
+        else:
+            # Pages are carried, not scanned over: scanning would rewrite all of them for a few tokens.
+            carry, _ = jax.lax.scan(run, carry, (layer, firsts[numbers.start : numbers.stop]))
+    return carry
 
 
 def units(config: ModelConfig, unroll: bool) -> Iterator[int | range]:
@@ -140,7 +162,8 @@ def per_share(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, ou
     """Run on every share's rows and pages alone: no share reads another's."""
     if mesh is None:
         return function
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    # Varying axes are not tracked: kernels inside lose them, and nothing here has gradients.
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def paged(x: Array, places: int, axis: int) -> Array:

@@ -15,16 +15,23 @@ from jaxtyping import Array, Float, Int
 from qwen3.cache import Cache, Pages
 from qwen3.config import ModelConfig
 from qwen3.contiguous_cache import ContiguousCache
+from qwen3.kernels import Kernels
 from qwen3.model import Layer, Qwen3
+from qwen3.paged_cache import PagedCache
 from qwen3.quantisation import QuantisedWeight
 from qwen3.sampling import Plan, choose_tokens
 from qwen3.sharding import WHOLE_ROWS, shardings
 from qwen3.slots import Fixed, State, Written
 
 _SEGMENT_TOKENS = 64
-MOST_SEGMENTS = 4
-"""Lengths that the cache is cut to while it is read, each with a loop of its own in the program."""
+_MOST_SEGMENTS = 4
 Tree = TypeVar("Tree")
+
+
+def most_segments(kernels: Kernels) -> int:
+    """Loops of a decoding program, each over more pages than the one before: side by side, all rows cost what the
+    longest has filled; in the pages, each costs its own, and one loop is enough."""
+    return _MOST_SEGMENTS if kernels.paged_attention is None else 1
 
 
 class _Loop(NamedTuple):
@@ -67,8 +74,7 @@ class Decoder:
         plan: Plan,
         mesh: Mesh | None,
     ) -> tuple[State, Pages, Written]:
-        """Write until as few as `leave` slots are active. A few loops see more and more pages: attention costs what
-        the longest sequence has filled."""
+        """Write until as few as `leave` slots are active."""
         if mesh is not None:
             model, layers = _gathered((model, layers), model.compute_dtype, mesh)
         batch, most, longest = len(state.token), self.tokens_per_dispatch, self.max_new_tokens
@@ -80,7 +86,7 @@ class Decoder:
         keys = _row_keys(seed, policy_step, fixed.prompt_hash, fixed.sample_index)
         # Those of all steps at once: a row that is still written has come one position further at every step.
         uniforms = _uniforms(keys, state.position + 1 + jnp.arange(most)[:, None])
-        cache = ContiguousCache(config=self.config, mesh=mesh, unroll=self.unroll)
+        cache = self._cache(model.kernels, mesh)
         write_token = functools.partial(self._write_token, model, layers, fixed, uniforms, plan, cache)
 
         def going(end: int) -> Callable[[tuple[_Loop, Any] | tuple[_Loop, Any, Any]], Array]:
@@ -99,7 +105,7 @@ class Decoder:
             pages = cache.keep(pages, opened, target[:, :end], start, tokens=tokens)
             return loop, pages, target
 
-        segments = min(MOST_SEGMENTS, -(-longest // _SEGMENT_TOKENS))
+        segments = min(most_segments(model.kernels), -(-longest // _SEGMENT_TOKENS))
         ends = {self.pages_for(self.max_prompt_tokens + longest * (i + 1) // segments - 1) for i in range(segments)}
         carry = _Loop(jnp.int32(0), state, written), pages, fixed.source_table
         for begin, end in itertools.pairwise((0, *sorted(ends))):
@@ -108,6 +114,12 @@ class Decoder:
             carry = jax.lax.while_loop(going(end), functools.partial(write, end, tokens), carry)
         loop, pages, _ = carry
         return loop.state, pages, loop.written
+
+    def _cache(self, kernels: Kernels, mesh: Mesh | None) -> Cache[Any]:
+        how: Any = {"config": self.config, "mesh": mesh, "unroll": self.unroll}
+        if kernels.paged_attention is None:
+            return ContiguousCache(**how)
+        return PagedCache(implementation=kernels.paged_attention, **how)
 
     def _unfinished(self, leave: Array, end: int, carry: tuple[_Loop, Any] | tuple[_Loop, Any, Any]) -> Array:
         loop = carry[0]

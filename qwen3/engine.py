@@ -9,7 +9,8 @@ On CPU the slots are divided into one group a core, each with requests, pages an
 the small products of a decoding step on one core alone, but several programs side by side.
 
 What is held beside the weights: the pages, and during a dispatch a copy of the slots' own ones side by side, as long
-as the longest sequence by then. A pool smaller than its default therefore saves at most half.
+as the longest sequence by then. A pool smaller than its default therefore saves at most half. There is no such copy
+where `qwen3.kernels.Kernels.paged_attention` reads pages in place.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from qwen3.cores import usable_cores
 from qwen3.decoding import Decoder
 from qwen3.errors import UserError
 from qwen3.model import UNROLL_LAYERS, Layer, Qwen3
-from qwen3.pages import PagePool
+from qwen3.pages import PAGE_SIZE, PagePool
 from qwen3.rollout import THINKING, Rollout
 from qwen3.sampling import Plan, SamplingParams
 from qwen3.sharding import BATCH, check_rows, fetch, place, placed_shapes, row_shapes, row_shares
@@ -106,7 +107,7 @@ class Engine:
         stop_thinking_ids: Sequence[int] = (),
         think_end_id: int | None = None,
         unroll_layers: int = UNROLL_LAYERS,
-        page_size: int = 32,
+        page_size: int = PAGE_SIZE,
         pages: int | None = None,
         tokens_per_dispatch: int = 256,
     ):

@@ -18,8 +18,11 @@ from kernels_pallas.grouped_matmul.api import Implementation as GroupedMatmul
 from kernels_pallas.linear_kl import Divergence, linear_kl_at_ids, linear_kl_full
 from kernels_pallas.linear_kl import Implementation as LinearKl
 from kernels_pallas.moe_dispatch import Exchange, check_exchange
+from kernels_pallas.paged_attention import paged_attention
+from kernels_pallas.paged_attention.api import Implementation as PagedAttention
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
+from qwen3.pages import PAGE_SIZE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,9 @@ class Kernels:
 
     attention: Attention | None = None
     """Of training, of scoring and of reading prompts."""
+    paged_attention: PagedAttention | None = None
+    """Of decoding, from the pages of the cache where they lie. None: XLA's products over a copy of each sequence's
+    pages side by side, which is faster on CPU and takes as much memory again as the pages that are filled."""
     grouped_matmul: GroupedMatmul | None = None
     """The products of a mixture's experts."""
     linear_kl: LinearKl | None = None
@@ -64,6 +70,11 @@ class Kernels:
             run: Any = functools.partial(attention, implementation=self.attention)
             q, kv = shaped(1, 128, heads, size), shaped(1, 128, kv_heads, size)
             yield "attention", lambda: jax.eval_shape(run, q, kv, kv, shaped(1, 128, of=jnp.int32))
+        if self.paged_attention is not None:
+            step: Any = functools.partial(paged_attention, implementation=self.paged_attention)
+            one, pages = shaped(1, 1, heads, size), shaped(1, kv_heads, PAGE_SIZE, size)
+            table, lengths = shaped(1, 1, of=jnp.int32), shaped(1, of=jnp.int32)
+            yield "paged_attention", lambda: jax.eval_shape(step, one, pages, pages, table, lengths)
         if self.grouped_matmul is not None:
             # Also where there are no experts: a name is of this platform or it is not.
             name = self.grouped_matmul

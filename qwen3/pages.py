@@ -7,6 +7,9 @@ in which prompt and response meet is copied (PagedAttention, arXiv 2309.06180).
 import dataclasses
 from collections.abc import Sequence
 
+PAGE_SIZE = 32
+"""Tokens a page where nobody says otherwise: every kernel takes it."""
+
 
 @dataclasses.dataclass(eq=False)
 class Lease:
