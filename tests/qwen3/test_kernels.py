@@ -70,6 +70,10 @@ def test_a_kernel_on_a_mesh_attends_every_row_and_head():
             r"kernels\.linear_kl: implementation 'gpu' of linear_kl needs an NVIDIA",
         ),
         ({"attention": "triton"}, r"kernels\.attention: implementation 'triton' of attention is unknown; use one of"),
+        (
+            {"paged_attention": "tpu"},
+            r"kernels\.paged_attention: implementation 'tpu' of paged_attention needs TPU, this platform is cpu",
+        ),
         ({"exchange": "ragged"}, r"kernels\.exchange: exchange 'ragged' does not run on cpu; use 'all_gather'"),
     ],
 )
@@ -92,6 +96,24 @@ def test_what_the_platform_lacks_is_refused(kernels, message):
             dataclasses.replace(DENSE, head_dim=96),
             "bfloat16",
             r"kernels\.attention: head size 96",
+        ),
+        (
+            {"paged_attention": "gpu"},
+            DENSE,
+            "float32",
+            r"kernels\.paged_attention: .* dtypes float32, .* implementation 'gpu' of paged_attention takes one ",
+        ),
+        (
+            {"paged_attention": "gpu"},
+            dataclasses.replace(DENSE, head_dim=96),
+            "bfloat16",
+            r"kernels\.paged_attention: head size 96",
+        ),
+        (
+            {"paged_attention": "gpu"},
+            dataclasses.replace(DENSE, num_attention_heads=512, num_key_value_heads=2),
+            "bfloat16",
+            r"kernels\.paged_attention: 1 new tokens of 256 heads that share keys: .* takes up to 128 together",
         ),
         (
             {"linear_kl": "gpu"},

@@ -1,0 +1,105 @@
+"""Decoding from pages in place: the rollouts of the gathered cache, and no second pool beside the first."""
+
+import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+
+from qwen3 import engine as engine_module
+from qwen3.engine import Engine
+from qwen3.kernels import Kernels
+from qwen3.model import Qwen3
+from qwen3.rollout import Rollout
+from qwen3.sharding import MeshShape, make_mesh, placed_shapes, shardings
+from tests.kernels_pallas.interpreters import interpret
+from tests.qwen3.test_engine import CONFIGS, PROMPTS, make_engine, make_request, mixed_requests
+
+# Two samples of each prompt share its pages; the longest sequence takes ten of four tokens, and 13 hold one of these at
+# a time: slots wait, are refilled, and begin with a copy of a page that another one is writing.
+FRUGAL = {"page_size": 4, "pages": 13, "tokens_per_dispatch": 5}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Qwen3]:
+    return {name: jax.jit(Qwen3, static_argnums=0)(config, jax.random.key(0)) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture(scope="module")
+def gathered(models: dict[str, Qwen3]) -> dict[str, list[Rollout]]:
+    """What each model writes over its gathered pages."""
+    return {name: written(make_engine(CONFIGS[name]), model) for name, model in models.items()}
+
+
+def written(engine: Engine, model: Qwen3) -> list[Rollout]:
+    return engine.generate(model, mixed_requests(), seed=0, policy_step=5)
+
+
+def reading(model: Qwen3, implementation: str) -> Qwen3:
+    """The same weights, whose pages are read by that implementation."""
+    model = jax.tree.map(lambda leaf: leaf, model)
+    model.kernels = Kernels(paged_attention=implementation)  # type: ignore[arg-type]
+    return model
+
+
+def check_same(rollouts: list[Rollout], wanted: list[Rollout]) -> None:
+    for mine, theirs in zip(rollouts, wanted, strict=True):
+        np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+        np.testing.assert_array_equal(mine.loss_mask, theirs.loss_mask)
+        # The same float32 products are summed in another order.
+        np.testing.assert_allclose(mine.sampler_logprobs, theirs.sampler_logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "name", "unroll_layers"),
+    [("reference", "dense", 12), ("xla", "dense", 0), ("xla", "moe", 12), ("reference", "moe", 0)],
+)
+def test_pages_in_place_give_what_gathered_pages_give(models, gathered, implementation, name, unroll_layers):
+    engine = make_engine(CONFIGS[name], unroll_layers=unroll_layers, **FRUGAL)
+    check_same(written(engine, reading(models[name], implementation)), gathered[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("dense", {"fsdp": 2, "tensor": 2, "context": 2}), ("moe", {"expert": 2, "tensor": 2, "context": 2})],
+)
+def test_every_share_of_a_mesh_has_pages_of_its_own(models, gathered, name, shape):
+    mesh = make_mesh(MeshShape(**shape))
+    model = reading(jax.device_put(models[name], shardings(models[name], mesh)), "xla")
+    # Four shares, each of two rows and 13 pages.
+    engine = make_engine(CONFIGS[name], **(FRUGAL | {"batch_size": 8, "pages": 52}))
+    check_same(written(engine, model), gathered[name])
+
+
+@pytest.mark.parametrize("unroll_layers", [12, 0])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_nothing_is_copied_of_a_large_pool(models, devices, unroll_layers):
+    mesh = make_mesh(MeshShape(data=devices), jax.devices()[:devices])
+    model = placed_shapes(reading(models["dense"], "xla"), mesh)
+    programs = make_engine(unroll_layers=unroll_layers, pages=20_000).programs(model, [mixed_requests()[0].params])
+    memory = programs.write.lower(*programs.write_arguments, **programs.write_options).compile().memory_analysis()
+    pool = sum(leaf.size * leaf.dtype.itemsize for leaf in programs.write_arguments[2]) // devices
+    assert memory.alias_size_in_bytes >= pool
+    assert memory.temp_size_in_bytes < pool / 100
+
+
+class _SameThread(ThreadPoolExecutor):
+    """Where the interpreter is: other threads know nothing of it."""
+
+    def submit(self, function, /, *arguments):
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def test_a_kernel_reads_the_pages_of_an_engine(monkeypatch):
+    monkeypatch.setattr(engine_module, "ThreadPoolExecutor", _SameThread)
+    config = dataclasses.replace(CONFIGS["dense"], head_dim=128)
+    model = jax.jit(Qwen3, static_argnums=0)(config, jax.random.key(0))
+    requests = [make_request(PROMPTS[3], sample_index, max_new_tokens=12) for sample_index in range(2)]
+    # The second sequence begins with a copy of the first page, and both go on into a second one.
+    engine = make_engine(config, batch_size=2, max_new_tokens=12, page_size=16)
+    wanted = engine.generate(model, requests, seed=0, policy_step=0)
+    with interpret("tpu"):
+        check_same(engine.generate(reading(model, "tpu"), requests, seed=0, policy_step=0), wanted)
