@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from distill.evaluate import Evaluation
 from distill.experiment import Experiment
-from distill.losses import check_rows_of_loss
 from distill.progress import Progress
 from distill.progress import Task as Bar
 from distill.rollouts import prompt_ids, raw_document, worked_document
@@ -81,7 +80,6 @@ def check_meshes(experiment: Experiment, mesh: Mesh, teacher_mesh: Mesh) -> None
         # On-policy, the teacher scores the very rows that the student trains on.
         for its_mesh in (mesh, teacher_mesh) if isinstance(stage, OnPolicy) else (mesh,):
             check_batch(f"stages.{name}.training", stage.training.rows, stage.training.row_length, its_mesh)
-        check_rows_of_loss(stage.training.row_length // mesh.shape["context"], experiment.kernels.linear_kl, mesh)
 
 
 def _checked_models(experiment: Experiment, teacher_mesh: Mesh) -> dict[str, ModelConfig]:

@@ -39,9 +39,7 @@ class Kernels:
     grouped_matmul: GroupedMatmul | None = None
     """The products of a mixture's experts."""
     linear_kl: LinearKl | None = None
-    """The student's head and the loss over it, of the teacher's head too where targets are hidden states. Kernels
-    multiply by heads in the dtype of computing, which each device has whole, and share the tokens of a row over
-    mesh.tensor."""
+    """The student's head and the loss over it, of the teacher's head too where targets are hidden states."""
     exchange: Exchange = "all_gather"
     """How tokens reach experts on other devices. all_gather: every token goes to every device of mesh.expert, on all
     platforms. ragged: to those of its experts alone, not on CPU and on at most 16 chips of TPU v5e."""
@@ -89,7 +87,8 @@ class Kernels:
             narrow = shaped(experts, inner, width)
             yield "grouped_matmul", lambda: jax.eval_shape(lower, shaped(128, inner), narrow, sizes)
         if self.linear_kl is not None:
-            hidden, head = shaped(1, 128, config.hidden_size), shaped(config.vocab_size, config.hidden_size)
+            words = config.vocab_size // mesh.shape["tensor"]
+            hidden, head = shaped(1, 128, config.hidden_size), shaped(words, config.hidden_size)
             weights, whole = shaped(1, 128, of=jnp.float32), PartitionSpec()
 
             def loss(operation: Callable[..., Any], *arguments: Any) -> Any:

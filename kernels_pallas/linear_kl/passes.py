@@ -17,7 +17,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.linear_kl.divergence import Divergence
-from kernels_pallas.linear_kl.xla import Blocks, Gradients, Stats, accumulator, finite, local_ids, over_buckets
+from kernels_pallas.linear_kl.xla import (
+    Blocks,
+    Gradients,
+    Stats,
+    accumulator,
+    finite,
+    largest,
+    local_ids,
+    over_buckets,
+    own_ids,
+    summed,
+    survey_over,
+)
 
 TOKENS = 128  # what a kernel's tokens are a multiple of
 _PART_BYTES = 256 * 2**20  # of the derivatives by the logits of one part of the vocabulary, and of its rows of heads
@@ -33,20 +45,21 @@ def full(
     weights: Float[Array, "B T"],
     *,
     divergence: Divergence,
+    words_axis: str | None,
     with_gradients: bool,
 ) -> tuple[Float[Array, ""], Stats, Gradients | None]:
     """As `xla.full`, by the kernels of a backend."""
     weight = _tokens(weights, 0).astype(jnp.float32)
     live = weight != 0
     h, th = (jnp.where(live[:, None], _tokens(x, 0), 0) for x in (hidden, teacher_hidden))
-    student, teacher, student_at_top = kernels.survey_full(h, head, th, teacher_head)
+    student, teacher, student_at_top = survey_over(words_axis, *kernels.survey_full(h, head, th, teacher_head))
     rows = jnp.stack([student.log(), teacher.log(), weight, jnp.zeros_like(weight)])
     gradients = None
     if not with_gradients or not divergence.slopes_cancel:
         value, slope_sum, _ = kernels.slopes_full(
             h, head, th, teacher_head, rows, 0, divergence=divergence, with_slopes=False
         )
-        rows = rows.at[3].set(slope_sum)
+        rows = rows.at[3].set(summed(slope_sum, words_axis))
     if with_gradients:
 
         def part(words: Blocks, index, value):
@@ -58,7 +71,7 @@ def full(
 
         gradients, value = _gradients(part, h, (head, teacher_head), jnp.zeros_like(weight), hidden.shape)
     stats = {
-        "divergence": value,
+        "divergence": summed(value, words_axis),
         "student_entropy": student.entropy(),
         "teacher_entropy": teacher.entropy(),
         "top1_agreement": (student_at_top >= student.top).astype(value.dtype),
@@ -76,6 +89,7 @@ def at_ids(
     weights: Float[Array, "B T"],
     *,
     divergence: Divergence,
+    words_axis: str | None,
     with_gradients: bool,
 ) -> tuple[Float[Array, ""], Stats, Gradients | None]:
     """As `xla.at_ids`, by the kernels of a backend."""
@@ -85,8 +99,9 @@ def at_ids(
     named = jnp.where(live[:, None], _tokens(ids, -1), -1).astype(jnp.int32)
     lp = jnp.where(named < 0, -jnp.inf, _tokens(teacher_logprobs, 0).astype(jnp.float32))
     lp_tail = jnp.where(live, _tokens(teacher_log_tail, 0).astype(jnp.float32), 0)
-    chosen, rest = kernels.survey_at_ids(h, head, named)
-    chosen = jnp.where(named < 0, -jnp.inf, chosen)
+    own = own_ids(named, len(head), words_axis)
+    chosen, rest = kernels.survey_at_ids(h, head, own)
+    chosen, rest = largest(jnp.where(own < 0, -jnp.inf, chosen), words_axis), rest.over(words_axis)
     lp = jnp.concatenate([lp, lp_tail[:, None]], -1)
     gradient, stats = over_buckets(divergence, named, lp, chosen, rest, weight)
     gradients = None
@@ -94,9 +109,9 @@ def at_ids(
         rest_lse = finite(rest.log())
 
         def part(words: Blocks, index, nothing):
-            own = local_ids(named, words, index)
+            part_ids = local_ids(own, words, index)
             slopes = kernels.slopes_at_ids(
-                h, words.slice(head, index, 0), own, gradient, rest_lse, _fresh(words, index)
+                h, words.slice(head, index, 0), part_ids, gradient, rest_lse, _fresh(words, index)
             )
             return slopes, nothing
 

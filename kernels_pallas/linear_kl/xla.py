@@ -61,6 +61,14 @@ class Mass:
             + jnp.exp(theirs) * (other.moment + theirs * other.total),
         )
 
+    def over(self, words_axis: str | None) -> "Mass":
+        """Merged over the devices of a mesh axis, each of which has some of the words; as it is without one."""
+        if words_axis is None:
+            return self
+        top = lax.pmax(self.top, words_axis)
+        own = self.merge(dataclasses.replace(Mass.nothing(top.shape, top.dtype), top=top))
+        return Mass(top=top, total=lax.psum(own.total, words_axis), moment=lax.psum(own.moment, words_axis))
+
     def log(self) -> Float[Array, " M"]:
         return jnp.log(self.total) + finite(self.top)
 
@@ -131,6 +139,7 @@ def full(
     divergence: Divergence,
     positions: Blocks,
     vocab: Blocks,
+    words_axis: str | None,
     with_gradients: bool,
 ) -> tuple[Float[Array, ""], Stats, Gradients | None]:
     """Every word is a bucket. Arguments and results as in `api.linear_kl_full`."""
@@ -154,7 +163,8 @@ def full(
             )
             return (student_mass.merge(Mass.of(zs, 0)), teacher_mass.merge(Mass.of(zt, 0)), at_top), None
 
-        (student_mass, teacher_mass, student_at_top), _ = vocab.scan(survey, (nothing, nothing, nothing.top))
+        found, _ = vocab.scan(survey, (nothing, nothing, nothing.top))
+        student_mass, teacher_mass, student_at_top = survey_over(words_axis, *found)
         student_lse, teacher_lse = student_mass.log(), teacher_mass.log()
 
         def add_slopes(slope_sum, step):
@@ -164,7 +174,7 @@ def full(
 
         slope_sum = jnp.zeros(live.shape, student_lse.dtype)
         if with_gradients and not divergence.slopes_cancel:
-            slope_sum, _ = vocab.scan(add_slopes, slope_sum)
+            slope_sum = summed(vocab.scan(add_slopes, slope_sum)[0], words_axis)
 
         def finish(carry, step):
             value_sum, gradients = carry
@@ -180,7 +190,7 @@ def full(
         start = (jnp.zeros_like(slope_sum), _products_start(h, by_head))
         (value, gradients), _ = vocab.scan(finish, start)
         stats = {
-            "divergence": value,
+            "divergence": summed(value, words_axis),
             "student_entropy": student_mass.entropy(),
             "teacher_entropy": teacher_mass.entropy(),
             "top1_agreement": (student_at_top >= student_mass.top).astype(value.dtype),
@@ -201,6 +211,7 @@ def at_ids(
     divergence: Divergence,
     positions: Blocks,
     vocab: Blocks,
+    words_axis: str | None,
     with_gradients: bool,
 ) -> tuple[Float[Array, ""], Stats, Gradients | None]:
     """The named words and everything else are J + 1 buckets. Arguments and results as in `api.linear_kl_at_ids`."""
@@ -212,15 +223,17 @@ def at_ids(
         lp = jnp.where(named < 0, -jnp.inf, positions.tokens(teacher_logprobs, index).astype(dtype))
         lp_tail = jnp.where(live, positions.tokens(teacher_log_tail, index).astype(dtype), 0)
         lp = jnp.concatenate([lp, lp_tail[..., None]], -1)
+        own = own_ids(named, len(head), words_axis)
 
         def survey(carry, step):
             chosen, rest_mass = carry
             logits = vocab.counted(_logits(h, vocab.slice(head, step[0], 0)), step[0]).T
-            here, rest = split_at_ids(logits, local_ids(named, vocab, step[0]))
+            here, rest = split_at_ids(logits, local_ids(own, vocab, step[0]))
             return (jnp.maximum(chosen, here), rest_mass.merge(Mass.of(rest, -1))), rest
 
         nothing = (jnp.full(named.shape, -jnp.inf, dtype), Mass.nothing(live.shape, dtype))
         (chosen, rest_mass), rest_logits = vocab.scan(survey, nothing)
+        chosen, rest_mass = largest(chosen, words_axis), rest_mass.over(words_axis)
         gradient, stats = over_buckets(divergence, named, lp, chosen, rest_mass, weight)
         rest_lse = rest_mass.log()
 
@@ -229,7 +242,7 @@ def at_ids(
             # Unnamed words share the tail's gradient by their part of the tail. Dividing by the tail's own mass,
             # not by the whole vocabulary's, stays exact where that mass underflows.
             dz = gradient[..., -1:] * jnp.exp(rest - finite(rest_lse)[..., None])
-            dz = _put(dz, local_ids(named, vocab, i), gradient[..., :-1])
+            dz = _put(dz, local_ids(own, vocab, i), gradient[..., :-1])
             return _add_products(gradients, dz.T, h, head, vocab, i), None
 
         gradients = _products_start(h, by_head)
@@ -291,6 +304,34 @@ def local_ids(ids: Int[Array, "*batch J"], vocab: Blocks, index) -> Int[Array, "
     if vocab.count == 1:
         return ids
     return jnp.where(ids // vocab.block == index, ids - vocab.start(index), -1)
+
+
+def own_ids(ids: Int[Array, "*batch J"], words: int, words_axis: str | None) -> Int[Array, "*batch J"]:
+    """Ids counted from the first of this device's `words`, -1 where another device of the axis has the word."""
+    if words_axis is None:
+        return ids
+    device = lax.axis_index(words_axis)
+    return jnp.where(ids // words == device, ids - device * words, -1)
+
+
+def survey_over(
+    words_axis: str | None, student: Mass, teacher: Mass, student_at_top: Float[Array, " M"]
+) -> tuple[Mass, Mass, Float[Array, " M"]]:
+    """What each device found among its words, put together: both masses, and the student's logit where the teacher's
+    is the largest."""
+    if words_axis is None:
+        return student, teacher, student_at_top
+    whole = teacher.over(words_axis)
+    at_top = jnp.where(teacher.top == whole.top, student_at_top, -jnp.inf)
+    return student.over(words_axis), whole, lax.pmax(at_top, words_axis)
+
+
+def summed(x: Array, words_axis: str | None) -> Array:
+    return x if words_axis is None else lax.psum(x, words_axis)
+
+
+def largest(x: Array, words_axis: str | None) -> Array:
+    return x if words_axis is None else lax.pmax(x, words_axis)
 
 
 def _over_positions(block, hidden, head, weights, positions: Blocks, with_gradients: bool):

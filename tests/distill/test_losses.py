@@ -1,15 +1,15 @@
 """The losses by name: what each kind of target gives, and what they refuse."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from distill.collectives import collectives
 from distill.losses import Loss, distillation_loss
 from qwen3.errors import UserError
-from qwen3.sharding import MeshShape, make_mesh
+from qwen3.sharding import BATCH, MeshShape, make_mesh
 from teacher.targets import Hidden, Sampled, at_ids_targets, one_hot, sampled_targets, top_k_targets
 from tests.kernels_pallas.interpreters import interpret
 
@@ -59,28 +59,77 @@ def test_every_kind_of_target_gives_the_same_answer_where_it_names_every_word(ar
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, answers[0][1])
 
 
-@pytest.mark.parametrize("kind", ["hidden", "top_k"])
-def test_a_kernel_on_a_mesh_gives_the_same(arrays, kind):
-    hidden, head, teacher_hidden, teacher_head, weights = arrays
-    targets, options = {
-        "hidden": (Hidden(hidden=teacher_hidden), {"teacher_head": teacher_head}),
-        "top_k": (top_k_targets(teacher_hidden, teacher_head, 5), {}),
-    }[kind]
+def on_meshes(arrays, kind, loss, mesh_shape, **options):
+    """Value, statistics and gradients without and with a mesh, which divides 30 words; 1 of 6 positions is out."""
+    _, _, teacher_hidden, teacher_head, _ = arrays
+    hidden, head, weights = (jnp.concatenate([x] * 2) if x.shape[0] == B else x[:30] for x in arrays[:2] + arrays[4:])
+    teacher_hidden, teacher_head = jnp.concatenate([teacher_hidden] * 2), teacher_head[:30]
+    # Of some positions the words lie all on one device, of others on both.
+    straddling = jnp.broadcast_to(jnp.arange(5) + 4 * jnp.arange(T)[:, None], (2 * B, T, 5))
+    targets = {
+        "hidden": lambda: Hidden(hidden=teacher_hidden),
+        "top_k": lambda: top_k_targets(teacher_hidden, teacher_head, 5),
+        "at_ids": lambda: at_ids_targets(teacher_hidden, teacher_head, straddling),
+        "sampled": lambda: sampled_targets(teacher_hidden, teacher_head, 5, jax.random.key(3)),
+    }[kind]()
+    teacher = {"teacher_head": teacher_head} if kind == "hidden" else {}
 
-    def loss(hidden, head, **implementation):
-        return distillation_loss(hidden, head, targets, weights, LOSSES[0], **options, **implementation)
-
-    def run(**implementation):
-        gradient = jax.value_and_grad(functools.partial(loss, **implementation), (0, 1), has_aux=True)
+    def run(**more):
+        gradient = jax.value_and_grad(
+            lambda hidden, head: distillation_loss(hidden, head, targets, weights, loss, **teacher, **more),
+            (0, 1),
+            has_aux=True,
+        )
         return jax.block_until_ready(jax.jit(gradient)(hidden, head))
 
-    expected, mesh = run(), make_mesh(MeshShape(data=2, tensor=2), jax.devices()[:4])
-    with interpret("tpu"):
-        found = run(implementation="tpu", mesh=mesh)
-        with pytest.raises(UserError, match=r"kernels.linear_kl: mesh.tensor 2 does not divide rows of 5 tokens"):
-            loss(hidden[:, 1:], head, implementation="tpu", mesh=mesh)
+    return run(), run(mesh=make_mesh(mesh_shape, jax.devices()[:4]), **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "mesh_shape"),
+    [
+        ("hidden", LOSSES[1], MeshShape(data=2, tensor=2)),
+        ("hidden", LOSSES[2], MeshShape(fsdp=2, tensor=2)),
+        ("hidden", LOSSES[0], MeshShape(expert=2, context=2)),
+        ("top_k", LOSSES[0], MeshShape(context=2, tensor=2)),
+        ("top_k", LOSSES[3], MeshShape(data=2, fsdp=2)),
+        ("at_ids", LOSSES[1], MeshShape(expert=2, tensor=2)),
+        ("sampled", LOSSES[0], MeshShape(data=2, tensor=2)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mesh_gives_the_same(arrays, kind, loss, mesh_shape):
+    # Blocks divide neither the rows nor the words of a device.
+    expected, found = on_meshes(arrays, kind, loss, mesh_shape, block_tokens=4, block_vocab=4)
     # The same float32 terms added in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top_k"])
+def test_a_kernel_on_a_mesh_gives_the_same(arrays, kind):
+    with interpret("tpu"):
+        expected, found = on_meshes(arrays, kind, LOSSES[1], MeshShape(data=2, tensor=2), implementation="tpu")
+    # The same float32 terms added in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+
+
+def test_a_head_is_gathered_once_and_its_gradient_reduced_once(arrays):
+    """However many the blocks: here of 30 words, 15 on each of two devices along the tensor axis, D numbers wide."""
+    hidden, _, teacher_hidden, _, weights = arrays
+    mesh = make_mesh(MeshShape(fsdp=2, tensor=2), jax.devices()[:4])
+    targets = Hidden(hidden=teacher_hidden)
+
+    def loss(hidden, head, teacher_head):
+        options = {"block_tokens": 1, "block_vocab": 4, "mesh": mesh, "teacher_head": teacher_head}
+        return distillation_loss(hidden, head, targets, weights, LOSSES[1], **options)[0]
+
+    lie = NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
+    heads = (jax.ShapeDtypeStruct((30, D), jnp.float32, sharding=lie) for _ in range(2))
+    rows = jax.ShapeDtypeStruct(hidden.shape, jnp.float32, sharding=NamedSharding(mesh, BATCH))
+    text = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(None, lie)).lower(rows, *heads).compile().as_text()
+    head_bytes = 15 * D * 4
+    large = [(one.kind, one.whole_bytes, one.times) for one in collectives(text) if one.whole_bytes >= head_bytes]
+    assert sorted(large) == [("all-gather", head_bytes, 2), ("reduce-scatter", head_bytes, 1)]
 
 
 def test_forward_kl_to_the_data_is_the_cross_entropy(arrays):

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from distill.experiment import Experiment
-from distill.preflight import check_meshes, preflight
+from distill.preflight import preflight
 from distill.progress import Progress
 from distill.stages.on_policy import OnPolicy, _OwnRollouts
 from distill.tasks import Problem, PromptFile
@@ -149,11 +149,6 @@ def test_kernels_of_the_loss_are_asked_what_stages_need(
     monkeypatch.setattr(Kernels, "check", lambda self, *_, named_words=0: asked.append(named_words))
     check(changed(experiment, "off_policy", top_k=9))
     assert asked == [9, 0]
-    kernels, mesh = Kernels(linear_kl="tpu"), MeshShape(tensor=2)
-    odd = dataclasses.replace(experiment.stages["on_policy"].training, row_length=105)
-    whole = changed(dataclasses.replace(experiment, kernels=kernels, mesh=mesh), "on_policy", training=odd)
-    with pytest.raises(UserError, match=r"kernels\.linear_kl: mesh\.tensor 2 does not divide rows of 105 tokens"):
-        check_meshes(whole, make_mesh(mesh, jax.devices()[:2]), make_mesh(mesh, jax.devices()[:2]))
 
 
 def test_writing_ahead_needs_devices_that_need_not_wait_for_each_other(experiment: Experiment) -> None:
