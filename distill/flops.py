@@ -57,7 +57,9 @@ def training_flops(config: ModelConfig, adapter_parameters: int = 0) -> Flops:
     return Flops(per_token=3 * whole.per_token - spared, per_attended_token=3 * whole.per_attended_token)
 
 
-def executed_training_flops(config: ModelConfig, *, rematerialise: bool, teacher_width: int | None = None) -> Flops:
+def executed_training_flops(
+    config: ModelConfig, *, rematerialise: bool, teacher_width: int | None = None, adapter_parameters: int = 0
+) -> Flops:
     """What a training program does, where `training_flops` says what training costs: with all that is computed again.
 
     Rematerialised layers run forward twice, but for what their gradients do not need: a dense layer's last product.
@@ -65,13 +67,13 @@ def executed_training_flops(config: ModelConfig, *, rematerialise: bool, teacher
     gradients are formed where its logits are. `teacher_width` is that of a teacher's hidden states, whose logits are
     multiplied out, too; None where targets are entries of a store.
     """
-    forward = forward_flops(config)
+    once = training_flops(config, adapter_parameters)
+    forward = forward_flops(config, adapter_parameters)
     head = 2 * config.hidden_size * config.vocab_size
     dense_layers = sum(count for moe, count in config.layer_runs() if not moe)
     spared = 2 * dense_layers * config.hidden_size * config.intermediate_size
-    body = forward.per_token - head
-    per_token = 3 * body + 3 * head + (body - spared if rematerialise else 0)
+    again = forward.per_token - head - spared if rematerialise else 0
     return Flops(
-        per_token=per_token + 2 * (teacher_width or 0) * config.vocab_size,
+        per_token=once.per_token + again + 2 * (teacher_width or 0) * config.vocab_size,
         per_attended_token=forward.per_attended_token * (3.5 + rematerialise),
     )

@@ -24,6 +24,7 @@ from distill.stages.loop import Training
 from distill.train_state import TrainState
 from distill.train_step import Batch, TrainStep
 from kernels_pallas import topologies
+from qwen3.adapter import adapter_parameters
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
 from qwen3.quantisation import Quantisation, quantised
@@ -67,6 +68,17 @@ class Program:
     @property
     def name(self) -> str:
         return f"{self.stage}: {self.purpose.replace('_', ' ')}"
+
+    @property
+    def models(self) -> list[Qwen3]:
+        """Among its arguments; of one that is trained beside frozen weights both parts, each without the other."""
+        found = (one if isinstance(one, Qwen3) else getattr(one, "model", None) for one in self.arguments)
+        return [one for one in found if one is not None]
+
+    @property
+    def adapter_parameters(self) -> int:
+        """How many numbers are trained in the place of all weights; 0 where the model has no adapters."""
+        return adapter_parameters(self.models)
 
     def compile(self) -> jax.stages.Compiled:
         """For the devices of `mesh`. Raises what the compiler raises."""

@@ -69,7 +69,11 @@ def work_of(program: Program, experiment: Experiment) -> Work:
     config, rows, length = program.model, program.rows, program.length
     on_policy = isinstance(experiment.stages.get(program.stage), OnPolicy)
     head = Flops(per_token=2 * config.hidden_size * config.vocab_size, per_attended_token=0)
-    forward = forward_flops(config)
+    adapters = program.adapter_parameters
+    if program.purpose == "student_updates":
+        count = adapters or parameters(config)
+        return Work(flops=12.0 * count, device_bytes=_UPDATE_BYTES * count / program.mesh.size, tokens=0)
+    forward = forward_flops(config, adapters)
     traffic = _MemoryTraffic(program)
     match program.purpose:
         case "teacher_scores":
@@ -88,18 +92,18 @@ def work_of(program: Program, experiment: Experiment) -> Work:
             if on_policy:
                 # The batch is the one argument with the teacher's hidden states.
                 width = next(a.targets.hidden.shape[-1] for a in program.arguments if hasattr(a, "targets"))
-            step = executed_training_flops(config, rematerialise=training.rematerialise, teacher_width=width)
-            passes = 3 + training.rematerialise
+            step = executed_training_flops(
+                config, rematerialise=training.rematerialise, teacher_width=width, adapter_parameters=adapters
+            )
+            # Forward and once for each operand's gradient; a frozen weight's is not needed.
+            passes = (2 if adapters else 3) + training.rematerialise
             # Gradients are added to those of the microbatches before: read, read and written.
-            moved = traffic.weights(passes) + traffic.activations(passes) + traffic.logits(2)
+            moved = traffic.weights(passes) + traffic.activations(3 + training.rematerialise) + traffic.logits(2)
             return Work(
                 flops=step.of([length]) * rows,
-                device_bytes=moved + 3 * 4 * parameters(config) / program.mesh.size,
+                device_bytes=moved + 3 * 4 * (adapters or parameters(config)) / program.mesh.size,
                 tokens=rows * length,
             )
-        case "student_updates":
-            count = parameters(config)
-            return Work(flops=12.0 * count, device_bytes=_UPDATE_BYTES * count / program.mesh.size, tokens=0)
 
 
 def parameters(config: ModelConfig) -> int:
@@ -129,7 +133,7 @@ class _MemoryTraffic:
     def __init__(self, program: Program):
         self._program, self._config = program, program.model
         self._shape = program.mesh.shape
-        model = next(one for one in _models(program) if one is not None)
+        model = next(one for one in program.models if one.embed is not None)
         self._stored = model.embed.get_value().dtype.itemsize
         self._computed = 4 if model.compute_dtype == "float32" else 2
         self._writes = program.purpose.endswith("writes")
@@ -167,8 +171,3 @@ class _MemoryTraffic:
         config = self._config
         entries = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers / self._shape["tensor"]
         return self._computed * entries * self._program.length * self._program.rows / self._shares
-
-
-def _models(program: Program):
-    for argument in program.arguments:
-        yield argument if hasattr(argument, "stacks") else getattr(argument, "model", None)

@@ -139,9 +139,10 @@ class _Run:
         other = self.stage(stage.flops_of)
         student = self._programs[name, "student_trains"]
         tokens = student.rows * student.length * self._assumed.filled_share
-        step = training_flops(student.model).per_token * tokens * stage.microbatches_per_step
+        adapters = student.adapter_parameters
+        microbatch = training_flops(student.model, adapters).per_token * tokens
         teacher = next((p.model for p in self._programs.values() if p.purpose.startswith("teacher")), student.model)
-        budget = other.calls["student_trains"] * training_flops(student.model).per_token * tokens
-        budget += other.tokens_moved * (forward_flops(teacher).per_token + forward_flops(student.model).per_token)
+        written = forward_flops(teacher).per_token + forward_flops(student.model, adapters).per_token
+        budget = other.calls["student_trains"] * microbatch + other.tokens_moved * written
         budget -= 2 * written_tokens * forward_flops(teacher).per_token
-        return max(1.0, budget // step)
+        return max(1.0, budget // (microbatch * stage.microbatches_per_step))

@@ -16,8 +16,9 @@ from rich.console import Console
 from distill.collectives import collectives
 from distill.execute import execute
 from distill.experiment import Experiment
-from distill.programs import architectures, device_bytes, programs
+from distill.programs import Program, architectures, device_bytes, programs
 from distill.progress import Progress
+from distill.roofline import work_of
 from distill.stages import context
 from distill.stages.context import StopRequest
 from distill.train_step import TrainStep
@@ -127,11 +128,21 @@ def test_what_lies_beside_a_program(teacher: str) -> None:
 
 
 def test_adapters_are_trained_alone(teacher: str) -> None:
-    student = FromCheckpoint(path=teacher, lora=Lora(rank=2, targets=("q_proj",)))
-    experiment = dataclasses.replace(one_device(teacher), student=student)
-    (training,) = (p for p in programs(experiment, jax.devices()[:1]) if p.name == "off_policy: student trains")
-    trained, frozen = training.arguments[:2]
+    def planned(lora: Lora | None) -> tuple[Experiment, dict[str, Program]]:
+        student = FromCheckpoint(path=teacher, lora=lora)
+        experiment = dataclasses.replace(one_device(teacher), student=student)
+        return experiment, {p.name: p for p in programs(experiment, jax.devices()[:1])}
+
+    experiment, adapted = planned(Lora(rank=2, targets=("q_proj",)))
+    trained, frozen = adapted["off_policy: student trains"].arguments[:2]
     assert 0 < device_bytes(trained) < device_bytes(frozen) / 10
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    whole = planned(None)[1]
+    for name, share in {"student trains": 0.8, "student updates": 0.1}.items():
+        less, all_of_it = (work_of(made[f"off_policy: {name}"], experiment) for made in (adapted, whole))
+        assert 0 < less.flops < share * all_of_it.flops
+        assert 0 < less.device_bytes < all_of_it.device_bytes
+    assert {program.adapter_parameters for program in adapted.values()} == {0, adapters}
 
 
 def test_weights_are_gathered_before_the_loop_that_writes_tokens(teacher: str) -> None:
