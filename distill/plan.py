@@ -1,15 +1,11 @@
 """Whether a run fits, how fast it can be and what it takes, before a chip is rented: `python -m distill.plan`."""
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import json
-import multiprocessing
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +14,9 @@ from rich.console import Console
 from distill.command_line import overridden
 from distill.experiment import Experiment
 from distill.experiment_file import load_experiment
+from distill.plan_compile import compile_all, workers_here
 from distill.plan_table import show
-from distill.planning import Measure, Plan, plan_on, resident_problem
-from distill.program_memory import Compiled, compiled
-from distill.programs import programs
+from distill.planning import Measure, Plan, cut_down, fits, plan_on
 from distill.whole_run import Assumptions
 from kernels_pallas import topologies
 from kernels_pallas.chips import CHIPS
@@ -87,15 +82,25 @@ def _main(arguments: list[str]) -> int:
     for name, value in values.items():
         if not 0 < value <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie in 0..1, 0 excluded")
+    if own.workers is not None and own.workers < 1:
+        raise UserError(f"--workers is {own.workers}; it must be at least 1")
+
+    def measured(experiment: Experiment, topology: str) -> Measure | None:
+        if not own.compile:
+            return None
+        workers = own.workers or workers_here()
+        return functools.partial(compile_all, experiment, topology, workers=workers, console=Console(stderr=True))
+
     console = Console(stderr=own.json)
     if not console.is_terminal:
         # A file or a pipe has no width, and rich would cut the tables to 80 columns.
         console.width = _WIDTH
-    plans = []
+    assumed, plans = Assumptions(**values), []
     for topology in own.topology.split(","):
-        how = functools.partial(_planned, experiment, assumed=Assumptions(**values), compiling=own.compile)
-        plan = how(topology, console=console)
-        smallest = _smallest(experiment, plan, how, console) if own.smallest else None
+        devices = _devices(topology, compiling=own.compile)
+        kind, _ = topologies.parsed(topology)
+        plan = plan_on(experiment, devices, CHIPS[kind], topology, assumed, measured(experiment, topology))
+        smallest = _smallest(experiment, plan, measured) if own.smallest else None
         plans.append(dataclasses.replace(plan, smallest=smallest))
     if own.json:
         print(json.dumps([plan.to_json() for plan in plans], indent=1))
@@ -123,7 +128,16 @@ def _parser() -> argparse.ArgumentParser:
         help="from shapes alone, without a compiler: no temporaries and nothing of what is sent between devices",
     )
     parser.add_argument(
-        "--no-smallest", dest="smallest", action="store_false", help="leave out the search for the smallest topology"
+        "--no-smallest",
+        dest="smallest",
+        action="store_false",
+        help="leave out the search for the smallest topology, on which the mesh is cut down and batches stay",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=int,
+        help="compilers side by side, of 2 GB each (default: one a core, as memory lasts)",
     )
     defaults = Assumptions()
     for name, words in _ASSUMED.items():
@@ -134,18 +148,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _planned(experiment: Experiment, topology: str, *, assumed: Assumptions, compiling: bool, console: Console) -> Plan:
+def _devices(topology: str, *, compiling: bool) -> list[Any]:
     """Raises UserError for an unknown topology or a missing compiler."""
     try:
         kind, shape = topologies.parsed(topology)
-        devices = topologies.devices(topology) if compiling else stand_ins(kind, shape)
+        return topologies.devices(topology) if compiling else stand_ins(kind, shape)
     except (ValueError, ModuleNotFoundError) as error:
         remedy = "" if isinstance(error, ValueError) else ", or plan with --no-compile"
         raise UserError(f"{error}{remedy}") from None
-    if not compiling:
-        return plan_on(experiment, devices, CHIPS[kind], topology, assumed)
-    with _Compilers(experiment, topology, console) as measure:
-        return plan_on(experiment, devices, CHIPS[kind], topology, assumed, measure)
 
 
 def stand_ins(kind: str, shape: Sequence[int]) -> list[Any]:
@@ -157,59 +167,21 @@ def stand_ins(kind: str, shape: Sequence[int]) -> list[Any]:
     return [StandIn(id=index, platform=platform, device_kind=CHIPS[kind].name) for index in range(count)]
 
 
-def _smallest(experiment: Experiment, plan: Plan, planned: Callable[..., Plan], console: Console) -> str | None:
-    """The smallest topology of the plan's kind on which the experiment's meshes can be laid and everything fits."""
-    kind = plan.topology.partition(":")[0]
-    for shape in topologies.SHAPES[kind]:
-        name = f"{kind}:{shape}"
-        if name == plan.topology or (plan.topology == kind and set(shape) <= {"1", "x"}):
+def _smallest(experiment: Experiment, plan: Plan, measured: Callable[[Experiment, str], Measure | None]) -> str | None:
+    """The smallest topology of the plan's kind on which everything fits, the mesh cut down where devices are too few,
+    and with which options."""
+    kind, shape = topologies.parsed(plan.topology)
+    for other in topologies.SHAPES[kind]:
+        name = f"{kind}:{other}"
+        if topologies.parsed(name)[1] == shape:
             if plan.fits:
-                return plan.topology
+                return name
             continue
-        if resident_problem(experiment, stand_ins(*topologies.parsed(name)), CHIPS[kind]) is None and (
-            planned(name, console=console).fits
-        ):
-            return name
+        smaller, options = cut_down(experiment, len(stand_ins(*topologies.parsed(name))))
+        measure = measured(smaller, name)
+        if fits(smaller, _devices(name, compiling=measure is not None), CHIPS[kind], measure):
+            return f"{name} {options}".strip()
     return None
-
-
-class _Compilers:
-    """Compiles each program in a process of its own, so that memory is given back and a compiler that aborts is a
-    finding, not the end of the plan."""
-
-    def __init__(self, experiment: Experiment, topology: str, console: Console):
-        self._experiment, self._topology, self._console = experiment, topology, console
-
-    def __enter__(self) -> Measure:
-        self._pool = _new_pool()
-        return self._measure
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown()
-
-    def _measure(self, name: str, number: int, count: int) -> Compiled:
-        started = time.monotonic()
-        with self._console.status(f"{self._topology}: compiling {name} ({number + 1} of {count})"):
-            try:
-                found = self._pool.submit(_compile, self._experiment, self._topology, number).result()
-            except BrokenProcessPool:
-                self._pool = _new_pool()
-                found = Compiled(error="the compiler ended its process; what it said stands above")
-        if not self._console.is_terminal:
-            seconds = time.monotonic() - started
-            print(f"{self._topology}: {name} compiled in {seconds:.0f} s ({number + 1}/{count})", file=sys.stderr)
-        return found
-
-
-def _new_pool() -> concurrent.futures.ProcessPoolExecutor:
-    return concurrent.futures.ProcessPoolExecutor(
-        1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    )
-
-
-def _compile(experiment: Experiment, topology: str, number: int) -> Compiled:
-    kind, _ = topologies.parsed(topology)
-    return compiled(programs(experiment, topologies.devices(topology))[number], CHIPS[kind])
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def _show_one(plan: Plan, console: Console) -> None:
         total = f"{_hours(plan.seconds)}, {plan.chip_hours:,.1f} chip-hours"
         console.print(f"[green]fits[/green]  {total}", highlight=False)
     if plan.smallest is not None:
-        console.print(f"smallest {plan.topology.partition(':')[0]} that fits: {plan.smallest}", highlight=False)
+        kind = plan.topology.partition(":")[0]
+        console.print(f"smallest {kind} that fits, batches as they are: {plan.smallest}", highlight=False)
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -100,15 +101,20 @@ def _stage_table(plan: Plan) -> Table:
         teacher = sum(value for name, value in stage.seconds.items() if name.startswith("teacher"))
         writes = sum(stage.seconds.get(name, 0.0) for name in ("student_reads", "student_writes"))
         trains = sum(stage.seconds.get(name, 0.0) for name in ("student_trains", "student_updates"))
-        whole = teacher + writes + trains
         moved = f"{stage.bytes_moved / 1e9:,.1f} GB" if stage.bytes_moved else ""
         table.add_row(
             stage.name,
             *(_hours(value) if value else "" for value in (teacher, writes, trains)),
-            _hours(whole),
-            f"{plan.chips * whole / 3600:,.1f}",
+            _hours(stage.elapsed_seconds),
+            f"{plan.chips * stage.elapsed_seconds / 3600:,.1f}",
             moved,
         )
+    table.caption = "\n".join(
+        f"{stage.name}: less than the sum, since the teacher scores on devices of its own while the student "
+        f"{'writes ahead and trains' if stage.pipeline.ahead else 'trains'}"
+        for stage in plan.stages
+        if stage.pipeline is not None and stage.elapsed_seconds < sum(stage.seconds.values())
+    )
     return table
 
 

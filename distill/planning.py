@@ -1,21 +1,24 @@
 """One topology's plan: every program's memory and roof, the run's hours, and what to change where it does not fit."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from distill.collectives import Traffic
 from distill.experiment import Experiment
 from distill.program_memory import Compiled, Memory, known_memory
-from distill.programs import Program, programs
+from distill.programs import Program, Purpose, programs
 from distill.roofline import Roof, Work, roof, work_of
-from distill.whole_run import Assumptions, StagePlan, stage_plans
+from distill.whole_run import Assumptions, Pipeline, StagePlan, stage_plans
 from kernels_pallas.chips import Chip
 from qwen3.errors import UserError
 
-Measure = Callable[[str, int, int], Compiled]
-"""Compiles the program of that name and number, of so many."""
+Measure = Callable[[Sequence[Program]], Generator[tuple[int, Compiled]]]
+"""Compiles programs, in any order; gives each one's number with what its compiler says."""
 _GIB = 2**30
+_CUT = ("context", "fsdp", "expert", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,9 @@ class PlannedStage:
     name: str
     seconds: Mapping[str, float]
     """By the purpose of its programs, at the share of the roof that is assumed."""
+    elapsed_seconds: float
+    """Less than their sum where the teacher scores on devices of its own while the student works."""
+    pipeline: Pipeline | None
     tokens_moved: float
     bytes_moved: float
 
@@ -63,7 +69,8 @@ class Plan:
     refusal: str | None = None
     """Why the experiment's meshes cannot be laid over the devices at all."""
     smallest: str | None = None
-    """The smallest topology of this kind on which it fits; None where none does, or none was looked for."""
+    """The smallest topology of this kind on which it fits, with the options that cut its mesh down for it; None where
+    none does, or none was looked for."""
 
     @property
     def fits(self) -> bool:
@@ -71,7 +78,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return sum(sum(stage.seconds.values()) for stage in self.stages)
+        return sum(stage.elapsed_seconds for stage in self.stages)
 
     @property
     def chips(self) -> float:
@@ -112,10 +119,8 @@ def plan_on(
         made = programs(experiment, devices)
     except UserError as error:
         return dataclasses.replace(plan, refusal=str(error))
-    planned = []
-    for number, program in enumerate(made):
-        found = None if measure is None else measure(program.name, number, len(made))
-        planned.append(_program(program, experiment, chip, found))
+    found = {} if measure is None else dict(measure(made))
+    planned = [_program(program, experiment, chip, found.get(number)) for number, program in enumerate(made)]
     by_name = {(program.stage, program.purpose): one for program, one in zip(made, planned, strict=True)}
     stages = [
         _stage(stage, {purpose: by_name[stage.stage, purpose].roof.seconds for purpose in stage.calls}, assumed)
@@ -124,21 +129,49 @@ def plan_on(
     return dataclasses.replace(plan, programs=planned, stages=stages)
 
 
-def resident_problem(experiment: Experiment, devices: list[Any], chip: Chip) -> str | None:
-    """Why the experiment cannot fit these devices whatever its programs' temporaries are; None where it may."""
+def fits(experiment: Experiment, devices: list[Any], chip: Chip, measure: Measure | None) -> bool:
+    """Whether all programs fit; the first that does not ends it, and those that cannot, whatever their temporaries are,
+    are not compiled."""
     try:
         made = programs(experiment, devices)
-    except UserError as error:
-        return str(error)
-    return next((problem for one in made if (problem := _problem(one, known_memory(one), chip, None))), None)
+    except UserError:
+        return False
+    if any(_problem(one, known_memory(one), chip, None) for one in made):
+        return False
+    if measure is None:
+        return True
+    with contextlib.closing(measure(made)) as compiling:
+        return all(_program(made[number], experiment, chip, found).problem is None for number, found in compiling)
 
 
-def _stage(stage: StagePlan, seconds_of: Mapping[Any, float], assumed: Assumptions) -> PlannedStage:
+def cut_down(experiment: Experiment, devices: int) -> tuple[Experiment, str]:
+    """The experiment on fewer devices than its mesh asks for, and the options that say so on a command line.
+
+    Where they are too few, sizes of the mesh are divided by what they share with the excess, context first, then fsdp,
+    expert and tensor; data takes what is left. Batches and rows stay as they are, and so do two meshes side by side.
+    """
+    mesh = experiment.mesh
+    asked = math.prod(getattr(mesh, axis) for axis in _CUT)
+    excess = asked // math.gcd(asked, devices)
+    if excess == 1 or (experiment.teacher is not None and experiment.teacher.placement == "own_mesh"):
+        return experiment, ""
+    sizes = {}
+    for axis in _CUT:
+        common = math.gcd(getattr(mesh, axis), excess)
+        excess //= common
+        if common > 1:
+            sizes[axis] = getattr(mesh, axis) // common
+    changed = dataclasses.replace(experiment, mesh=dataclasses.replace(mesh, data=-1, **sizes))
+    return changed, " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items())
+
+
+def _stage(stage: StagePlan, seconds_of: Mapping[Purpose, float], assumed: Assumptions) -> PlannedStage:
+    seconds = {purpose: count * seconds_of[purpose] / assumed.efficiency for purpose, count in stage.calls.items()}
     return PlannedStage(
         name=stage.stage,
-        seconds={
-            str(purpose): count * seconds_of[purpose] / assumed.efficiency for purpose, count in stage.calls.items()
-        },
+        seconds={str(purpose): taken for purpose, taken in seconds.items()},
+        elapsed_seconds=stage.elapsed_seconds(seconds),
+        pipeline=stage.pipeline,
         tokens_moved=stage.tokens_moved,
         bytes_moved=stage.bytes_moved,
     )

@@ -70,6 +70,12 @@ class Program:
         return f"{self.stage}: {self.purpose.replace('_', ' ')}"
 
     @property
+    def signature(self) -> Any:
+        """Equal for programs that compile to the same: a function with its abstract arguments and static options."""
+        leaves, structure = jax.tree.flatten(self.arguments)
+        return self.function, structure, tuple(leaves), tuple(sorted(self.options.items()))
+
+    @property
     def models(self) -> list[Qwen3]:
         """Among its arguments; of one that is trained beside frozen weights both parts, each without the other."""
         found = (one if isinstance(one, Qwen3) else getattr(one, "model", None) for one in self.arguments)

@@ -31,6 +31,17 @@ class Assumptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A teacher that scores on devices of its own while the student works."""
+
+    steps: float
+    microbatches: float
+    """Of a step; the student trains on one while the teacher scores those after it."""
+    ahead: bool
+    """Rollouts are written ahead (max_staleness), and scored while the student writes and trains."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """A stage's calls of each program, by purpose."""
 
@@ -40,6 +51,25 @@ class StagePlan:
     """That the student learns from and the teacher has scored."""
     bytes_moved: float = 0.0
     """Of the targets, from teacher to student."""
+    pipeline: Pipeline | None = None
+    """None where one program follows the other."""
+
+    def elapsed_seconds(self, seconds: Mapping[Purpose, float]) -> float:
+        """Of the whole stage, from what its programs take by purpose.
+
+        Within a step, all of the slower one's microbatches and one of the other's, before the first or after the last.
+        Written ahead, what the student does in all, or the teacher with the first rollouts before and the last
+        microbatch and update after it.
+        """
+        total, pipeline = sum(seconds.values()), self.pipeline
+        if pipeline is None:
+            return total
+        scores, trains = seconds["teacher_scores"], seconds["student_trains"]
+        if not pipeline.ahead:
+            return total - min(scores, trains) * (1 - 1 / pipeline.microbatches)
+        writes = seconds["student_reads"] + seconds["student_writes"]
+        ends = writes + trains / pipeline.microbatches + seconds["student_updates"]
+        return max(total - scores, scores + ends / pipeline.steps)
 
 
 def stage_plans(experiment: Experiment, programs: Sequence[Program], assumed: Assumptions) -> list[StagePlan]:
@@ -84,7 +114,7 @@ class _Run:
         microbatches = max(1, math.ceil(tokens / self._row_tokens(name, "student_trains")))
         steps = stage.training.steps
         one_step = self._writing(name, "student", sequences, response, refilled=False)
-        teacher = next(p.model for p in self._programs.values() if p.purpose == "teacher_scores" and p.stage == name)
+        scores = self._programs[name, "teacher_scores"]
         positions = steps * microbatches * stage.training.rows * stage.training.row_length
         width = 2 if self._experiment.teacher and self._experiment.teacher.dtype == "bfloat16" else 4
         return StagePlan(
@@ -93,7 +123,10 @@ class _Run:
             | {"teacher_scores": float(steps * microbatches)}
             | self._updates(steps, microbatches),
             tokens_moved=steps * tokens,
-            bytes_moved=float(positions * teacher.hidden_size * width),
+            bytes_moved=float(positions * scores.model.hidden_size * width),
+            pipeline=None
+            if scores.mesh == self._programs[name, "student_trains"].mesh
+            else Pipeline(steps=steps, microbatches=microbatches, ahead=stage.max_staleness > 0),
         )
 
     def evaluation(self) -> StagePlan:

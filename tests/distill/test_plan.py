@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import jax
@@ -11,18 +12,18 @@ import pytest
 
 from distill import plan as command
 from distill.collectives import Traffic
-from distill.experiment import Experiment
+from distill.experiment import Experiment, Teacher
 from distill.experiment_file import load_experiment
 from distill.flops import executed_training_flops, forward_flops
 from distill.losses import Loss
 from distill.optimizer import Optimizer
-from distill.planning import plan_on
+from distill.planning import cut_down, fits, plan_on
 from distill.program_memory import Compiled, compiled, known_memory
-from distill.programs import programs
+from distill.programs import Program, programs
 from distill.roofline import Work, parameters, roof, work_of
 from distill.train_state import TrainState
 from distill.train_step import Batch, TrainStep
-from distill.whole_run import Assumptions, stage_plans
+from distill.whole_run import Assumptions, Pipeline, StagePlan, stage_plans
 from kernels_pallas.chips import CHIPS
 from qwen3.adapter import adapter_parameters
 from qwen3.config import ModelConfig
@@ -180,11 +181,53 @@ def test_calls_of_a_run_by_hand(quickstart: Experiment) -> None:
     assert by_name["evaluation"].calls.keys() == {"student_reads", "student_writes", "teacher_reads", "teacher_writes"}
 
 
+def test_scoring_on_devices_of_its_own_overlaps_with_the_student(quickstart: Experiment) -> None:
+    seconds = {"teacher_scores": 120.0, "student_reads": 10.0, "student_writes": 90.0, "student_trains": 60.0}
+    taken = {**seconds, "student_updates": 20.0}
+
+    def elapsed(pipeline: Pipeline | None) -> float:
+        return StagePlan(stage="one", calls={}, pipeline=pipeline).elapsed_seconds(taken)
+
+    within = Pipeline(steps=10, microbatches=4, ahead=False)
+    assert elapsed(None) == 300
+    # Of each step's four microbatches the teacher scores all, 12 s, and the student trains on the last one after it.
+    assert elapsed(within) == 10 * (1 + 9 + 12 + 6 / 4 + 2)
+    # Writing and training, 18 s a step, are longer than scoring; where they are not, the first step's rollouts are
+    # written before and the last one's training ends after it.
+    ahead = dataclasses.replace(within, ahead=True)
+    assert elapsed(ahead) == 180
+    taken["teacher_scores"] = 400
+    assert elapsed(ahead) == 400 + 10 + 6 / 4 + 2
+
+    def pipeline(teacher: Teacher, staleness: int) -> Pipeline | None:
+        stage = dataclasses.replace(quickstart.stages["on_policy"], max_staleness=staleness)
+        experiment = dataclasses.replace(
+            quickstart, teacher=teacher, mesh=MeshShape(data=1), stages={**quickstart.stages, "on_policy": stage}
+        )
+        devices = jax.devices()[: 1 + (teacher.placement == "own_mesh")]
+        planned = plan_on(experiment, devices, CHIPS["v5e"], "v5e:1x1", Assumptions())
+        (found,) = (one for one in planned.stages if one.name == "on_policy")
+        # A step of this size is one microbatch, which leaves nothing to overlap within it.
+        overlaps = found.pipeline is not None and found.pipeline.ahead
+        assert (found.elapsed_seconds < sum(found.seconds.values())) == overlaps
+        return found.pipeline
+
+    colocated = quickstart.teacher
+    own = dataclasses.replace(colocated, placement="own_mesh", mesh=MeshShape(data=1))
+    assert pipeline(colocated, 1) is None
+    steps = quickstart.stages["on_policy"].training.steps
+    for staleness in (0, 1):
+        found = pipeline(own, staleness)
+        assert found is not None
+        assert found == Pipeline(steps=steps, microbatches=1, ahead=staleness > 0)
+
+
 def test_what_does_not_fit_is_said_with_a_remedy(quickstart: Experiment) -> None:
     devices, assumed = jax.devices()[:1], Assumptions()
 
-    def measure(name: str, number: int, count: int) -> Compiled:
-        return Compiled(temporary_bytes=2**30 if name == "on_policy: student trains" else 0)
+    def measure(made: Sequence[Program]) -> Generator[tuple[int, Compiled]]:
+        for number, program in enumerate(made):
+            yield number, Compiled(temporary_bytes=2**30 if program.name == "on_policy: student trains" else 0)
 
     roomy = plan_on(quickstart, devices, CHIPS["v5e"], "v5e:1x1", assumed, measure)
     assert roomy.fits
@@ -200,11 +243,46 @@ def test_what_does_not_fit_is_said_with_a_remedy(quickstart: Experiment) -> None
 
 
 def test_a_program_that_does_not_compile_is_named(quickstart: Experiment) -> None:
-    def measure(name: str, number: int, count: int) -> Compiled:
-        return Compiled(error="Mosaic failed" if number == 0 else None)
+    def measure(made: Sequence[Program]) -> Generator[tuple[int, Compiled]]:
+        for number in reversed(range(len(made))):
+            yield number, Compiled(error="Mosaic failed" if number == 0 else None)
 
     plan = plan_on(quickstart, jax.devices()[:1], CHIPS["v5e"], "v5e:1x1", Assumptions(), measure)
     assert plan.problems == ["off_policy: teacher reads: does not compile: Mosaic failed"]
+
+
+def test_the_search_ends_at_the_first_program_that_does_not_fit(quickstart: Experiment) -> None:
+    devices, asked = jax.devices()[:1], []
+
+    def measure(made: Sequence[Program]) -> Generator[tuple[int, Compiled]]:
+        for number in range(len(made)):
+            asked.append(number)
+            yield number, Compiled(temporary_bytes=2**40 if number == 1 else 0)
+
+    assert not fits(quickstart, devices, CHIPS["v5e"], measure)
+    assert asked == [0, 1]
+    # What cannot fit is not compiled at all.
+    assert not fits(quickstart, devices, dataclasses.replace(CHIPS["v5e"], memory_bytes=2**20), measure)
+    assert asked == [0, 1]
+    assert fits(quickstart, devices, CHIPS["v5e"], None)
+
+
+@pytest.mark.parametrize(
+    ("devices", "options"),
+    [
+        (64, ""),
+        (128, ""),
+        (32, "--mesh.context 1"),
+        (8, "--mesh.context 1 --mesh.expert 2"),
+        (2, "--mesh.context 1 --mesh.expert 1 --mesh.tensor 2"),
+    ],
+)
+def test_a_mesh_is_cut_down_to_fewer_devices(quickstart: Experiment, devices: int, options: str) -> None:
+    mesh = MeshShape(expert=8, tensor=4, context=2)
+    smaller, said = cut_down(dataclasses.replace(quickstart, mesh=mesh), devices)
+    assert said == options
+    sizes = dataclasses.asdict(smaller.mesh)
+    assert devices % (sizes["expert"] * sizes["tensor"] * sizes["context"]) == 0
 
 
 def test_the_command_prints_topologies_side_by_side(
@@ -213,7 +291,8 @@ def test_the_command_prints_topologies_side_by_side(
     monkeypatch.setenv("COLUMNS", "120")
     assert command.main([str(QUICKSTART), "--topology", "v5e:2x2,h100", "--no-compile"]) == 0
     printed = capsys.readouterr().out
-    for text in ("on_policy: student trains", "bound by", "chip-hours", "Not compiled", "smallest v5e that fits: v5e:"):
+    smallest = "smallest v5e that fits, batches as they are: v5e:1x1"
+    for text in ("on_policy: student trains", "bound by", "chip-hours", "Not compiled", smallest):
         assert text in printed
 
 
