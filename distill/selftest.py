@@ -2,6 +2,7 @@
 which every target rests. Peers' users lose days to each of these."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill.losses import Loss, distillation_loss
+from kernels_pallas.linear_kl import DivergenceName
 from qwen3.chat import ChatTokenizer, check_same_vocabulary, check_vocabulary
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
 from qwen3.rollout import Mode
 from qwen3.sharding import row_shares
-from teacher.targets import Hidden, one_hot, top_k_targets
+from teacher.targets import Hidden, Targets, one_hot, top_k_targets
 
 _PROBE = "What is 17 + 25?"
 
@@ -66,7 +68,8 @@ def check_tokenizers(
 
 
 def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mesh) -> list[Agreement]:
-    """A model on its mesh against itself: KL 0 over every kind of target, and targets at the predicting position.
+    """A model on its mesh against itself, by the kernels that it trains with: KL 0 over every kind of target, and
+    targets at the predicting position.
 
     Raises UserError where either does not hold, which would be an error of this program on this platform.
     """
@@ -81,14 +84,17 @@ def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mes
     def measure(model: Qwen3) -> tuple[jax.Array, jax.Array, jax.Array]:
         hidden = model.hidden(tokens, positions, real.astype(jnp.int32), mesh)
         weights = (real / jnp.sum(real)).astype(jnp.float32)
-        full, _ = distillation_loss(
-            hidden, model.head, Hidden(hidden=hidden), weights, Loss(name="reverse_kl"), teacher_head=model.head
-        )
+
+        def divergence(targets: Targets, weights: jax.Array, name: DivergenceName, **more: Any) -> jax.Array:
+            how: Any = {"implementation": model.kernels.linear_kl, "mesh": mesh}
+            return distillation_loss(hidden, model.head, targets, weights, Loss(name=name), **how, **more)[0]
+
+        full = divergence(Hidden(hidden=hidden), weights, "reverse_kl", teacher_head=model.head)
         targets = top_k_targets(hidden, model.head, min(8, model.config.vocab_size))
-        top, _ = distillation_loss(hidden, model.head, targets, weights, Loss(name="forward_kl"))
+        top = divergence(targets, weights, "forward_kl")
         # Cross-entropy by the loss against the log-probability of the next token, written out without it.
         inner = weights.at[:, len(ids) - 1].set(0)
-        entropy, _ = distillation_loss(hidden, model.head, one_hot(tokens), inner, Loss(name="forward_kl"))
+        entropy = divergence(one_hot(tokens), inner, "forward_kl")
         logits = jnp.einsum("BTD,VD->BTV", hidden, model.head, preferred_element_type=jnp.float32)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
         return full, top, entropy + jnp.sum(inner[:, :-1] * chosen)

@@ -12,6 +12,7 @@ from qwen3 import hf
 from qwen3.chat import ChatTokenizer
 from qwen3.config import ModelConfig
 from qwen3.errors import UserError
+from qwen3.kernels import Kernels
 from qwen3.sharding import MeshShape, make_mesh
 from tests.distill import miniature
 
@@ -89,3 +90,13 @@ def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pyte
     monkeypatch.setattr(selftest, "one_hot", shifted)
     with pytest.raises(UserError, match="not at the predicting position"):
         selftest.check_numerics(model, tokenizer, "thinking", mesh)
+
+
+def test_numerics_are_those_of_the_kernels_that_train(teacher: Path) -> None:
+    mesh = make_mesh(MeshShape(data=2, fsdp=2), jax.devices()[:4])
+    model, tokenizer = hf.load(teacher, mesh=mesh), ChatTokenizer.from_folder(teacher)
+    model.kernels = Kernels(linear_kl="tpu")
+    with pytest.raises(ValueError, match="'tpu' of linear_kl needs TPU"):
+        selftest.check_numerics(model, tokenizer, "thinking", mesh)
+    model.kernels = Kernels(linear_kl="xla")
+    assert len(selftest.check_numerics(model, tokenizer, "thinking", mesh)) == 2
