@@ -16,6 +16,7 @@ from rich.console import Console
 from distill.collectives import collectives
 from distill.execute import execute
 from distill.experiment import Experiment
+from distill.program_memory import one_token
 from distill.programs import Program, architectures, device_bytes, programs
 from distill.progress import Progress
 from distill.roofline import work_of
@@ -23,14 +24,18 @@ from distill.stages import context
 from distill.stages.context import StopRequest
 from distill.train_step import TrainStep
 from qwen3.config import ModelConfig
+from qwen3.decoding import most_segments
 from qwen3.engine import Engine
 from qwen3.errors import UserError
+from qwen3.kernels import Kernels
 from qwen3.model import Qwen3
-from qwen3.sharding import MeshShape, shardings
+from qwen3.sampling import SamplingParams
+from qwen3.sharding import MeshShape, make_mesh, placed_shapes, shardings
 from student.init import FromCheckpoint
 from student.lora import Lora
 from teacher import scoring
 from tests.distill import miniature
+from tests.qwen3.test_engine import make_engine
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +157,21 @@ def test_weights_are_gathered_before_the_loop_that_writes_tokens(teacher: str) -
     # Nearly all of them: norms are on every device anyway, and XLA moves a few in other ways.
     assert sum(one.whole_bytes for one in gathered if not one.open_loops) > 0.75 * whole
     assert 0 < max(one.whole_bytes for one in gathered if one.open_loops) < 0.05 * whole
+
+
+def test_what_a_token_sends_is_counted_once() -> None:
+    """Four loops that follow each other, or one, of 250 tokens: what is counted is one token."""
+    engine, mesh = make_engine(max_new_tokens=250), make_mesh(MeshShape(data=1, tensor=2, fsdp=2), jax.devices()[:4])
+    sent = []
+    for kernels in (Kernels(), Kernels(paged_attention="xla")):
+        model = jax.eval_shape(lambda: Qwen3(engine.config, jax.random.key(0)))
+        model.kernels = kernels
+        programs = engine.programs(placed_shapes(model, mesh), [SamplingParams(max_new_tokens=250)])
+        text = programs.write.lower(*programs.write_arguments, **programs.write_options).compile().as_text()
+        token = one_token(collectives(text), most_segments(kernels))
+        sent.append(sum(one.whole_bytes * times for one, times in token))
+    # Less in place: XLA gathers the new keys and values of all rows before it writes them side by side.
+    assert sent[0] / 2 < sent[1] <= sent[0]
 
 
 def test_a_plan_goes_by_the_checkpoint_and_before_that_by_what_is_declared(teacher: str, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from qwen3.sharding import MeshShape, make_mesh, placed_shapes, shardings
 from tests.kernels_pallas.interpreters import interpret
 from tests.qwen3.test_engine import CONFIGS, PROMPTS, make_engine, make_request, mixed_requests
 
-# Two samples of each prompt share its pages; the longest sequence takes ten of four tokens, and 13 hold one of these at
-# a time: slots wait, are refilled, and begin with a copy of a page that another one is writing.
-FRUGAL = {"page_size": 4, "pages": 13, "tokens_per_dispatch": 5}
+# The longest sequence takes ten pages of four tokens. Three are written at once, the others wait for them; the two
+# samples of a prompt share its pages, and one begins with a copy of the page in which the other one goes on.
+FRUGAL = {"page_size": 4, "pages": 30, "tokens_per_dispatch": 5}
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def test_pages_in_place_give_what_gathered_pages_give(models, gathered, implemen
 def test_every_share_of_a_mesh_has_pages_of_its_own(models, gathered, name, shape):
     mesh = make_mesh(MeshShape(**shape))
     model = reading(jax.device_put(models[name], shardings(models[name], mesh)), "xla")
-    # Four shares, each of two rows and 13 pages.
-    engine = make_engine(CONFIGS[name], **(FRUGAL | {"batch_size": 8, "pages": 52}))
+    # Four shares, each of two rows and 20 pages.
+    engine = make_engine(CONFIGS[name], **(FRUGAL | {"batch_size": 8, "pages": 80}))
     check_same(written(engine, model), gathered[name])
 
 
