@@ -4,24 +4,30 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from distill.experiment_file import load_experiment
 from distill.programs import Program, programs
 from experiments.qwen3_strong_to_weak import SHARDED_TEACHER
 from qwen3.config import ModelConfig
+from qwen3.engine import Engine
 from qwen3.kernels import Kernels
 from qwen3.model import Qwen3
-from qwen3.sharding import make_mesh, placed_shapes
+from qwen3.sampling import SamplingParams
+from qwen3.sharding import MeshShape, make_mesh, placed_shapes
 from teacher.scoring import top_k_program
 
 EXPERIMENTS = Path(__file__).parents[1]
 SCORED_ROWS, SCORED_TOKENS, SCORED_ENTRIES = 8, 4_096, 64
 SCORING_TARGETS = ("v5e:8x8", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x4x4", "h100:8x8")
 """64 devices of each kind; what runs beside the scoring needs more memory than v5e has, and is compiled for three."""
+WRITTEN_ROWS, PROMPT_TOKENS, NEW_TOKENS = 256, 256, 2_048
+WRITING_TARGETS = ("v5e:2x4", "v5p:1x1x1", "v6e:2x4", "h100:1x1", "h200:1x1")
+"""Where the pages of so many sequences fit: 63 GiB in all."""
 TARGETS = {
     "qwen3_235b_to_8b": ("v5p:4x4x4", "v6e:8x8", "h100:8x8"),
     "qwen3_235b_to_0_6b": ("v5p:4x4x4", "v6e:8x8", "h100:8x8"),
@@ -68,7 +74,7 @@ class ProgramCase:
 
 
 def cases() -> Iterator[ProgramCase]:
-    """The 235B teacher's scoring by itself, then the experiments' programs."""
+    """The 235B teacher's scoring and a 0.6B student's writing by themselves, then the experiments' programs."""
     scored = f"{SCORED_ROWS} × {SCORED_TOKENS:,}, top {SCORED_ENTRIES}"
     yield ProgramCase(
         operation="235B-A22B scores",
@@ -84,6 +90,21 @@ def cases() -> Iterator[ProgramCase]:
         targets=SCORING_TARGETS,
         program=functools.partial(scoring, kernels=False),
     )
+    written = f"{WRITTEN_ROWS} × {PROMPT_TOKENS + NEW_TOKENS:,}"
+    yield ProgramCase(
+        operation="0.6B writes",
+        shape=f"{written}, pages in place by kernels",
+        targets=WRITING_TARGETS,
+        program=functools.partial(writing, kernels=True),
+        most_bytes=65 * 2**30,
+        subset=("v5e:2x4", "h100:1x1"),
+    )
+    yield ProgramCase(
+        operation="0.6B writes",
+        shape=f"{written}, pages gathered by XLA",
+        targets=("h200:1x1",),
+        program=functools.partial(writing, kernels=False),
+    )
     for experiment, targets in TARGETS.items():
         teacher = TEACHER_PROGRAMS if experiment in WITH_TEACHER else ()
         for name in (*teacher, *STUDENT_PROGRAMS):
@@ -98,23 +119,58 @@ def cases() -> Iterator[ProgramCase]:
 
 def scoring(devices: list[Any], *, kernels: bool) -> Program:
     """The teacher of 235B, top-k targets of a batch, sharded as in the experiments."""
-    config = ModelConfig.from_folder(EXPERIMENTS / "qwen3_configs" / "Qwen3-235B-A22B")
     mesh = make_mesh(SHARDED_TEACHER, devices)
-    dtypes = {"param_dtype": jnp.bfloat16, "compute_dtype": jnp.bfloat16}
-    model = jax.eval_shape(lambda: Qwen3(config, jax.random.key(0), **dtypes))
-    if kernels:
-        model.kernels = Kernels(grouped_matmul="gpu" if devices[0].platform == "gpu" else "tpu")
-    program = top_k_program(placed_shapes(model, mesh), mesh, rows=SCORED_ROWS, length=SCORED_TOKENS, k=SCORED_ENTRIES)
+    model = _model("Qwen3-235B-A22B", mesh, Kernels(grouped_matmul=_kernel(devices)) if kernels else Kernels())
+    program = top_k_program(model, mesh, rows=SCORED_ROWS, length=SCORED_TOKENS, k=SCORED_ENTRIES)
     return Program(
         stage="scoring",
         purpose="teacher_scores",
-        model=config,
+        model=model.config,
         function=program.function,
         arguments=program.arguments,
         mesh=mesh,
         rows=SCORED_ROWS,
         length=SCORED_TOKENS,
     )
+
+
+def writing(devices: list[Any], *, kernels: bool) -> Program:
+    """A student of 0.6B writes many sequences at once, spread over all devices."""
+    mesh = make_mesh(MeshShape(), devices)
+    model = _model("Qwen3-0.6B-Base", mesh, Kernels(paged_attention=_kernel(devices)) if kernels else Kernels())
+    engine = Engine(
+        model.config,
+        batch_size=WRITTEN_ROWS,
+        max_prompt_tokens=PROMPT_TOKENS,
+        max_new_tokens=NEW_TOKENS,
+        stop_ids=(0,),
+        pad_id=0,
+    )
+    programs = engine.programs(model, [SamplingParams(max_new_tokens=NEW_TOKENS)])
+    return Program(
+        stage="writing",
+        purpose="student_writes",
+        model=model.config,
+        function=programs.write,
+        arguments=programs.write_arguments,
+        options=programs.write_options,
+        mesh=mesh,
+        rows=WRITTEN_ROWS,
+        length=PROMPT_TOKENS + NEW_TOKENS,
+    )
+
+
+def _model(name: str, mesh: Mesh, kernels: Kernels) -> Qwen3:
+    """A published model of bfloat16 on a mesh, without numbers."""
+    config = ModelConfig.from_folder(EXPERIMENTS / "qwen3_configs" / name)
+    dtypes = {"param_dtype": jnp.bfloat16, "compute_dtype": jnp.bfloat16}
+    model = jax.eval_shape(lambda: Qwen3(config, jax.random.key(0), **dtypes))
+    model.kernels = kernels
+    return placed_shapes(model, mesh)
+
+
+def _kernel(devices: list[Any]) -> Literal["tpu", "gpu"]:
+    return "gpu" if devices[0].platform == "gpu" else "tpu"
 
 
 def of_experiment(experiment: str, name: str, devices: list[Any]) -> Program:
