@@ -5,7 +5,11 @@
 prints a Markdown table. The machine's two roofs are measured first: a product of large matrices, and a copy. Each
 program runs in a process of its own. Memory is what the process grows by while the program runs, beside its
 arguments; it is compared with the compiler's temporaries and results, which is what a plan adds to what follows from
-shapes. The FLOPs are those of a compiled program of one layer, where no loop hides any.
+shapes. Times, those of the roofs too, are the fastest of several turns: what else the machine does only adds to them.
+
+A token is written by the engine as in a run: seconds a token of every sequence, without those that reading prompts
+takes, beside the roof of a program that writes. The plan has every token look back on as many as the longest sequence
+has in the end; here it is on average at five eighths of that.
 """
 
 import ctypes
@@ -24,21 +28,23 @@ import numpy as np
 import tyro
 
 from distill.experiment import Experiment, Teacher
-from distill.program_memory import compiled, known_memory
+from distill.program_memory import Compiled, compiled, known_memory
 from distill.programs import Program, programs
 from distill.roofline import roof, work_of
 from distill.stages import OffPolicy, OnPolicy
 from distill.stages.loop import Training
 from distill.tasks import Arithmetic
 from experiments.benchmarks.machine import machine
+from experiments.benchmarks.sampler import Sampling
 from experiments.benchmarks.sizes import SIZES
 from kernels_pallas.chips import Chip
 from qwen3.config import ModelConfig
+from qwen3.model import Qwen3
 from qwen3.sampling import SamplingParams
 from student.init import FromScratch
 
 _TOKENIZER = str(Path(__file__).parents[1] / "quickstart_tokenizer")
-_MATRIX, _COPIED_BYTES, _TURNS = 3072, 2**28, 5
+_MATRIX, _COPIED_BYTES, _TURNS = 3072, 2**28, 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,7 @@ class Measured(NamedTuple):
     name: str
     argument_bytes: int
     predicted_bytes: int
-    grown_bytes: int
+    grown_bytes: int | None
     predicted_seconds: float
     bound: str
     seconds: float
@@ -68,15 +74,17 @@ def main(arguments: Arguments) -> None:
     with tempfile.TemporaryDirectory() as folder:
         names = [program.name for program in _programs(arguments.size, folder)]
         for name in names:
-            # A decoding loop ends at once where no sequence is under way.
-            if name.endswith("writes") or name.startswith("evaluation"):
+            if name.startswith("evaluation"):
                 continue
+            # The program alone would end at once, where no sequence is under way.
+            how = measure_writing if name.endswith("writes") else measure
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-                print(_row(alone.submit(measure, arguments.size, folder, name, chip).result()), flush=True)
+                print(_row(alone.submit(how, arguments.size, folder, name, chip).result()), flush=True)
 
 
 def _row(one: Measured) -> str:
-    mib = " | ".join(f"{size / 2**20:,.0f}" for size in (one.argument_bytes, one.predicted_bytes, one.grown_bytes))
+    sizes = one.argument_bytes, one.predicted_bytes, one.grown_bytes
+    mib = " | ".join("" if size is None else f"{size / 2**20:,.0f}" for size in sizes)
     times = f"{one.predicted_seconds * 1e3:,.1f} | {one.bound} | {one.seconds * 1e3:,.1f}"
     return f"| {one.name} | {mib} | {times} | {one.predicted_seconds / one.seconds:.0%} |"
 
@@ -114,16 +122,40 @@ def measure(size: str, folder: str, name: str, chip: Chip) -> Measured:
         started = time.perf_counter()
         jax.block_until_ready(run(*dynamic))
         seconds.append(time.perf_counter() - started)
-    predicted = roof(work_of(program, _experiment(size, folder)), 1, chip, found.sent)
-    arguments = dataclasses.replace(program, beside={})
+    return _measured(program, _experiment(size, folder), chip, found, grown, min(seconds))
+
+
+def measure_writing(size: str, folder: str, name: str, chip: Chip) -> Measured:
+    """Have the engine write as many tokens as the size has, and one; the difference is what all others take."""
+    program = next(one for one in _programs(size, folder) if one.name == name)
+    work, model = SIZES[size], Qwen3(program.model, jax.random.key(0))
+    prompts = np.ones((program.rows, work.prompt_tokens), np.int32)
+
+    def fastest(new_tokens: int) -> float:
+        sampling = Sampling(program.model, rows=program.rows, prompt_tokens=work.prompt_tokens, new_tokens=new_tokens)
+        seconds = []
+        for turn in range(_TURNS + 1):
+            started = time.perf_counter()
+            sampling.write(model, prompts, turn)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    a_token = (fastest(work.new_tokens) - fastest(1)) / (work.new_tokens - 1)
+    return _measured(program, _experiment(size, folder), chip, compiled(program, chip), None, a_token)
+
+
+def _measured(
+    program: Program, experiment: Experiment, chip: Chip, found: Compiled, grown: int | None, seconds: float
+) -> Measured:
+    predicted = roof(work_of(program, experiment), 1, chip, found.sent)
     return Measured(
-        name=name,
-        argument_bytes=known_memory(arguments).total,
+        name=program.name,
+        argument_bytes=known_memory(dataclasses.replace(program, beside={})).total,
         predicted_bytes=found.temporary_bytes,
         grown_bytes=grown,
         predicted_seconds=predicted.seconds,
         bound=predicted.bound,
-        seconds=float(np.median(seconds)),
+        seconds=seconds,
     )
 
 

@@ -327,6 +327,20 @@ def test_mistakes_are_said_in_one_line(options: list[str], said: str, capsys: py
     assert said in line
 
 
+def test_a_run_that_does_not_fit_ends_with_status_2_and_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+    """235B weights on 16 devices of 15.75 GiB."""
+    large = str(QUICKSTART.with_name("qwen3_235b_to_8b.py"))
+    options = ["--topology", "v5e:4x4", "--no-compile"]
+    assert command.main([large, *options, "--no-smallest", "--mesh.expert", "2"]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "does not fit off_policy: teacher scores: needs 29." in said
+    assert "of each device, which has 15.8; spread the weights over more devices: more mesh.fsdp" in said
+    assert command.main([large, *options]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "does not fit mesh data 1 × fsdp 1 × expert 8 × tensor 4 × context 2 = 64 devices, but there are 16" in said
+    assert said.endswith("smallest v5e that fits, batches as they are: v5e:8x8")
+
+
 def test_a_mesh_that_the_devices_do_not_make_up_is_no_crash(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--topology", "v5e:2x2", "--no-compile", "--no-smallest", "--mesh.tensor", "3"]
     assert command.main([str(QUICKSTART), *options]) == 2
