@@ -6,6 +6,8 @@ prints a Markdown table. The machine's two roofs are measured first: a product o
 program runs in a process of its own. Memory is what the process grows by while the program runs, beside its
 arguments; it is compared with the compiler's temporaries and results, which is what a plan adds to what follows from
 shapes. Times, those of the roofs too, are the fastest of several turns: what else the machine does only adds to them.
+They are given by the clock and in processor seconds over the number of cores, which other processes hardly change but
+in which cores that have nothing to do are free.
 
 A token is written by the engine as in a run: seconds a token of every sequence, without those that reading prompts
 takes, beside the roof of a program that writes. The plan has every token look back on as many as the longest sequence
@@ -18,6 +20,7 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,6 +42,7 @@ from experiments.benchmarks.sampler import Sampling
 from experiments.benchmarks.sizes import SIZES
 from kernels_pallas.chips import Chip
 from qwen3.config import ModelConfig
+from qwen3.cores import usable_cores
 from qwen3.model import Qwen3
 from qwen3.sampling import SamplingParams
 from student.init import FromScratch
@@ -54,6 +58,14 @@ class Arguments:
     size: Literal["tiny", "vocab"] = "tiny"
 
 
+class Taken(NamedTuple):
+    """Seconds of the fastest turn."""
+
+    clock: float
+    processor: float
+    """Processor seconds of this process, over the number of cores."""
+
+
 class Measured(NamedTuple):
     """Of one program: what was predicted and what it took."""
 
@@ -61,16 +73,28 @@ class Measured(NamedTuple):
     argument_bytes: int
     predicted_bytes: int
     grown_bytes: int | None
-    predicted_seconds: float
     bound: str
-    seconds: float
+    predicted: Taken
+    took: Taken
+
+
+class Machine(NamedTuple):
+    """This one's roofs."""
+
+    clock: Chip
+    processor: Chip
 
 
 def main(arguments: Arguments) -> None:
-    chip = this_machine()
-    print(f"{chip.name}: {chip.flops_per_s / 1e9:.0f} GFLOP/s, {chip.bytes_per_s / 1e9:.1f} GB/s; {machine()}\n")
-    print("| program | arguments, MiB | temporaries, MiB | grown by, MiB | roof, ms | bound | took, ms | of the roof |")
-    print("|---|---|---|---|---|---|---|---|")
+    here = this_machine()
+    for chip in here:
+        print(f"{chip.name}: {chip.flops_per_s / 1e9:.0f} GFLOP/s, {chip.bytes_per_s / 1e9:.1f} GB/s")
+    print(f"\n{machine()}\n")
+    print(
+        "| program | arguments, MiB | temporaries, MiB | grown by, MiB | bound | roof, ms | took, ms | of the roof | "
+        "processor: roof, ms | took, ms | of the roof |"
+    )
+    print(f"|{'---|' * 11}")
     with tempfile.TemporaryDirectory() as folder:
         names = [program.name for program in _programs(arguments.size, folder)]
         for name in names:
@@ -79,36 +103,47 @@ def main(arguments: Arguments) -> None:
             # The program alone would end at once, where no sequence is under way.
             how = measure_writing if name.endswith("writes") else measure
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-                print(_row(alone.submit(how, arguments.size, folder, name, chip).result()), flush=True)
+                print(_row(alone.submit(how, arguments.size, folder, name, here).result()), flush=True)
 
 
 def _row(one: Measured) -> str:
     sizes = one.argument_bytes, one.predicted_bytes, one.grown_bytes
-    mib = " | ".join("" if size is None else f"{size / 2**20:,.0f}" for size in sizes)
-    times = f"{one.predicted_seconds * 1e3:,.1f} | {one.bound} | {one.seconds * 1e3:,.1f}"
-    return f"| {one.name} | {mib} | {times} | {one.predicted_seconds / one.seconds:.0%} |"
+    cells = [one.name, *("" if size is None else f"{size / 2**20:,.0f}" for size in sizes), one.bound]
+    for predicted, took in zip(one.predicted, one.took, strict=True):
+        cells += [f"{predicted * 1e3:,.2f}", f"{took * 1e3:,.2f}", f"{predicted / took:.0%}"]
+    return f"| {' | '.join(cells)} |"
 
 
-def this_machine() -> Chip:
+def this_machine() -> Machine:
     """Its roofs, as the fastest of a few turns of each."""
-    a = jnp.eye(_MATRIX, dtype=jnp.float32)
-    words = jnp.ones(_COPIED_BYTES // 4, jnp.float32)
-    product = _fastest(jax.jit(lambda a: a @ a), a)
-    # Read and written.
-    copy = _fastest(jax.jit(lambda x: x + 1, donate_argnums=0), words)
-    return Chip(
-        name="this machine",
-        flops_per_s=2 * _MATRIX**3 / product,
-        memory_bytes=2**62,
-        bytes_per_s=2 * _COPIED_BYTES / copy,
-        link_bytes_per_s=1.0,
+    a, kept = jnp.eye(_MATRIX, dtype=jnp.float32), [jnp.ones(_COPIED_BYTES // 4, jnp.float32)]
+    multiply = jax.jit(lambda a: a @ a)
+    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def copied() -> None:
+        # An array that is given away is written in place: fresh pages would be measured, too.
+        kept.append(jax.block_until_ready(copy(kept.pop())))
+
+    product, copying = _fastest(lambda: jax.block_until_ready(multiply(a))), _fastest(copied)
+    return Machine(
+        *(
+            Chip(
+                name=name,
+                flops_per_s=2 * _MATRIX**3 / product[place],
+                memory_bytes=2**62,
+                # Read and written.
+                bytes_per_s=2 * _COPIED_BYTES / copying[place],
+                link_bytes_per_s=1.0,
+            )
+            for place, name in enumerate(("by the clock", "by processor seconds"))
+        )
     )
 
 
-def measure(size: str, folder: str, name: str, chip: Chip) -> Measured:
+def measure(size: str, folder: str, name: str, here: Machine) -> Measured:
     """Run one program with arguments of no meaning, in a process that has run nothing else."""
     program = next(one for one in _programs(size, folder) if one.name == name)
-    found = compiled(program, chip)
+    found = compiled(program, here.clock)
     assert found.error is None, found.error
     run = program.compile()
     dynamic = _filled(program)
@@ -116,46 +151,38 @@ def measure(size: str, folder: str, name: str, chip: Chip) -> Measured:
     kept = jax.block_until_ready(run(*dynamic))
     grown = _memory("VmHWM") - before
     del kept
-    seconds = []
-    for _ in range(_TURNS):
-        dynamic = _filled(program)
-        started = time.perf_counter()
-        jax.block_until_ready(run(*dynamic))
-        seconds.append(time.perf_counter() - started)
-    return _measured(program, _experiment(size, folder), chip, found, grown, min(seconds))
+    took = _fastest(lambda dynamic: jax.block_until_ready(run(*dynamic)), lambda: (_filled(program),))
+    return _measured(program, _experiment(size, folder), here, found, grown, took)
 
 
-def measure_writing(size: str, folder: str, name: str, chip: Chip) -> Measured:
+def measure_writing(size: str, folder: str, name: str, here: Machine) -> Measured:
     """Have the engine write as many tokens as the size has, and one; the difference is what all others take."""
     program = next(one for one in _programs(size, folder) if one.name == name)
     work, model = SIZES[size], Qwen3(program.model, jax.random.key(0))
     prompts = np.ones((program.rows, work.prompt_tokens), np.int32)
 
-    def fastest(new_tokens: int) -> float:
+    def written(new_tokens: int) -> Taken:
         sampling = Sampling(program.model, rows=program.rows, prompt_tokens=work.prompt_tokens, new_tokens=new_tokens)
-        seconds = []
-        for turn in range(_TURNS + 1):
-            started = time.perf_counter()
-            sampling.write(model, prompts, turn)
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
+        return _fastest(lambda: sampling.write(model, prompts, 0))
 
-    a_token = (fastest(work.new_tokens) - fastest(1)) / (work.new_tokens - 1)
-    return _measured(program, _experiment(size, folder), chip, compiled(program, chip), None, a_token)
+    many, one = written(work.new_tokens), written(1)
+    took = Taken(*((of_many - of_one) / (work.new_tokens - 1) for of_many, of_one in zip(many, one, strict=True)))
+    return _measured(program, _experiment(size, folder), here, compiled(program, here.clock), None, took)
 
 
 def _measured(
-    program: Program, experiment: Experiment, chip: Chip, found: Compiled, grown: int | None, seconds: float
+    program: Program, experiment: Experiment, here: Machine, found: Compiled, grown: int | None, took: Taken
 ) -> Measured:
-    predicted = roof(work_of(program, experiment), 1, chip, found.sent)
+    work = work_of(program, experiment)
+    predicted = [roof(work, 1, chip, found.sent) for chip in here]
     return Measured(
         name=program.name,
         argument_bytes=known_memory(dataclasses.replace(program, beside={})).total,
         predicted_bytes=found.temporary_bytes,
         grown_bytes=grown,
-        predicted_seconds=predicted.seconds,
-        bound=predicted.bound,
-        seconds=seconds,
+        bound=predicted[0].bound,
+        predicted=Taken(*(one.seconds for one in predicted)),
+        took=took,
     )
 
 
@@ -171,15 +198,16 @@ def _memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _fastest(function: Any, argument: jax.Array) -> float:
-    argument = jax.block_until_ready(function(argument))
-    seconds = []
-    for _ in range(_TURNS):
-        started = time.perf_counter()
-        # An array that is given away is written in place: fresh pages would be measured, too.
-        argument = jax.block_until_ready(function(argument))
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+def _fastest(run: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]] = tuple) -> Taken:
+    """After one turn that is not counted."""
+    clock, processor = [], []
+    for _ in range(_TURNS + 1):
+        given = arguments()
+        started = time.perf_counter(), time.process_time()
+        run(*given)
+        clock.append(time.perf_counter() - started[0])
+        processor.append((time.process_time() - started[1]) / usable_cores())
+    return Taken(min(clock[1:]), min(processor[1:]))
 
 
 def _filled(program: Program) -> list[Any]:
