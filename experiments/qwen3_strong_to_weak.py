@@ -14,7 +14,14 @@ Once, before a run, on a machine with a few hundred GB of disk:
     python -c "import pyarrow.dataset as d, pyarrow.parquet as p; p.write_table(d.dataset('data/deepmath/data')\\
         .to_table(columns=['question', 'final_answer']), 'data/deepmath.parquet')"
 
-A plan needs none of it: it goes by experiments/qwen3_configs until the checkpoints are there.
+A plan needs none of it: it goes by experiments/qwen3_configs until the checkpoints are there. The hours in each file
+are those of
+
+    python -m distill.plan experiments/NAME.py --topology TOPOLOGY --no-compile
+
+under the plan's own assumptions: half of every roof, responses and prompts a quarter of their limits. Without a
+compiler it does not know what devices send each other, which added 3 % to qwen3_235b_to_8b on v5p:4x4x4 and will add
+more where hosts are joined by a network. Nothing of it was measured.
 """
 
 from pathlib import Path

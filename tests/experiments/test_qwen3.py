@@ -1,12 +1,22 @@
 """The experiments with published checkpoints build, and their programs fit together, without a weight."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from distill.experiment_file import load_experiment
+from distill.plan import stand_ins
+from distill.planning import plan_on
+from distill.whole_run import Assumptions
+from experiments.benchmarks.program_cases import TARGETS
+from kernels_pallas import topologies
+from kernels_pallas.chips import CHIPS
 
 ROOT = Path(__file__).parents[2]
 # 64 devices need a process of their own. Of every program the shapes are checked by tracing it.
@@ -73,3 +83,22 @@ def test_both_stages_and_the_evaluation_are_there(found: dict[str, dict]) -> Non
         *(f"on_policy: student {does}" for does in ("trains", "updates")),
         *(f"evaluation: {role} {does}" for role in ("student", "teacher") for does in reads_and_writes),
     ]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_hours_that_a_file_names_are_those_of_its_plan(name: str) -> None:
+    file = ROOT / "experiments" / f"{name}.py"
+    said = ast.get_docstring(ast.parse(file.read_text()))
+    assert said is not None
+    hours = {
+        topology: tuple(float(number.replace(",", "")) for number in numbers)
+        for topology, *numbers in re.findall(r"(\w+:[\dx]+) ([\d,]+) h, ([\d,]+) chip-hours", said)
+    }
+    assert hours.keys() == set(TARGETS[name])
+    experiment = load_experiment(file)
+    for topology, numbers in hours.items():
+        kind, shape = topologies.parsed(topology)
+        plan = plan_on(experiment, stand_ins(kind, shape), CHIPS[kind], topology, Assumptions())
+        assert plan.fits
+        # Hours are given without decimals, some of them in two digits.
+        assert numbers == (pytest.approx(plan.seconds / 3600, rel=0.02), pytest.approx(plan.chip_hours, rel=0.01))
