@@ -106,9 +106,9 @@ def distillation_loss(
     def on_share(
         hidden: Array, head: Array, targets: Targets, weights: Array, teacher_head: Array | None
     ) -> tuple[Array, dict[str, Array]]:
-        head = _gathered(head, hidden.dtype, head.dtype)
+        hidden, head = _with_whole_rows(hidden, head, head.dtype)
         if teacher_head is not None and isinstance(targets, Hidden):
-            teacher_head = _gathered(teacher_head, targets.hidden.dtype, teacher_head.dtype)
+            teacher_head = _whole_rows(teacher_head, targets.hidden.dtype)
         total, stats = run(hidden, head, targets, weights, teacher_head)
         return jax.lax.psum(total, BATCH[0]), stats
 
@@ -125,23 +125,31 @@ def distillation_loss(
     )(hidden, head, targets, weights, teacher_head)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(head: Float[Array, "words part"], dtype: Any, own: Any) -> Float[Array, "words D"]:
-    """A device's words of a head of dtype `own`, whole and in `dtype`; derivatives by them are added up in `own`."""
-    del own
+def _whole_rows(head: Float[Array, "words part"], dtype: Any) -> Float[Array, "words D"]:
+    """A device's words of a head, gathered in `dtype` from the devices that have parts of each."""
     return jax.lax.all_gather(head.astype(dtype), RULES["embed"], axis=1, tiled=True)
 
 
-def _gathered_forward(head: Array, dtype: Any, own: Any) -> tuple[Array, None]:
-    return _gathered(head, dtype, own), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _with_whole_rows(hidden: Array, head: Array, own: Any) -> tuple[Array, Array]:
+    """The hidden states, and `_whole_rows` of a head of dtype `own`, in which its derivatives are added up."""
+    del own
+    return hidden, _whole_rows(head, hidden.dtype)
 
 
-def _gathered_backward(dtype: Any, own: Any, residual: None, cotangent: Array) -> tuple[Array]:
-    del dtype, residual
-    return (jax.lax.psum_scatter(cotangent.astype(own), RULES["embed"], scatter_dimension=1, tiled=True),)
+def _with_whole_rows_forward(hidden: Array, head: Array, own: Any) -> tuple[tuple[Array, Array], None]:
+    return _with_whole_rows(hidden, head, own), None
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+def _with_whole_rows_backward(own: Any, residual: None, cotangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    del residual
+    by_hidden, by_rows = cotangents
+    by_head = jax.lax.psum_scatter(by_rows.astype(own), RULES["embed"], scatter_dimension=1, tiled=True)
+    # Before the layers' backward pass, through which XLA would else keep the derivatives by whole rows.
+    return jax.lax.optimization_barrier((by_hidden, by_head))
+
+
+_with_whole_rows.defvjp(_with_whole_rows_forward, _with_whole_rows_backward)
 
 
 def _loss(
