@@ -2,9 +2,10 @@
 
 Repeating keys and values beats a five-dimensional einsum over groups by 1.6 on CPU, where the latter is not lowered
 to one batched product. Only the log-sum-exp of each query is kept for the backward pass, which rebuilds the scores
-block by block (FlashAttention-2, arXiv 2307.08691). Up to `_UNROLLED` queries are unrolled into small blocks that stop
-at the diagonal, where queries stand beside their keys, and so skip most masked scores; more queries loop over blocks
-against all keys.
+block by block (FlashAttention-2, arXiv 2307.08691). Up to `_UNROLLED` queries that stand beside their keys are unrolled
+into small blocks that stop at the diagonal, and so skip most masked scores. Others loop over blocks against all keys,
+so large that scores take `_SCORE_BYTES`: else a piece of a long row with all heads of a model would need more memory
+for them than for all of its layers.
 """
 
 import functools
@@ -20,6 +21,7 @@ from kernels_pallas.attention.visible import Visible
 _UNROLLED = 1024
 _SMALL_BLOCK = 64
 _LARGE_BLOCK = 512
+_SCORE_BYTES = 512 * 2**20
 _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 
 
@@ -44,8 +46,8 @@ def forward(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], visible: Visible
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention and the log-sum-exp of each query's visible scores."""
-    given = q.shape[1]
-    (q,), (k, v), view = _padded((q,), (k, v), visible)
+    given, looped = q.shape[1], _looped_block(q, k, visible)
+    (q,), (k, v), view = _padded((q,), (k, v), visible, looped)
     heads = _heads(q, k, v)
 
     def block(start: int | Array, size: int, seen: int) -> tuple[Array, Array]:
@@ -61,7 +63,7 @@ def forward(
         )
         return weighted / total, top + jnp.log(total)
 
-    out, log_sum_exp = _by_blocks(block, q.shape[1], _keys_before(visible, k))
+    out, log_sum_exp = _by_blocks(block, q.shape[1], looped, _keys_before(visible, k))
     return out.transpose(0, 2, 1, 3).astype(q.dtype)[:, :given], log_sum_exp[:, :, :given, 0]
 
 
@@ -75,8 +77,8 @@ def backward(
     cotangent: Float[Array, "B T N H"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of q, k and v; `delta` is Σ_H out·cotangent less the log-sum-exp's own cotangent."""
-    given, given_keys = q.shape[1], k.shape[1]
-    (q, cotangent), (k, v), view = _padded((q, cotangent), (k, v), visible)
+    given, given_keys, looped = q.shape[1], k.shape[1], _looped_block(q, k, visible)
+    (q, cotangent), (k, v), view = _padded((q, cotangent), (k, v), visible, looped)
     heads = _heads(q, k, v)
     length, key_length, scale = q.shape[1], k.shape[1], q.shape[3] ** -0.5
     incoming = cotangent.transpose(0, 2, 1, 3)
@@ -103,7 +105,7 @@ def backward(
             jnp.pad(to_values, unseen),
         )
 
-    to_queries, to_keys, to_values = _by_blocks(block, length, _keys_before(visible, k), summed=2)
+    to_queries, to_keys, to_values = _by_blocks(block, length, looped, _keys_before(visible, k), summed=2)
 
     def regrouped(gradient: Array) -> Array:
         grouped = gradient.reshape(k.shape[0], k.shape[2], -1, key_length, k.shape[3])
@@ -112,12 +114,22 @@ def backward(
     return to_queries.transpose(0, 2, 1, 3).astype(q.dtype)[:, :given], regrouped(to_keys), regrouped(to_values)
 
 
+def _looped_block(q: Array, k: Array, visible: Visible) -> int | None:
+    """Queries of a block where blocks are looped over, None where they are unrolled: where they skip nothing, that
+    would only keep the scores of several of them."""
+    length = q.shape[1]
+    if length <= (_UNROLLED if visible.query_index is None else _SMALL_BLOCK):
+        return None
+    fitting = max(_SMALL_BLOCK, _SCORE_BYTES // (4 * q.shape[0] * q.shape[2] * k.shape[1]))
+    return min(_LARGE_BLOCK, 2 ** (fitting.bit_length() - 1), -(-length // _SMALL_BLOCK) * _SMALL_BLOCK)
+
+
 def _padded(
-    queries: tuple[Array, ...], keys: tuple[Array, ...], visible: Visible
+    queries: tuple[Array, ...], keys: tuple[Array, ...], visible: Visible, looped: int | None
 ) -> tuple[tuple[Array, ...], tuple[Array, ...], _View]:
     """Queries that are looped over reach whole blocks, and so do keys that stand beside them."""
     length = queries[0].shape[1]
-    padding = (0, -length % _LARGE_BLOCK if length > _UNROLLED else 0)
+    padding = (0, 0 if looped is None else -length % looped)
     key_padding = padding if visible.query_index is None else (0, 0)
     first, end = visible.bounds()
     bounds = (end,) if visible.span is None else (first, end)
@@ -155,10 +167,14 @@ def _keys_before(visible: Visible, k: Array) -> Callable[[int], int]:
 
 
 def _by_blocks(
-    block: Callable[..., tuple[Array, ...]], length: int, keys_before: Callable[[int], int], summed: int = 0
+    block: Callable[..., tuple[Array, ...]],
+    length: int,
+    looped: int | None,
+    keys_before: Callable[[int], int],
+    summed: int = 0,
 ) -> tuple[Array, ...]:
     """Run `block(start, size, seen)` over all queries: its last `summed` results add up, the others are joined."""
-    if length <= _UNROLLED:
+    if looped is None:
         parts = []
         for start in range(0, length, _SMALL_BLOCK):
             end = min(start + _SMALL_BLOCK, length)
@@ -168,13 +184,13 @@ def _by_blocks(
         return *joined, *(sum(column[1:], column[0]) for column in columns[len(columns) - summed :])
 
     def step(sums: Any, start: Array) -> tuple[Any, Any]:
-        results = block(start, _LARGE_BLOCK, keys_before(length))
+        results = block(start, looped, keys_before(length))
         kept = len(results) - summed
         return tuple(a + b for a, b in zip(sums, results[kept:], strict=True)), tuple(results[:kept])
 
-    shapes = jax.eval_shape(lambda: block(0, _LARGE_BLOCK, keys_before(length)))
+    shapes = jax.eval_shape(lambda: block(0, looped, keys_before(length)))
     zeros = tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes[len(shapes) - summed :])
-    sums, stacked = jax.lax.scan(step, zeros, jnp.arange(0, length, _LARGE_BLOCK))
+    sums, stacked = jax.lax.scan(step, zeros, jnp.arange(0, length, looped))
 
     def whole(part: Array) -> Array:
         return jnp.moveaxis(part, 0, 2).reshape(*part.shape[1:3], length, part.shape[4])

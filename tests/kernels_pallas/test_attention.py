@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.attention import attention, xla
+from tests.kernels_pallas.test_linear_kl import largest_array
 
 HEADS, KV_HEADS, SIZE = 4, 2, 6
 
@@ -73,6 +74,18 @@ def test_looped_blocks_agree_with_the_reference(length, monkeypatch):
     for mine, theirs in zip(value_and_gradients("xla", q, k, v, cotangent, segments), expected, strict=True):
         # float32 sums in another order.
         np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_scores_of_a_long_row_are_held_to_their_limit():
+    """All 32 heads of a piece of a row of 32,768, of which keys and values alone have as many numbers."""
+    q, kv = (jax.ShapeDtypeStruct((1, length, 32, 128), jnp.bfloat16) for length in (8192, 32768))
+    index, segments = (jax.ShapeDtypeStruct((1, length), jnp.int32) for length in (8192, 32768))
+
+    def loss(q, k, v, segments, index):
+        return attention(q, k, v, segments, query_index=index, implementation="xla").astype(jnp.float32).sum()
+
+    traced = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, kv, kv, segments, index)
+    assert largest_array(traced.jaxpr) <= xla._SCORE_BYTES // 4
 
 
 @pytest.mark.parametrize(("implementation", "length"), [("reference", 130), ("xla", 130), ("xla", 1700)])
