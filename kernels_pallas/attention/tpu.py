@@ -90,6 +90,8 @@ def backward(
     """Gradients of q, k and v; `delta` is Σ_H out·cotangent less the log-sum-exp's own cotangent."""
     call = _prepare(q, k, v, visible)
     group, length, size = call.q.shape[2:]
+    # On v5p libtpu 0.0.42 aborts where it fuses the difference with a sum over H that the log-sum-exp's cotangent is.
+    delta = jax.lax.optimization_barrier(delta)
 
     def rows(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]))).reshape(call.q.shape[:4])
