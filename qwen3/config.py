@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from qwen3.dual_chunk import DualChunk, read_dual_chunk
 from qwen3.errors import UserError
 from qwen3.json_fields import JsonFields
 from qwen3.rope_scaling import RopeScaling, read_rope
 
-__all__ = ["ModelConfig", "RopeScaling"]
+__all__ = ["DualChunk", "ModelConfig", "RopeScaling"]
 
 Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
 _ARCHITECTURES: dict[Family, str] = {
@@ -40,8 +41,8 @@ _SMALLEST = {
 class ModelConfig:
     """A dense or mixture-of-experts decoder of the Qwen3 family, or of its Llama and Qwen2 relatives.
 
-    Field names are those of `config.json`; `qk_norm`, `attention_bias` (query, key, value) and
-    `attention_output_bias` are what tells the families apart.
+    Field names are those of `config.json`, but for `dual_chunk`, which is its `dual_chunk_attention_config`; `qk_norm`,
+    `attention_bias` (query, key, value) and `attention_output_bias` are what tells the families apart.
     """
 
     model_type: Family
@@ -56,6 +57,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
     rope_scaling: RopeScaling | None = None
+    dual_chunk: DualChunk | None = None
     tie_word_embeddings: bool = False
     qk_norm: bool = True
     attention_bias: bool = False
@@ -91,6 +93,12 @@ class ModelConfig:
             raise UserError(f"num_experts_per_tok {self.num_experts_per_tok} is not in 1..{self.num_experts}")
         if self.num_experts and self.moe_intermediate_size < 1:
             raise UserError(f"moe_intermediate_size is {self.moe_intermediate_size}; it must be at least 1")
+        yarn = self.rope_scaling is not None and self.rope_scaling.rope_type == "yarn"
+        if yarn and self.dual_chunk is not None and self.dual_chunk.original_max_position_embeddings:
+            raise UserError(
+                "rope_scaling yarn and original_max_position_embeddings of dual_chunk_attention_config scale attention "
+                "for the same length twice; leave out rope_scaling, or set the latter to 0"
+            )
         switches = (self.qk_norm, self.attention_bias, self.attention_output_bias)
         if switches not in _switches(self.model_type):
             raise UserError(
@@ -182,6 +190,7 @@ class ModelConfig:
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
+            dual_chunk=read_dual_chunk(fields),
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             qk_norm=family.startswith("qwen3"),
             attention_bias=family == "qwen2" or bias,
@@ -225,6 +234,8 @@ class ModelConfig:
             "eos_token_id": eos,
             "pad_token_id": self.pad_token_id,
         }
+        if self.dual_chunk is not None:
+            raw["dual_chunk_attention_config"] = self.dual_chunk.to_hf()
         if self.model_type != "qwen2":
             raw["attention_bias"] = self.attention_bias
         if self.model_type != "llama":

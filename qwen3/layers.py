@@ -16,10 +16,11 @@ from jaxtyping import Array, Float
 
 from qwen3.adapter import Adapter
 from qwen3.config import ModelConfig
-from qwen3.rope import Rotation, rotate
+from qwen3.rope import Rotary, rotate_pair
 
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (output [B,T,N,H], whatever the caller keeps, such as a cache)."""
+Attend = Callable[[Any, Array, Array], tuple[Array, Any]]
+"""(q [B,T,N,H] or DualChunkQueries, k [B,T,K,H], v [B,T,K,H]) -> (output [B,T,N,H], whatever the caller keeps, such as
+a cache)."""
 
 
 def weight(key: Array, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, dtype: Any) -> nnx.Param:
@@ -66,13 +67,13 @@ class Attention(nnx.Module):
         self.k_norm = constant(1, (size,), ("norm",), dtype) if config.qk_norm else None
         self.adapters: dict[str, Adapter] = nnx.data({})
 
-    def __call__(self, x: Float[Array, "B T D"], rot: Rotation, attend: Attend) -> tuple[Float[Array, "B T D"], Any]:
+    def __call__(self, x: Float[Array, "B T D"], rot: Rotary, attend: Attend) -> tuple[Float[Array, "B T D"], Any]:
         q = _project("BTD,DNH->BTNH", x, self.q, self.q_bias, self.adapters.get("q"))
         k = _project("BTD,DKH->BTKH", x, self.k, self.k_bias, self.adapters.get("k"))
         v = _project("BTD,DKH->BTKH", x, self.v, self.v_bias, self.adapters.get("v"))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.epsilon), rms_norm(k, self.k_norm, self.epsilon)
-        out, kept = attend(rotate(q, rot), rotate(k, rot), v)
+        out, kept = attend(*rotate_pair(q, k, rot), v)
         return _project("BTNH,NHD->BTD", out, self.o, self.o_bias, self.adapters.get("o")), kept
 
 

@@ -18,7 +18,7 @@ from qwen3.config import ModelConfig
 from qwen3.kernels import Kernels
 from qwen3.layers import Attend, Attention, Mlp, constant, rms_norm, weight
 from qwen3.moe import Moe, RouterStats
-from qwen3.rope import Rotation, rotation
+from qwen3.rope import Rotary, rotation
 from qwen3.sharding import to_pieces, to_rows
 
 UNROLL_LAYERS = 12
@@ -48,7 +48,7 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rot: Rotation,
+        rot: Rotary,
         real: Array,
         attend: Attend,
         mesh: Mesh | None,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.attention import DualChunkQueries, dual_chunk_positions
 from qwen3.config import ModelConfig, RopeScaling
 
 
@@ -17,11 +18,59 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B T H/2"]
 
 
-def rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation:
-    """Angles of `positions` (RoFormer, arXiv 2104.09864), scaled as `config.rope_scaling` says."""
+class DualChunkRotation(NamedTuple):
+    """Of keys, and of queries for each kind of keys, as `kernels_pallas.attention.dual_chunk` explains them."""
+
+    keys: Rotation
+    same: Rotation
+    previous: Rotation
+    older: Rotation
+    within: Int[Array, "B T"]
+    """The position of each token in its chunk."""
+    chunk_tokens: int
+
+
+Rotary = Rotation | DualChunkRotation
+
+
+def rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotary:
+    """Angles of `positions` (RoFormer, arXiv 2104.09864), scaled as `config.rope_scaling` says, by chunks where
+    `config.dual_chunk` asks for them."""
     frequencies, factor = inverse_frequencies(config)
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+
+    def turn(positions: Int[Array, "B T"], factor: float | Array) -> Rotation:
+        angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+        return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+
+    chunks = config.dual_chunk
+    if chunks is None:
+        return turn(positions, factor)
+    at = dual_chunk_positions(positions, chunk_size=chunks.chunk_size, local_size=chunks.local_size)
+    sharper = _sharpening(chunks.original_max_position_embeddings, positions)[..., None] * factor
+    return DualChunkRotation(
+        keys=turn(at.keys, factor),
+        same=turn(at.same, sharper),
+        previous=turn(at.previous, sharper),
+        older=turn(at.older, sharper),
+        within=at.keys,
+        chunk_tokens=chunks.chunk_tokens,
+    )
+
+
+def rotate_pair(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], rot: Rotary
+) -> tuple[Float[Array, "B T N H"] | DualChunkQueries, Float[Array, "B T K H"]]:
+    """Queries and keys as attention takes them."""
+    if isinstance(rot, Rotation):
+        return rotate(q, rot), rotate(k, rot)
+    queries = DualChunkQueries(
+        same=rotate(q, rot.same),
+        previous=rotate(q, rot.previous),
+        older=rotate(q, rot.older),
+        within=rot.within,
+        chunk_tokens=rot.chunk_tokens,
+    )
+    return queries, rotate(k, rot.keys)
 
 
 def rotate(x: Float[Array, "B T N H"], rot: Rotation) -> Float[Array, "B T N H"]:
@@ -43,6 +92,20 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     if scaling.rope_type == "llama3":
         return _llama3(plain, scaling), 1.0
     return _yarn(plain, scaling, config)
+
+
+def _sharpening(original: int, positions: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """What Qwen2.5-1M multiplies scores by beyond the `original` length: (0.1·ln(n / original) + 1)², YaRN's attention
+    factor for queries times that for keys (arXiv 2501.15383), for a query that is the n-th token.
+
+    vLLM's implementation, which is Qwen's, scales all queries and keys of a prompt by the prompt's whole length. Here
+    both factors are the query's own, so that no token depends on what follows it and text is scored as it was written;
+    the last query's scores are the same.
+    """
+    if not original:
+        return jnp.ones(positions.shape, jnp.float32)
+    beyond = jnp.maximum((positions + 1).astype(jnp.float32) / original, 1)
+    return jnp.square(0.1 * jnp.log(beyond) + 1)
 
 
 def _yarn(plain: np.ndarray, scaling: RopeScaling, config: ModelConfig) -> tuple[np.ndarray, float]:

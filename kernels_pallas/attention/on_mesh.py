@@ -13,13 +13,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention.api import Implementation, attention
+from kernels_pallas.attention.api import Implementation
+from kernels_pallas.attention.dual_chunk import DualChunkQueries, attention_of
 
 _GATHERED = "gathered"
 
 
 def attention_on_mesh(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "B T N H"] | DualChunkQueries,
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
@@ -30,7 +31,7 @@ def attention_on_mesh(
     context_axis: str | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`attention`, each device at its own queries.
+    """The attention of these queries, each device at its own.
 
     Args:
       mesh: B is split over `row_axes`, heads N and K over `head_axis`. The sizes must divide.
@@ -41,35 +42,35 @@ def attention_on_mesh(
     Raises ValueError as `attention` does, and for sizes that the mesh does not divide.
     """
     rows = functools.reduce(lambda size, axis: size * mesh.shape[axis], row_axes, 1)
-    if q.shape[0] % rows:
-        raise ValueError(f"q is {q.shape}; the mesh splits its {q.shape[0]} rows in {rows}")
+    if k.shape[0] % rows:
+        raise ValueError(f"k is {k.shape}; the mesh splits its {k.shape[0]} rows in {rows}")
     if k.shape[2] % mesh.shape[head_axis]:
         raise ValueError(f"k is {k.shape}; the mesh splits its {k.shape[2]} heads in {mesh.shape[head_axis]}")
 
+    operation = functools.partial(attention_of(q), implementation=implementation)
     whole_rows = context_axis is None or mesh.shape[context_axis] == 1
 
     # What is gathered is gathered again for the backward pass: kept, it would take as much memory as without splitting.
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
-    def pieces(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+    def pieces(q: Array | DualChunkQueries, k: Array, v: Array, segment_ids: Array) -> Array:
         def whole(x: Array) -> Array:
             return checkpoint_name(jax.lax.all_gather(x, context_axis, axis=1, tiled=True), _GATHERED)
 
-        index = jax.lax.axis_index(context_axis) * q.shape[1] + jnp.arange(q.shape[1])
-        return attention(
+        index = jax.lax.axis_index(context_axis) * k.shape[1] + jnp.arange(k.shape[1])
+        return operation(
             q,
             whole(k),
             whole(v),
             whole(segment_ids),
             query_index=jnp.broadcast_to(index, segment_ids.shape),
-            implementation=implementation,
         )
 
-    split = PartitionSpec(row_axes, None, head_axis)
+    split, tokens = PartitionSpec(row_axes, None, head_axis), PartitionSpec(row_axes)
     # Varying axes are not tracked: kernels inside lose them, and a lost one is a lost sum of gradients.
     return jax.shard_map(
-        functools.partial(attention, implementation=implementation) if whole_rows else pieces,
+        operation if whole_rows else pieces,
         mesh=mesh,
-        in_specs=(split, split, split, PartitionSpec(row_axes)),
+        in_specs=(jax.tree.map(lambda x: split if x.ndim == 4 else tokens, q), split, split, tokens),
         out_specs=split,
         check_vma=False,
     )(q, k, v, segment_ids)

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.attention import attention, attention_part, dual_chunk_attention, dual_chunk_positions, merge_parts
+from kernels_pallas.attention import (
+    DualChunkQueries,
+    attention,
+    attention_part,
+    dual_chunk_attention,
+    dual_chunk_positions,
+    merge_parts,
+)
 
 CHUNK, LOCAL = 12, 4
 DOCUMENTS = [5, 40, 19]  # shorter than a chunk of 8, of whole chunks, and not
@@ -55,30 +62,39 @@ def by_definition(q, k, v, segments, positions):
     return out
 
 
+def queries(q, at, chunk_tokens=CHUNK - LOCAL):
+    same, previous, older = (jnp.asarray(rotate(q, x)) for x in (at.same, at.previous, at.older))
+    return DualChunkQueries(same=same, previous=previous, older=older, within=at.keys, chunk_tokens=chunk_tokens)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_it_is_what_the_paper_defines(row, implementation):
     q, k, v, segments, positions = row
     at = dual_chunk_positions(positions, chunk_size=CHUNK, local_size=LOCAL)
-    out = dual_chunk_attention(
-        *(rotate(q, x) for x in (at.same, at.previous, at.older)),
-        rotate(k, at.keys),
-        v,
-        segments,
-        positions,
-        chunk_size=CHUNK,
-        local_size=LOCAL,
-        implementation=implementation,
-    )
+    out = dual_chunk_attention(queries(q, at), rotate(k, at.keys), v, segments, implementation=implementation)
     # float32 sums in another order.
     np.testing.assert_allclose(out, by_definition(q, k, v, segments, positions), atol=1e-5)
 
 
-def test_within_a_chunk_it_is_attention(row):
+def test_queries_may_be_a_piece_of_the_row(row):
     q, k, v, segments, positions = row
-    at = dual_chunk_positions(positions, chunk_size=64, local_size=4)
-    q, k = rotate(q, at.same), rotate(k, at.keys)
-    out = dual_chunk_attention(q, q * 9, q * 9, k, v, segments, positions, chunk_size=64, local_size=4)
-    np.testing.assert_allclose(out, attention(q, k, v, segments), atol=1e-6)
+    at = dual_chunk_positions(positions, chunk_size=CHUNK, local_size=LOCAL)
+    whole, k = queries(q, at), rotate(k, at.keys)
+    index = jnp.arange(30, 60)[None]
+    piece = jax.tree.map(lambda x: x[:, 30:60], whole)
+    expected = dual_chunk_attention(whole, k, v, segments)[:, 30:60]
+    # float32 sums in another order.
+    np.testing.assert_allclose(dual_chunk_attention(piece, k, v, segments, query_index=index), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [60, 67])
+def test_within_a_chunk_it_is_attention(row, chunk_tokens):
+    """Whether the row is as short as a chunk, or its documents alone."""
+    q, k, v, segments, positions = row
+    at = dual_chunk_positions(positions, chunk_size=chunk_tokens + 4, local_size=4)
+    made = queries(q, at, chunk_tokens)
+    out = dual_chunk_attention(made, rotate(k, at.keys), v, segments)
+    np.testing.assert_array_equal(out, attention(made.same, rotate(k, at.keys), v, segments))
 
 
 def test_merged_parts_have_the_values_and_gradients_of_the_whole(row):
@@ -105,6 +121,6 @@ def test_merged_parts_have_the_values_and_gradients_of_the_whole(row):
 def test_wrong_arguments_are_named(row):
     q, k, v, segments, positions = row
     with pytest.raises(ValueError, match=r"local_size 12 must be .* below chunk_size 12"):
-        dual_chunk_attention(q, q, q, k, v, segments, positions, chunk_size=12, local_size=12)
+        dual_chunk_positions(positions, chunk_size=12, local_size=12)
     with pytest.raises(ValueError, match="a bound of span is"):
         attention_part(q, k, v, segments, (segments, segments[:, 1:]))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from qwen3.config import ModelConfig
+from qwen3.config import DualChunk, ModelConfig
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
 from qwen3.moe import load_balancing_loss
@@ -47,6 +47,7 @@ MOE = dataclasses.replace(
     attention_output_bias=True,
     tie_word_embeddings=True,
 )
+CHUNKS = dataclasses.replace(DENSE, dual_chunk=DualChunk(chunk_size=3, local_size=1))
 ROWS, LENGTH = 8, 12
 
 
@@ -101,8 +102,19 @@ def unsharded(config):
         (DENSE, {"fsdp": 2, "context": 2, "tensor": 2}),
         (MOE, {"expert": 2, "context": 4}),
         (DENSE, {"fsdp": 2, "expert": 4}),
+        (CHUNKS, {"data": 2, "fsdp": 2, "tensor": 2}),
+        (CHUNKS, {"fsdp": 2, "context": 2, "tensor": 2}),
     ],
-    ids=["dense", "moe", "moe_by_expert", "dense_by_context", "moe_by_context", "dense_by_expert"],
+    ids=[
+        "dense",
+        "moe",
+        "moe_by_expert",
+        "dense_by_context",
+        "moe_by_context",
+        "dense_by_expert",
+        "chunks",
+        "chunks_by_context",
+    ],
 )
 def test_loss_and_every_gradient_equal_unsharded(config, shape):
     model, (expected_loss, expected) = unsharded(config)
