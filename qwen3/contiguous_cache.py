@@ -5,13 +5,14 @@ the token itself. Each layer has a cache of its own where layers are unrolled, e
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from kernels_pallas.attention import DualChunkQueries
 from qwen3.cache import PAGES, Pages, paged, per_share, units
 from qwen3.config import ModelConfig
 from qwen3.model import Layer, Qwen3
@@ -74,18 +75,17 @@ class ContiguousCache:
         del target
         rot = rotation(model.config, positions[:, None])
         rows = jnp.arange(tokens.shape[0])
-        visible = (jnp.arange(opened[0].k.shape[-1]) <= positions[:, None])[:, None, None]
         real = jnp.ones((tokens.shape[0], 1), bool)
 
         def run(x: Array, layer: Layer, kv: KeyValue, place: tuple[Array, ...]) -> tuple[Array, KeyValue]:
             """One layer, whose cache stands at index `place` of `kv`."""
 
-            def attend_cache(q: Array, k: Array, v: Array) -> tuple[Array, KeyValue]:
+            def attend_cache(q: Array | DualChunkQueries, k: Array, v: Array) -> tuple[Array, KeyValue]:
                 longer = KeyValue(
                     kv.k.at[*place, rows, :, :, positions].set(k[:, 0], mode="promise_in_bounds"),
                     kv.v.at[*place, rows, :, positions].set(v[:, 0], mode="promise_in_bounds"),
                 )
-                return _attend_cache(q, KeyValue(longer.k[place], longer.v[place]), visible), longer
+                return _attend_cache(q, KeyValue(longer.k[place], longer.v[place]), positions), longer
 
             x, longer, _ = layer(x, rot, real, attend_cache, self.mesh, model.kernels)
             return x, longer
@@ -143,12 +143,27 @@ class ContiguousCache:
         return tuple(KeyValue(spec, spec) for _ in units(self.config, self.unroll))  # type: ignore[arg-type]
 
 
-def _attend_cache(q: Float[Array, "B 1 N H"], kv: KeyValue, visible: Bool[Array, "B 1 1 S"]) -> Float[Array, "B 1 N H"]:
-    """Each row's query over its visible slots. The division by the softmax's sum waits until S is summed out."""
+def _attend_cache(
+    q: Float[Array, "B 1 N H"] | DualChunkQueries, kv: KeyValue, positions: Int[Array, "B"]
+) -> Float[Array, "B 1 N H"]:
+    """Each row's query over its slots up to `positions`. The division by the softmax's sum waits until S is summed
+    out."""
+    slots, index = jnp.arange(kv.k.shape[-1]), positions[:, None]
+    older: tuple[Any, ...] = ()
+    if isinstance(q, DualChunkQueries):
+        older = q.kinds(index)[1:] if len(slots) > q.chunk_tokens else ()
+        q = q.same
     batch, _, heads, size = q.shape
-    grouped = q.reshape(batch, kv.k.shape[1], -1, size)
-    scores = jnp.einsum("BKGH,BKHS->BKGS", grouped, kv.k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores * size**-0.5, _MASKED)
+
+    def scores_of(q: Array) -> Array:
+        grouped = q.reshape(batch, kv.k.shape[1], -1, size)
+        return jnp.einsum("BKGH,BKHS->BKGS", grouped, kv.k, preferred_element_type=jnp.float32)
+
+    scores = scores_of(q)
+    for queries, (first, end) in older:
+        theirs = (first <= slots) & (slots < end)
+        scores = jnp.where(theirs[:, None, None], scores_of(queries), scores)
+    scores = jnp.where((slots <= index)[:, None, None], scores * size**-0.5, _MASKED)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(kv.v.dtype), kv.v, preferred_element_type=jnp.float32)
     out = out / jnp.sum(weights, axis=-1, keepdims=True)

@@ -51,6 +51,11 @@ class Kernels:
         Traces each operation that was asked for by name; compiles and runs nothing. Raises UserError, which begins
         with the field.
         """
+        if self.paged_attention is not None and config.dual_chunk is not None:
+            raise UserError(
+                f"kernels.paged_attention: {self.paged_attention!r} does not read keys by chunks, which the model's "
+                "dual_chunk_attention_config asks for; leave it None"
+            )
         for field, probe in self._probes(config, dtype, mesh, named_words):
             try:
                 probe()

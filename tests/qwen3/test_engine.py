@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from qwen3 import hf
-from qwen3.config import ModelConfig
+from qwen3.config import DualChunk, ModelConfig
 from qwen3.engine import Engine, Request
 from qwen3.errors import UserError
 from qwen3.model import Qwen3
@@ -37,6 +37,12 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 CONFIGS = {
     "dense": ModelConfig(model_type="qwen3", **SIZES),
     "moe": ModelConfig(model_type="qwen3_moe", **SIZES, **EXPERTS),
+    # Prompts are read across a chunk's end, and what is written spans a dozen.
+    "chunks": ModelConfig(
+        model_type="qwen3",
+        **SIZES,
+        dual_chunk=DualChunk(chunk_size=8, local_size=2, original_max_position_embeddings=16),
+    ),
 }
 PROMPTS = tuple(tuple(range(1 + 9 * n, 1 + 9 * n + length)) for n, length in enumerate((1, 9, 5, 7, 3)))
 STOP, PAD, STOP_TEXT, THINK_END = 150, 0, (151, 152, 153), 152
@@ -107,7 +113,7 @@ def test_greedy_equals_transformers(family, tmp_path):
         np.testing.assert_array_equal(rollout.tokens, wanted[0].numpy())
 
 
-@pytest.mark.parametrize(("name", "unroll_layers"), [("dense", 12), ("moe", 0)])
+@pytest.mark.parametrize(("name", "unroll_layers"), [("dense", 12), ("moe", 0), ("chunks", 12), ("chunks", 0)])
 def test_logprobs_and_masks_agree_with_one_forward_pass(models, name, unroll_layers):
     model = models[name]
     engine = make_engine(model.config, max_new_tokens=80, unroll_layers=unroll_layers)  # two segments of the cache

@@ -12,7 +12,7 @@ from kernels_pallas import platforms
 from kernels_pallas.attention import attention
 from kernels_pallas.moe_dispatch import exchange
 from qwen3.attend import attend
-from qwen3.config import ModelConfig
+from qwen3.config import DualChunk, ModelConfig
 from qwen3.errors import UserError
 from qwen3.kernels import Kernels
 from qwen3.sharding import MeshShape, make_mesh
@@ -122,6 +122,12 @@ def test_what_the_platform_lacks_is_refused(kernels, message):
             r"kernels\.linear_kl: hidden and head are 16 wide; ",
         ),
         ({"grouped_matmul": "gpu"}, MOE, "bfloat16", r"kernels\.grouped_matmul: D 16 and F 48: "),
+        (
+            {"paged_attention": "xla"},
+            dataclasses.replace(DENSE, dual_chunk=DualChunk()),
+            "bfloat16",
+            r"kernels\.paged_attention: 'xla' does not read keys by chunks, .*; leave it None",
+        ),
     ],
 )
 def test_what_a_kernel_cannot_take_is_refused(kernels, config, dtype, message, monkeypatch):
