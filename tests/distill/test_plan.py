@@ -317,6 +317,7 @@ def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> 
         ([], "--topology is missing"),
         (["--topology", "v9:2x2"], "target 'v9:2x2' is unknown"),
         (["--topology", "v5e:1x1", "--efficiency", "0"], "--efficiency is 0.0; it must lie in 0..1"),
+        (["--topology", "v5e:1x1", "--workers", "0"], "--workers is 0; it must be at least 1"),
         (["--topology", "v5e:1x1", "--stages.nothing", "1"], "--stages.nothing"),
     ],
 )
