@@ -1,5 +1,6 @@
 """The fields of an experiment as options of a command: changed by tyro, and where that fails, said in one line."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -26,19 +27,35 @@ _KINDS = {
 """How tyro spells types, and what they are called."""
 
 
-def overridden(
-    experiment: Experiment,
-    fields: Sequence[str],
-    path: Path,
-    options: Mapping[str, str],
-    command: str = "python -m distill.run",
-) -> Experiment:
-    """The experiment of file `path` with the fields that the arguments of `command` change.
+def parser_of(command: str, description: str, epilogue: str, experiment: str) -> argparse.ArgumentParser:
+    """Of a command that takes an experiment, explained in words, and changes of its fields; its own options are to be
+    added. It knows no --help: with an experiment that is `overridden`'s."""
+    parser = argparse.ArgumentParser(
+        prog=command,
+        description=description,
+        epilog=epilogue,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("experiment", nargs="?", help=experiment)
+    return parser
 
-    `options` are those of the command itself, which --help lists beside the fields. Raises UserError where an argument
-    names no field or a value that cannot be, SystemExit after --help.
+
+def overridden(
+    experiment: Experiment, fields: Sequence[str], path: Path, parser: argparse.ArgumentParser
+) -> Experiment:
+    """The experiment of file `path` with the fields changed that `parser` has left over.
+
+    --help lists the command's own options beside the fields. Raises UserError where an argument names no field or a
+    value that cannot be, SystemExit after --help.
     """
-    prog = f"{command} {path}"
+    prog = f"{parser.prog} {path}"
+    options = {
+        f"{action.option_strings[0]} {action.metavar or ''}".strip(): str(action.help)
+        for action in parser._actions
+        if action.option_strings
+    }
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):

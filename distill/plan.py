@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from distill.command_line import overridden
+from distill.command_line import overridden, parser_of
 from distill.experiment import Experiment
 from distill.experiment_file import load_experiment
 from distill.plan_compile import compile_all, workers_here
@@ -70,12 +70,7 @@ def _main(arguments: list[str]) -> int:
         parser.print_help()
         return 0 if {"--help", "-h"} & {*arguments} else 2
     path = Path(own.experiment)
-    options = {
-        f"{action.option_strings[0]} {action.metavar or ''}".strip(): str(action.help)
-        for action in parser._actions
-        if action.option_strings
-    }
-    experiment = overridden(load_experiment(path), fields, path, options, "python -m distill.plan")
+    experiment = overridden(load_experiment(path), fields, path, parser)
     if not own.topology:
         raise UserError("--topology is missing; name one or more, such as v5p:4x4x4 or v6e:8x8,h100:8x8")
     values = {name: getattr(own, name) for name in _ASSUMED}
@@ -110,15 +105,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m distill.plan",
-        description=_DESCRIPTION,
-        epilog=_EPILOGUE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("experiment", nargs="?", help="an experiment file")
+    parser = parser_of("python -m distill.plan", _DESCRIPTION, _EPILOGUE, "an experiment file")
     parser.add_argument("--topology", metavar="NAME[,NAME]", help="what to plan for, such as v5p:4x4x4,h100:8x8")
     parser.add_argument("--json", action="store_true", help="numbers for machines, in bytes and seconds")
     parser.add_argument(

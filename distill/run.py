@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
 
-from distill.command_line import overridden
+from distill.command_line import overridden, parser_of
 from distill.execute import execute
 from distill.experiment import Experiment
 from distill.experiment_file import listed, load_experiment
@@ -38,13 +37,6 @@ rollouts.jsonl, report.html, report.json, and export/, the student as a Hugging 
 Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with all saved; 2 something for you to mend, said in one line;
 1 one of several processes has died, and the others have ended with it.
 """
-# What is said about the run and not about the experiment.
-_OPTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "--runs": ("folder that holds the run directories (default: runs)", {"metavar": "FOLDER", "default": "runs"}),
-    "--coordinator": ("where process 0 listens, or auto: jax finds it", {"metavar": "HOST:PORT"}),
-    "--processes": ("how many processes run the experiment together", {"metavar": "N", "type": int}),
-    "--process": ("which of them this one is, 0 to N-1", {"metavar": "I", "type": int}),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,17 +59,7 @@ def _reported(work: Callable[[], int]) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m distill.run",
-        description=_DESCRIPTION,
-        epilog=_EPILOGUE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("experiment", nargs="?", help="an experiment file, or a folder of them to list")
-    for option, (words, settings) in _OPTIONS.items():
-        parser.add_argument(option, help=words, **settings)
+    parser = _parser()
     own, fields = parser.parse_known_args(arguments)
     if own.experiment is None or own.experiment.startswith("-"):
         parser.print_help()
@@ -86,12 +68,24 @@ def _main(arguments: list[str]) -> int:
     if path.is_dir():
         _list(path, Console())
         return 0
-    options = {f"{name} {settings['metavar']}": words for name, (words, settings) in _OPTIONS.items()}
-    experiment = overridden(load_experiment(path), fields, path, options)
+    experiment = overridden(load_experiment(path), fields, path, parser)
     cluster = Cluster.named(own.coordinator, own.processes, own.process)
     if cluster is None:
         return _run(experiment, own.runs)
     return cluster.run(lambda: _reported(lambda: _run(experiment, own.runs)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """With what is said about the run and not about the experiment."""
+    parser = parser_of(
+        "python -m distill.run", _DESCRIPTION, _EPILOGUE, "an experiment file, or a folder of them to list"
+    )
+    add = parser.add_argument
+    add("--runs", metavar="FOLDER", default="runs", help="folder that holds the run directories (default: runs)")
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 listens, or auto: jax finds it")
+    add("--processes", metavar="N", type=int, help="how many processes run the experiment together")
+    add("--process", metavar="I", type=int, help="which of them this one is, 0 to N-1")
+    return parser
 
 
 def _run(experiment: Experiment, runs: str) -> int:
