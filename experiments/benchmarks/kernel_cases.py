@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kernels_pallas.attention import attention, attention_part
+from kernels_pallas.attention import DualChunkQueries, attention, attention_part, dual_chunk_attention
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels_pallas.linear_kl import Divergence, Implementation, linear_kl_at_ids, linear_kl_full
 from kernels_pallas.moe_dispatch import expert_ffn, route
@@ -122,10 +122,10 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Array, *, implementation: Lit
 
 
 def _attention_part(model: Model) -> Iterator[Case]:
-    """As Dual Chunk Attention calls it, by which 256K tokens are read."""
+    """Alone, and as Dual Chunk Attention calls it."""
     if model.name != LARGEST:
         return
-    length = 4096
+    length, chunk = 4096, 1024
 
     def part(q: Array, k: Array, v: Array, segments: Array, first: Array, end: Array, *, implementation: Any) -> Array:
         out, log_sum_exp = attention_part(q, k, v, segments, (first, end), implementation=implementation)
@@ -134,11 +134,26 @@ def _attention_part(model: Model) -> Iterator[Case]:
     def sample(key: Array) -> tuple[Array, ...]:
         q, kv = (1, length, model.heads, model.head_size), (1, length, model.kv_heads, model.head_size)
         index = jnp.arange(length)[None]
-        return *_normal(key, q, kv, kv), jnp.ones((1, length), jnp.int32), index // 1024 * 1024, index + 1
+        return *_normal(key, q, kv, kv), jnp.ones((1, length), jnp.int32), index // chunk * chunk, index + 1
 
-    size = f"{model.name}, {length:,} tokens, {model.heads}/{model.kv_heads} heads, chunks of 1,024"
-    yield Case(operation="attention_part", shape=size, function=part, sample=sample)
-    yield Case(operation="attention_part gradient", shape=size, function=_gradient(part, 3), sample=sample)
+    def chunked(
+        q: Array, previous: Array, older: Array, k: Array, v: Array, *where: Array, implementation: Any
+    ) -> Array:
+        segments, within = where
+        queries = DualChunkQueries(same=q, previous=previous, older=older, within=within, chunk_tokens=chunk)
+        return dual_chunk_attention(queries, k, v, segments, implementation=implementation)
+
+    def sample_chunked(key: Array) -> tuple[Array, ...]:
+        q, kv = (1, length, model.heads, model.head_size), (1, length, model.kv_heads, model.head_size)
+        return *_normal(key, q, q, q, kv, kv), jnp.ones((1, length), jnp.int32), jnp.arange(length)[None] % chunk
+
+    size = f"{model.name}, {length:,} tokens, {model.heads}/{model.kv_heads} heads, chunks of {chunk:,}"
+    for operation, function, arguments, count in (
+        ("attention_part", part, sample, 3),
+        ("dual_chunk_attention", chunked, sample_chunked, 5),
+    ):
+        yield Case(operation=operation, shape=size, function=function, sample=arguments)
+        yield Case(operation=f"{operation} gradient", shape=size, function=_gradient(function, count), sample=arguments)
 
 
 def _paged_attention(model: Model) -> Iterator[Case]:
