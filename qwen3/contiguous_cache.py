@@ -1,7 +1,7 @@
 """Decoding over a copy of each row's pages, side by side: what XLA's own products are fastest with.
 
-Gathering pages at every token, as `kernels_pallas.paged_attention` does for XLA, takes CPU up to half as long again as
-the token itself. Each layer has a cache of its own where layers are unrolled, else each stack.
+With pages gathered at every token, as `kernels_pallas.paged_attention` does for XLA, a token takes CPU about twice as
+long. Each layer has a cache of its own where layers are unrolled, else each stack.
 """
 
 import dataclasses
