@@ -139,6 +139,10 @@ def _padded(
         key_segments=jnp.pad(visible.segment_ids, ((0, 0), key_padding)),
     )
 
+    if looped is not None:
+        # A mask that hangs on no activation would be made before a scan of layers, for all blocks and heads at once.
+        queries, view = jax.lax.optimization_barrier((queries, view))
+
     def pad(arrays: tuple[Array, ...], padding: tuple[int, int]) -> tuple[Array, ...]:
         return tuple(jnp.pad(x, ((0, 0), padding, (0, 0), (0, 0))) for x in arrays)
 

@@ -88,6 +88,17 @@ def test_scores_of_a_long_row_are_held_to_their_limit():
     assert largest_array(traced.jaxpr) <= xla._SCORE_BYTES // 4
 
 
+def test_a_scan_of_layers_makes_no_mask_of_all_its_blocks_at_once():
+    """8,192 queries and keys and 8 heads: such a mask has half a billion entries."""
+    x, segments = jax.ShapeDtypeStruct((1, 8192, 8, 16), jnp.float32), jax.ShapeDtypeStruct((1, 8192), jnp.int32)
+
+    def loss(x, segments):
+        layer = jax.checkpoint(lambda x, _: (attention(x, x, x, segments, implementation="xla"), None))
+        return jax.lax.scan(layer, x, length=2)[0].sum()
+
+    assert largest_array(jax.make_jaxpr(jax.grad(loss))(x, segments).jaxpr) <= xla._SCORE_BYTES // 4
+
+
 @pytest.mark.parametrize(("implementation", "length"), [("reference", 130), ("xla", 130), ("xla", 1700)])
 def test_some_queries_of_a_row_are_answered_as_in_the_whole_row(implementation, length):
     """Two pieces of each row, the later one first; 1,700 leaves more than are unrolled."""
