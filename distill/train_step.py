@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from distill.host_memory import Growth
 from distill.losses import Loss, distillation_loss
 from distill.train_state import TrainState
 from qwen3.adapter import joined
@@ -84,6 +85,7 @@ class TrainStep:
         self._mesh = mesh
         self._teacher_head = teacher_head
         self._accumulate = _gradient_program(loss, mesh, rematerialise)
+        self._growth = Growth()
 
         def apply(state: TrainState, sums: _Sums) -> tuple[TrainState, dict[str, Array]]:
             updates, optimizer = transformation.update(sums.gradients, state.optimizer, state.model)
@@ -114,6 +116,7 @@ class TrainStep:
             )
         trained_state, measured = self._apply(trained_state, sums)
         metrics = _means({name: float(value) for name, value in jax.device_get(measured).items()})
+        self._growth.give_back()
         return trained_state.joined(frozen), StepResult(
             metrics=metrics, trained_positions=trained, tokens=real, padding_fraction=1 - real / places
         )

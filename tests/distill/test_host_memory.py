@@ -64,3 +64,36 @@ def test_long_compilations_end_with_what_is_free_given_back(long_seconds: float,
     command = [sys.executable, "-c", GIVEN_BACK, str(long_seconds)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (float(done.stdout) > 200) == gives_back
+
+
+# Prints the MiB that the process has lost after a step that grew it, and after one that did not.
+AFTER_STEPS = """
+import numpy as np
+from distill.host_memory import Growth, keep_freed_memory
+
+keep_freed_memory()
+growth = Growth()
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+def step():
+    freed = np.ones(2**25)
+    above = np.ones(2**17)
+    del freed
+    before = resident()
+    growth.give_back()
+    print(before - resident())
+    return above
+
+step()
+kept = step()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+def test_a_step_that_grew_the_process_gives_back_what_is_free_and_no_other_does() -> None:
+    done = subprocess.run([sys.executable, "-c", AFTER_STEPS], capture_output=True, text=True, check=True)
+    grew, settled = map(float, done.stdout.split())
+    assert grew > 200
+    assert settled < 1
