@@ -14,14 +14,16 @@ from teacher.placement import own_mesh
 from teacher.scoring import Scorer
 from tests.distill.miniature import DENSE, MOE
 
-# Rows are cut in two for the teacher, whose experts lie in different processes, and in four for the student.
-TEACHER_MESH, STUDENT_MESH = MeshShape(data=1, expert=2, tensor=2), MeshShape(fsdp=2)
+# Rows are cut in two for the teacher, whose experts lie in different processes.
+TEACHER_MESH = MeshShape(data=1, expert=2, tensor=2)
+STUDENT_MESHES = {"rows": MeshShape(fsdp=2), "pieces of rows": MeshShape(context=4)}
+"""By what each of four devices has of the student's batch."""
 ROWS, LENGTH, WORDS = 4, 12, 40
 
 
-def losses() -> list[dict[str, float]]:
-    """What the two updates measure."""
-    of_teacher, of_student = own_mesh(TEACHER_MESH, STUDENT_MESH)
+def losses(share: str) -> list[dict[str, float]]:
+    """What the two updates measure; `share` is one of STUDENT_MESHES."""
+    of_teacher, of_student = own_mesh(TEACHER_MESH, STUDENT_MESHES[share])
     small = {"num_hidden_layers": 1, "num_key_value_heads": 2, "vocab_size": WORDS}
     configs = [ModelConfig.from_hf(architecture | small) for architecture in (MOE, DENSE)]
     teacher, student = (

@@ -20,7 +20,7 @@ from distill.processes import Cluster
 from qwen3.errors import UserError
 from teacher.store import TargetStore
 from tests.distill import miniature
-from tests.distill.taught import losses
+from tests.distill.taught import STUDENT_MESHES, losses
 
 # The mesh puts halves of every matrix into different processes, and experts on different devices of one. One layer is
 # enough for that: nearly all of the time is compiling, three times over.
@@ -151,7 +151,7 @@ from tests.distill.taught import losses
 
 
 def work():
-    print(json.dumps(losses()), file=sys.stderr)
+    print(json.dumps(losses(sys.argv[3])), file=sys.stderr)
     return 0
 
 
@@ -159,10 +159,11 @@ sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
 """
 
 
-def test_a_teacher_with_devices_of_both_processes_teaches_as_in_one_process(tmp_path: Path) -> None:
-    expected = losses()
+@pytest.mark.parametrize("share", STUDENT_MESHES)
+def test_a_teacher_with_devices_of_both_processes_teaches_as_in_one_process(share: str, tmp_path: Path) -> None:
+    expected = losses(share)
     assert expected[0] != pytest.approx(expected[1], rel=1e-3)
-    for status, errors in run_two(TAUGHT, tmp_path, devices=4):
+    for status, errors in run_two(TAUGHT, tmp_path, share, devices=4):
         assert status == 0, errors
         said = next(json.loads(line) for line in errors.splitlines() if line.startswith("[{"))
         for ours, theirs in zip(said, expected, strict=True):
