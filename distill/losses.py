@@ -96,8 +96,8 @@ def distillation_loss(
     }
     run = functools.partial(_loss, loss=loss, options=options)
     if mesh is None:
-        if implementation in ("tpu", "gpu"):
-            # Kernels multiply what is of one dtype: that in which the models compute.
+        if implementation != "reference":
+            # In the dtype of computing, in which words are written too: float32 products are slow on accelerators.
             head = head.astype(hidden.dtype)
             if teacher_head is not None and isinstance(targets, Hidden):
                 teacher_head = teacher_head.astype(targets.hidden.dtype)

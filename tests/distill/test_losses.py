@@ -259,3 +259,19 @@ def test_targets_and_teacher_head_must_go_together(arrays):
         distillation_loss(hidden, head, top, weights, LOSSES[0], teacher_head=teacher_head)
     with pytest.raises(ValueError, match="targets is a dict"):
         distillation_loss(hidden, head, {}, weights, LOSSES[0])
+
+
+@pytest.mark.parametrize("mesh", [None, MeshShape(data=1, fsdp=1)], ids=["", "of one device"])
+def test_heads_are_multiplied_in_the_dtype_of_computing(arrays, mesh):
+    hidden, head, teacher_hidden, teacher_head, weights = arrays
+    targets, place = Hidden(hidden=teacher_hidden.astype(jnp.bfloat16)), mesh and make_mesh(mesh, jax.devices()[:1])
+
+    def loss(head, teacher_head):
+        return distillation_loss(
+            hidden.astype(jnp.bfloat16), head, targets, weights, LOSSES[1], teacher_head=teacher_head, mesh=place
+        )[0]
+
+    rounded = loss(head.astype(jnp.bfloat16), teacher_head.astype(jnp.bfloat16))
+    assert loss(head, teacher_head) == rounded
+    gradient = jax.grad(loss)(head, teacher_head)
+    assert gradient.dtype == head.dtype
