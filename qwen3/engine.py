@@ -5,8 +5,8 @@ sequence ends takes the next request. Several tokens are written in one dispatch
 Shapes are fixed by the engine, so a loop of training and sampling never compiles again. A rollout depends only on
 the weights and on (seed, policy step, prompt, sample index): every token has a random key of its own.
 
-On CPU the slots are divided into one group a core, each with pages and a thread of its own, which take requests from
-one queue: XLA computes the small products of a decoding step on one core alone, but several programs side by side.
+On CPU the slots are divided into one group a core, each with requests, pages and a thread of its own: XLA computes
+the small products of a decoding step on one core alone, but several programs side by side.
 
 What is held beside the weights: the pages, and during a dispatch a copy of the slots' own ones side by side, as long
 as the longest sequence by then. A pool smaller than its default therefore saves at most half. There is no such copy
@@ -35,7 +35,7 @@ from qwen3.pages import PAGE_SIZE, PagePool
 from qwen3.rollout import THINKING, Rollout
 from qwen3.sampling import Plan, SamplingParams
 from qwen3.sharding import BATCH, check_rows, fetch, place, placed_shapes, row_shapes, row_shares
-from qwen3.slots import Prompts, Request, Slots, State, Waiting, Written
+from qwen3.slots import Prompts, Request, Slots, State, Written
 
 __all__ = ["Engine", "OnProgress", "Request"]
 
@@ -51,6 +51,8 @@ OnProgress = Callable[[int, int], None]
 class _Group:
     """Slots that are written together, in one dispatch after the other."""
 
+    requests: list[int]
+    """Indices of the requests that these slots write."""
     slots: Slots
     pages: Pages
 
@@ -201,23 +203,22 @@ class Engine:
         plan = Plan.of([request.params for request in requests], self.config.vocab_size)
         numbers = np.uint32(seed), np.uint32(policy_step)
         layers = self._layers(model) if self.unroll else tuple(model.stacks)
-        waiting = Waiting(requests)
-        groups = self._groups(requests, waiting, shares, model.compute_dtype, mesh)
+        groups = self._groups(requests, shares, model.compute_dtype, mesh)
         rollouts: dict[int, Rollout] = {}
         with ThreadPoolExecutor(len(groups)) as threads:
 
             def write(group: _Group) -> Future[tuple[State, Written]]:
-                return threads.submit(self._write, model, layers, group, waiting, numbers, plan, mesh)
+                return threads.submit(self._write, model, layers, group, numbers, plan, mesh)
 
             writing = {write(group): group for group in groups}
             while writing:
                 for future in wait(writing, return_when=FIRST_COMPLETED).done:
                     group = writing.pop(future)
                     done = group.slots.collect(*future.result(), policy_step)
-                    rollouts.update(done)
+                    rollouts.update((group.requests[index], rollout) for index, rollout in done)
                     if done and on_progress is not None:
                         on_progress(len(done), sum(len(rollout.response) for _, rollout in done))
-                    if group.slots.writing or waiting:
+                    if group.slots.writing or group.slots.waiting:
                         writing[write(group)] = group
         return [rollouts[index] for index in range(len(requests))]
 
@@ -237,7 +238,7 @@ class Engine:
         devices = model.embed.get_value().sharding.mesh
         layers = placed_shapes(jax.eval_shape(layers_of, model), devices) if self.unroll else tuple(model.stacks)
         with jax.set_mesh(devices):
-            group = self._groups(requests, Waiting(requests), shares, model.compute_dtype, mesh, page_shapes)[0]
+            group = self._groups(requests, shares, model.compute_dtype, mesh, page_shapes)[0]
         admitted = group.slots.admit()
         assert admitted is not None
         prompts = row_shapes(admitted[0], mesh, PartitionSpec(None, *BATCH))
@@ -257,21 +258,20 @@ class Engine:
         model: Qwen3,
         layers: tuple[Layer, ...],
         group: _Group,
-        waiting: Waiting,
         numbers: tuple[np.uint32, np.uint32],
         plan: Plan,
         mesh: Mesh | None,
     ) -> tuple[State, Written]:
         """Fill the free slots of a group and write in all of them until enough have ended."""
         slots = group.slots
-        # Groups take from one queue and run the same programs: one compiles them, the others wait for it.
+        # Groups run the same programs: one compiles them, the others wait for it.
         with self._compiling:
             if (admitted := slots.admit()) is not None:
                 prompts, chunks = admitted
                 placed = _place(prompts, PartitionSpec(None, *BATCH), mesh)
                 group.pages = self._read(model, group.pages, placed, np.int32(chunks), mesh=mesh)
             # Where none waits, nothing is gained by ending a dispatch before its last slot has ended.
-            leave = max(0, slots.writing - -(-slots.size // 8)) if waiting else 0
+            leave = max(0, slots.writing - -(-slots.size // 8)) if slots.waiting else 0
             fixed, state = _place((slots.fixed, slots.state), BATCH, mesh)
             state, group.pages, written = self._decode(
                 model, layers, group.pages, fixed, state, np.int32(leave), *numbers, plan=plan, mesh=mesh
@@ -315,26 +315,21 @@ class Engine:
     def _groups(
         self,
         requests: Sequence[Request],
-        waiting: Waiting,
         shares: int,
         dtype: Any,
         mesh: Mesh | None,
         make: Callable[..., Pages] = make_pages,
     ) -> list[_Group]:
         stop_ids = [self._stop_ids(request) for request in requests]
-        budgets = [self._budget(request) for request in requests]
         count = self._most_groups if mesh is None else 1
         rows, pages = self.batch_size // count, self.pages // count
         prefill_rows = min(rows // shares, max(1, _PREFILL_TOKENS // self.max_prompt_tokens))
         groups = []
-        for _ in range(min(count, len(requests))):
+        for indices in np.array_split(np.arange(len(requests)), min(count, len(requests))):
             slots = Slots(
-                requests,
-                stop_ids,
-                budgets,
-                waiting,
-                # Fewer requests than slots keep every core busy too.
-                most_writing=-(-len(requests) // count),
+                [requests[i] for i in indices],
+                [stop_ids[i] for i in indices],
+                [self._budget(requests[i]) for i in indices],
                 batch_size=rows,
                 pools=[PagePool(pages // shares, self.page_size) for _ in range(shares)],
                 prefill_rows=shares * prefill_rows,
@@ -346,7 +341,7 @@ class Engine:
             )
             size = shares * (pages // shares + 1)
             empty = make(self.config, dtype, pages=size, page_size=self.page_size, mesh=mesh)
-            groups.append(_Group(slots, empty))
+            groups.append(_Group(indices.tolist(), slots, empty))
         return groups
 
     @property

@@ -81,46 +81,12 @@ class _Open:
     parts: list[Written]
 
 
-class Waiting:
-    """Requests without a slot, from which several `Slots` take, one thread at a time.
-
-    Those of one prompt go to one taker, whose pages they share, as long as the others have prompts of their own.
-    """
-
-    def __init__(self, requests: Sequence[Request]):
-        same_prompt: dict[tuple[int, ...], deque[int]] = {}
-        for index, request in enumerate(requests):
-            same_prompt.setdefault(tuple(request.prompt_ids), deque()).append(index)
-        self._untouched = deque(same_prompt.values())
-        self._begun: dict[object, deque[int]] = {}
-        self._count = len(requests)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def next(self, taker: object) -> int:
-        """Index of the request that `taker` would get."""
-        return self._prompt(taker)[0]
-
-    def take(self, taker: object) -> int:
-        """Index of the request that `taker` gets."""
-        self._count -= 1
-        return self._prompt(taker).popleft()
-
-    def _prompt(self, taker: object) -> deque[int]:
-        if not self._begun.get(taker):
-            self._begun[taker] = self._untouched.popleft() if self._untouched else max(self._begun.values(), key=len)
-        return self._begun[taker]
-
-
 class Slots:
     """B slots in equal shares, each share with a pool of its own.
 
     Args:
-        requests: What to write.
+        requests: What to write, admitted in this order.
         stop_ids, budgets: Of every request, as the engine understands them.
-        waiting: Those of them that have no slot yet; other slots may take from it too.
-        most_writing: Slots that write at once, at most.
         batch_size: B.
         pools: One a share.
         prefill_rows: C, a multiple of the shares.
@@ -135,9 +101,7 @@ class Slots:
         requests: Sequence[Request],
         stop_ids: Sequence[Sequence[int]],
         budgets: Sequence[int],
-        waiting: Waiting,
         *,
-        most_writing: int,
         batch_size: int,
         pools: Sequence[PagePool],
         prefill_rows: int,
@@ -150,7 +114,7 @@ class Slots:
         self._requests, self._stop_ids, self._budgets = requests, stop_ids, budgets
         self._pools, self._prefill_rows = pools, prefill_rows
         self._prompt_tokens, self._prompt_pages, self._pad_id = prompt_tokens, prompt_pages, pad_id
-        self._waiting, self._most_writing = waiting, most_writing
+        self._waiting = deque(range(len(requests)))
         self._open: list[_Open | None] = [None] * batch_size
         # Slots without a request draw as the first one does, so that they need nothing of the compiled program.
         self.fixed: Any = Fixed(
@@ -183,6 +147,11 @@ class Slots:
         """Slots that write."""
         return sum(slot is not None for slot in self._open)
 
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
     def admit(self) -> tuple[Prompts, int] | None:
         """Give free slots the next requests as long as their pages last.
 
@@ -191,19 +160,17 @@ class Slots:
         """
         waiting = len(self._waiting)
         shares = len(self._pools)
-        room = self._most_writing - self.writing
         fresh: list[list[Lease]] = [[] for _ in self._pools]
         for slot in (slot for slot, taken in enumerate(self._open) if taken is None):
-            if not (self._waiting and room):
+            if not self._waiting:
                 break
-            share, request = slot * shares // len(self._open), self._requests[self._waiting.next(self)]
+            share, request = slot * shares // len(self._open), self._requests[self._waiting[0]]
             # The last token that is written is never read.
             most = len(request.prompt_ids) + request.params.max_new_tokens - 1
             lease = self._pools[share].lease(request.prompt_ids, most)
             if lease is None:
                 continue
-            self._occupy(slot, self._waiting.take(self), lease)
-            room -= 1
+            self._occupy(slot, self._waiting.popleft(), lease)
             if lease.fresh and len(lease.prompt) > 1:
                 fresh[share].append(lease)
         return self._prompts(fresh) if len(self._waiting) < waiting else None

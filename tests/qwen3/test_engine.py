@@ -1,6 +1,6 @@
 """Rollouts: equal to transformers where greedy, independent of company, budgets and masks exact, compiled once."""
 
-import threading
+import os
 
 import jax
 import jax.monitoring
@@ -17,8 +17,7 @@ from qwen3.errors import UserError
 from qwen3.model import Qwen3
 from qwen3.rollout import NON_THINKING, THINKING
 from qwen3.sampling import SamplingParams
-from qwen3.sharding import MeshShape, fetch, make_mesh, shardings
-from qwen3.slots import Slots
+from qwen3.sharding import MeshShape, make_mesh, shardings
 
 VOCABULARY = 160
 SIZES = {
@@ -198,7 +197,7 @@ def test_a_short_sequence_goes_on_where_a_long_one_has_ended(models):
 
 
 def test_groups_of_slots_write_what_one_group_writes(models, engine, monkeypatch):
-    monkeypatch.setattr("qwen3.engine.usable_cores", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     requests = mixed_requests()
     told = []
     written = make_engine(batch_size=8).generate(
@@ -209,44 +208,6 @@ def test_groups_of_slots_write_what_one_group_writes(models, engine, monkeypatch
         np.testing.assert_array_equal(rollout.tokens, wanted.tokens)
         np.testing.assert_array_equal(rollout.loss_mask, wanted.loss_mask)
         np.testing.assert_allclose(rollout.sampler_logprobs, wanted.sampler_logprobs, atol=1e-5)
-
-
-def test_while_one_group_is_held_up_the_other_writes_what_waits(models, monkeypatch):
-    monkeypatch.setattr("qwen3.engine.usable_cores", lambda: 2)
-    requests, rows = mixed_requests(), 4
-    held_up, all_others_done, ended, in_time = threading.Event(), threading.Event(), [], []
-
-    def fetch_late(tree):
-        if not held_up.is_set():
-            held_up.set()
-            in_time.append(all_others_done.wait(timeout=60))
-        return fetch(tree)
-
-    def on_progress(count, _):
-        ended.append(count)
-        if sum(ended) >= len(requests) - rows:
-            all_others_done.set()
-
-    monkeypatch.setattr("qwen3.engine.fetch", fetch_late)
-    make_engine(batch_size=2 * rows).generate(models["dense"], requests, seed=0, policy_step=5, on_progress=on_progress)
-    assert in_time == [True]
-    assert sum(ended) == len(requests)
-
-
-def test_fewer_requests_than_slots_keep_every_group_busy(models, monkeypatch):
-    monkeypatch.setattr("qwen3.engine.usable_cores", lambda: 2)
-    writing = set()
-    admit = Slots.admit
-
-    def note(slots):
-        admitted = admit(slots)
-        writing.add((slots, slots.writing))
-        return admitted
-
-    monkeypatch.setattr(Slots, "admit", note)
-    requests = [make_request(PROMPTS[1], sample_index) for sample_index in range(4)]
-    make_engine(batch_size=8).generate(models["dense"], requests, seed=0, policy_step=5)
-    assert [rows for _, rows in writing] == [2, 2]
 
 
 def test_a_mixture_of_experts_does_not_mix_rows(models):
