@@ -23,6 +23,8 @@ from qwen3.cores import usable_cores
 _PROCESS_BYTES = 2 * 2**30
 """That a compiler takes of this machine: 1.9 GB were measured with the programs of a 235B teacher."""
 
+_ENDED = "the compiler ended its process; what it said stands above, and if nothing, take fewer --workers"
+
 
 def workers_here() -> int:
     """As many compilers as there are cores, and as memory lasts for (Linux, where the compilers are)."""
@@ -65,7 +67,7 @@ def _alone(experiment: Experiment, topology: str, number: int) -> tuple[Compiled
         try:
             found = process.submit(_compile, experiment, topology, number).result()
         except BrokenProcessPool:
-            found = Compiled(error="the compiler ended its process; what it said stands above")
+            found = Compiled(error=_ENDED)
     return found, time.monotonic() - started
 
 

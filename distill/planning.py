@@ -153,15 +153,15 @@ def cut_down(experiment: Experiment, devices: int) -> tuple[Experiment, str]:
     mesh = experiment.mesh
     asked = math.prod(getattr(mesh, axis) for axis in _CUT)
     excess = asked // math.gcd(asked, devices)
-    if excess == 1 or (experiment.teacher is not None and experiment.teacher.placement == "own_mesh"):
+    if experiment.teacher is not None and experiment.teacher.placement == "own_mesh":
         return experiment, ""
-    sizes = {}
+    sizes = {} if mesh.data == -1 else {"data": -1}
     for axis in _CUT:
         common = math.gcd(getattr(mesh, axis), excess)
         excess //= common
         if common > 1:
             sizes[axis] = getattr(mesh, axis) // common
-    changed = dataclasses.replace(experiment, mesh=dataclasses.replace(mesh, data=-1, **sizes))
+    changed = dataclasses.replace(experiment, mesh=dataclasses.replace(mesh, **sizes))
     return changed, " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items())
 
 

@@ -90,12 +90,13 @@ def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mes
             return distillation_loss(hidden, model.head, targets, weights, Loss(name=name), **how, **more)[0]
 
         full = divergence(Hidden(hidden=hidden), weights, "reverse_kl", teacher_head=model.head)
-        targets = top_k_targets(hidden, model.head, min(8, model.config.vocab_size))
+        head = model.head.astype(hidden.dtype)
+        targets = top_k_targets(hidden, head, min(8, model.config.vocab_size))
         top = divergence(targets, weights, "forward_kl")
         # Cross-entropy by the loss against the log-probability of the next token, written out without it.
         inner = weights.at[:, len(ids) - 1].set(0)
         entropy = divergence(one_hot(tokens), inner, "forward_kl")
-        logits = jnp.einsum("BTD,VD->BTV", hidden, model.head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
         return full, top, entropy + jnp.sum(inner[:, :-1] * chosen)
 

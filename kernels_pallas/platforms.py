@@ -58,7 +58,7 @@ def choose(
             f"implementation {requested!r} of {operation} needs {_KERNELS[requested]}, this platform is {here}; "
             "use 'xla', or None"
         )
-    if requested == "gpu" and (capability := _compute_capability()) not in (None, _HOPPER):
+    if requested == "gpu" and (capability := _compute_capability(_kind())) not in (None, _HOPPER):
         raise ValueError(
             f"implementation 'gpu' of {operation} needs {_KERNELS['gpu']}, compute capability {_HOPPER}; the one here "
             f"has {capability}; use 'xla', or None"
@@ -66,13 +66,21 @@ def choose(
     return requested
 
 
+def _kind() -> str | None:
+    """The kind of the devices of the mesh that is set."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.device_kind
+
+
 @functools.cache
-def _compute_capability() -> str | None:
-    """Of the GPUs here; None where there are none, as when compiling for some that are elsewhere."""
+def _compute_capability(kind: str | None) -> str | None:
+    """Of the GPUs of this kind here, of any kind without one; None where there are none, as when compiling for some
+    that are elsewhere."""
     try:
-        return jax.devices("gpu")[0].compute_capability
+        here = jax.devices("gpu")[0]
     except RuntimeError:
         return None
+    return here.compute_capability if kind in (None, here.device_kind) else None
 
 
 @functools.cache

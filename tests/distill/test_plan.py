@@ -268,21 +268,23 @@ def test_the_search_ends_at_the_first_program_that_does_not_fit(quickstart: Expe
 
 
 @pytest.mark.parametrize(
-    ("devices", "options"),
+    ("devices", "data", "options"),
     [
-        (64, ""),
-        (128, ""),
-        (32, "--mesh.context 1"),
-        (8, "--mesh.context 1 --mesh.expert 2"),
-        (2, "--mesh.context 1 --mesh.expert 1 --mesh.tensor 2"),
+        (64, -1, ""),
+        (128, -1, ""),
+        (64, 2, "--mesh.data -1"),
+        (32, -1, "--mesh.context 1"),
+        (8, -1, "--mesh.context 1 --mesh.expert 2"),
+        (2, 2, "--mesh.data -1 --mesh.context 1 --mesh.expert 1 --mesh.tensor 2"),
     ],
 )
-def test_a_mesh_is_cut_down_to_fewer_devices(quickstart: Experiment, devices: int, options: str) -> None:
-    mesh = MeshShape(expert=8, tensor=4, context=2)
+def test_a_mesh_is_cut_down_to_fewer_devices(quickstart: Experiment, devices: int, data: int, options: str) -> None:
+    mesh = MeshShape(data=data, expert=8, tensor=4, context=2)
     smaller, said = cut_down(dataclasses.replace(quickstart, mesh=mesh), devices)
     assert said == options
     sizes = dataclasses.asdict(smaller.mesh)
     assert devices % (sizes["expert"] * sizes["tensor"] * sizes["context"]) == 0
+    assert sizes["data"] == -1
 
 
 def test_the_command_prints_topologies_side_by_side(

@@ -1,7 +1,9 @@
 """Which implementation is picked, and what is refused."""
 
 import logging
+import types
 
+import jax
 import pytest
 
 from kernels_pallas import platforms
@@ -38,10 +40,16 @@ def test_a_kernel_of_another_platform_is_refused(name: str) -> None:
 @pytest.mark.parametrize("capability", ["8.0", "10.0"])
 def test_a_gpu_of_another_generation_is_refused(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
     monkeypatch.setattr(platforms, "platform", lambda: "gpu")
-    monkeypatch.setattr(platforms, "_compute_capability", lambda: capability)
+    card = types.SimpleNamespace(compute_capability=capability, device_kind="NVIDIA card")
+    monkeypatch.setattr(jax, "devices", lambda backend: [card])
+    platforms._compute_capability.cache_clear()
     assert choose("attention", "xla", AVAILABLE) == "xla"
     with pytest.raises(ValueError, match=f"needs .* Hopper .* 9.0; the one here has {capability}; use 'xla'"):
         choose("attention", "gpu", AVAILABLE)
+    # A plan for cards that are not here does not ask which are.
+    monkeypatch.setattr(platforms, "_kind", lambda: "NVIDIA H100")
+    assert choose("attention", "gpu", AVAILABLE) == "gpu"
+    platforms._compute_capability.cache_clear()
 
 
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
