@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers",
         metavar="N",
         type=int,
-        help="compilers side by side, of 2 GB each (default: one a core, as memory lasts)",
+        help="compilers side by side, of 3 GB each (default: one a core, as memory lasts)",
     )
     defaults = Assumptions()
     for name, words in _ASSUMED.items():

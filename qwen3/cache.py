@@ -153,7 +153,7 @@ def units(config: ModelConfig, unroll: bool) -> Iterator[int | range]:
 
 
 def first_pages(config: ModelConfig, pages: Pages, mesh: Mesh | None) -> Int[Array, "L"]:
-    """Where each layer's pages start within a share; without a mesh, in all of `pages`."""
+    """Where each layer's pages start within a share; without a mesh, as inside `per_share`, in all of `pages`."""
     per_layer = pages.k.shape[0] // row_shares(mesh) // config.num_hidden_layers
     return jnp.arange(config.num_hidden_layers, dtype=jnp.int32) * per_layer
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import DualChunkQueries
-from qwen3.cache import PAGES, Pages, paged, per_share, units
+from qwen3.cache import PAGES, Pages, first_pages, paged, per_share, units
 from qwen3.config import ModelConfig
 from qwen3.model import Layer, Qwen3
 from qwen3.rope import rotation
@@ -132,10 +132,10 @@ class ContiguousCache:
 
     def _page_ids(self, pages: Pages, layers: int | range, table: Array) -> Array:
         """Where the pages of a table stand for one layer, or for each layer of a stack in front."""
-        per_layer = pages.k.shape[0] // self.config.num_hidden_layers
+        firsts = first_pages(self.config, pages, None)
         if isinstance(layers, int):
-            return table + layers * per_layer
-        return table + jnp.asarray(layers)[:, None, None] * per_layer
+            return table + firsts[layers]
+        return table + firsts[layers.start : layers.stop, None, None]
 
     @property
     def _specs(self) -> Opened:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.paged_attention import paged_attention
 from kernels_pallas.paged_attention.api import Implementation
-from qwen3.cache import HEADS, PAGES, Pages, over_pages, per_share
+from qwen3.cache import HEADS, PAGES, Pages, first_pages, over_pages, per_share
 from qwen3.config import ModelConfig
 from qwen3.model import Layer, Qwen3
 from qwen3.sharding import BATCH
@@ -35,10 +35,10 @@ class PagedCache:
         def copy(pages: Pages, source: Array, target: Array, positions: Array) -> Pages:
             next_page = positions[:, None] // pages.k.shape[2]
             taken, given = (jnp.take_along_axis(table, next_page, axis=1)[:, 0] for table in (source, target))
-            per_layer = pages.k.shape[0] // self.config.num_hidden_layers
+            firsts = first_pages(self.config, pages, None)
 
             def copy_layer(layer: Array, pages: Pages) -> Pages:
-                first = layer * per_layer
+                first = firsts[layer]
                 return Pages(*(x.at[first + given].set(x[first + taken], mode="promise_in_bounds") for x in pages))
 
             # Layer by layer: what is copied is held beside the pages meanwhile.

@@ -45,7 +45,7 @@ class Arguments:
     subset: bool = False
     """Those that `make test-compile` compiles, and no others."""
     workers: int = 1
-    """Compiling processes, each of up to 2 GB."""
+    """Compiling processes, each of up to 3 GB."""
 
 
 class Outcome(NamedTuple):
