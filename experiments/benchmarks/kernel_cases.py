@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ MODELS = (
     Model(name="235B-A22B", width=4096, heads=64, kv_heads=4, experts=128, experts_per_token=8, expert_width=1536),
 )
 LARGEST = MODELS[-1].name
+_GRADIENT = " gradient"
 WIDEST_STUDENT = Model(name="14B", width=5120, heads=40, kv_heads=8)
 
 
@@ -54,13 +55,13 @@ class Case:
     shape: str
     """For people; with the operation it names the case."""
     function: Callable[..., Any]
-    """Takes the arguments, and `implementation` by name."""
+    """The forward pass: takes the arguments, and `implementation` by name."""
     sample: Callable[[Array], tuple[Any, ...]]
     """Arguments from a random key."""
     kernels: tuple[str, ...] = ("tpu", "gpu")
     """Platforms on which the operation has a kernel; it is XLA's on others."""
-    cudnn: Callable[..., Any] | None = None
-    """The same by cuDNN, to be timed beside it on GPUs."""
+    gradients: int = 0
+    """How many of the first arguments the program gives gradients of; 0 where it is the forward pass alone."""
     subset: bool = False
     """Whether it is one of the few that `make test-compile` compiles."""
     flops: float = 0
@@ -71,6 +72,28 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.operation} {self.shape}"
+
+    @property
+    def forward_operation(self) -> str:
+        return self.operation.removesuffix(_GRADIENT)
+
+    def gradient(self, count: int, flops: float | None = None) -> "Case":
+        """This forward pass and its gradients by the first `count` arguments; three times the products, if no other
+        number is given."""
+        return dataclasses.replace(
+            self,
+            operation=self.operation + _GRADIENT,
+            gradients=count,
+            flops=3 * self.flops if flops is None else flops,
+        )
+
+    def program(self, implementation: str) -> Callable[..., Any]:
+        """Of the arguments alone."""
+        return self.program_of(functools.partial(self.function, implementation=implementation))
+
+    def program_of(self, forward: Callable[..., Array]) -> Callable[..., Any]:
+        """What this case asks of any forward pass: itself, or its gradients."""
+        return _gradients(forward, self.gradients) if self.gradients else forward
 
     def arguments(self) -> tuple[Any, ...]:
         """Shapes and dtypes alone."""
@@ -96,29 +119,9 @@ def _attention(model: Model) -> Iterator[Case]:
         # Two products, over half of all pairs.
         flops = 2 * length**2 * model.heads * model.head_size
         subset = model.name == LARGEST and length == 4096
-        yield Case(
-            operation="attention",
-            shape=size,
-            function=attention,
-            sample=sample,
-            cudnn=_cudnn,
-            flops=flops,
-            subset=subset,
-        )
-        yield Case(
-            operation="attention gradient",
-            shape=size,
-            function=_gradient(attention, 3),
-            sample=sample,
-            cudnn=functools.partial(_gradient(_cudnn, 3), implementation="cudnn"),
-            flops=3.5 * flops,  # seven products
-            subset=subset,
-        )
-
-
-def _cudnn(q: Array, k: Array, v: Array, segments: Array, *, implementation: Literal["cudnn"] = "cudnn") -> Array:
-    """Of one segment a row; a mask would cost cuDNN more than it gains."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+        case = Case(operation="attention", shape=size, function=attention, sample=sample, flops=flops, subset=subset)
+        yield case
+        yield case.gradient(3, flops=3.5 * flops)  # seven products
 
 
 def _attention_part(model: Model) -> Iterator[Case]:
@@ -152,8 +155,9 @@ def _attention_part(model: Model) -> Iterator[Case]:
         ("attention_part", part, sample, 3),
         ("dual_chunk_attention", chunked, sample_chunked, 5),
     ):
-        yield Case(operation=operation, shape=size, function=function, sample=arguments)
-        yield Case(operation=f"{operation} gradient", shape=size, function=_gradient(function, count), sample=arguments)
+        case = Case(operation=operation, shape=size, function=function, sample=arguments)
+        yield case
+        yield case.gradient(count)
 
 
 def _paged_attention(model: Model) -> Iterator[Case]:
@@ -209,8 +213,7 @@ def _grouped_matmul(model: Model) -> Iterator[Case]:
             subset=subset,
         )
         yield case
-        gradient = _gradient(function, count)
-        yield dataclasses.replace(case, operation=f"{operation} gradient", function=gradient, flops=3 * flops)
+        yield case.gradient(count)
 
 
 def _experts(model: Model) -> Iterator[Case]:
@@ -233,8 +236,7 @@ def _experts(model: Model) -> Iterator[Case]:
     flops = 6 * tokens * model.experts_per_token * model.width * model.expert_width
     case = Case(operation="moe_dispatch", shape=size, function=layer, sample=sample, kernels=(), flops=flops)
     yield case
-    gradient = _gradient(layer, 5)
-    yield dataclasses.replace(case, operation="moe_dispatch gradient", function=gradient, flops=3 * flops)
+    yield case.gradient(5)
 
 
 def _linear_kl(model: Model) -> Iterator[Case]:
@@ -266,8 +268,8 @@ def _linear_kl(model: Model) -> Iterator[Case]:
     product = 2 * tokens * VOCABULARY
     own, teachers = product * model.width, product * teacher_width
     for operation, function, sample, extra in (
-        ("linear_kl, hidden states", full, sample_full, teachers),
-        ("linear_kl, 64 words", at_ids, sample_at_ids, 0),
+        ("linear_kl hidden states", full, sample_full, teachers),
+        ("linear_kl 64 words", at_ids, sample_at_ids, 0),
     ):
         shape = f"{model.name}, {tokens:,} × {VOCABULARY:,}"
         subset = model.name == "8B" and function is at_ids
@@ -275,8 +277,7 @@ def _linear_kl(model: Model) -> Iterator[Case]:
             operation=operation, shape=shape, function=function, sample=sample, flops=own + extra, subset=subset
         )
         yield case
-        gradient = _gradient(function, 2)
-        yield dataclasses.replace(case, operation=f"{operation}, gradient", function=gradient, flops=3 * own + extra)
+        yield case.gradient(2, flops=3 * own + extra)
     if model.name == "8B":
         yield from _linear_kl(WIDEST_STUDENT)
 
@@ -293,11 +294,11 @@ OPERATIONS: Mapping[str, Callable[[Model], Iterator[Case]]] = MappingProxyType(
 )
 
 
-def _gradient(function: Callable[..., Array], count: int) -> Callable[..., Any]:
-    """The gradients of Σ function·cos(0, 1, 2, …) by its first `count` arguments."""
+def _gradients(function: Callable[..., Array], count: int) -> Callable[..., Any]:
+    """Those of Σ function·cos(0, 1, 2, …) by its first `count` arguments."""
 
-    def loss(*arguments: Array, implementation: str) -> Array:
-        out = function(*arguments, implementation=implementation)
+    def loss(*arguments: Array) -> Array:
+        out = function(*arguments)
         arriving = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
         return jnp.sum(out.astype(jnp.float32) * arriving)
 

@@ -77,7 +77,7 @@ def compile_case(name: str, target: str) -> Outcome:
     mesh = _mesh(target)
     platform = mesh.devices.item().platform
     implementation = platform if platform in case.kernels else "xla"
-    function = jax.jit(functools.partial(case.function, implementation=implementation))
+    function = jax.jit(case.program(implementation))
     begin = processor_seconds()
     try:
         compiled = topologies.compile_for(mesh, function, *case.arguments())

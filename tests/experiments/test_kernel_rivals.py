@@ -1,0 +1,117 @@
+"""Rivals do what the cases ask: a wrong scale or layout would only be seen on a card that is paid for."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from experiments.benchmarks import kernel_run
+from experiments.benchmarks.kernel_cases import Case, cases
+from experiments.benchmarks.kernel_rivals import rivals
+
+
+def _normal(key: jax.Array, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    return [
+        jax.random.normal(part, shape, jnp.bfloat16)
+        for part, shape in zip(jax.random.split(key, len(shapes)), shapes, strict=True)
+    ]
+
+
+def _attention(key: jax.Array) -> tuple[jax.Array, ...]:
+    kv = (1, 512, 2, 128)
+    return *_normal(key, (1, 512, 4, 128), kv, kv), jnp.ones((1, 512), jnp.int32)
+
+
+def _products(key: jax.Array, weights: int) -> tuple[jax.Array, ...]:
+    x, *stacks = _normal(key, (512, 1024), *[(4, 1024, 1024)] * weights)
+    return x, *(stack * 0.02 for stack in stacks), jnp.array([100, 0, 300, 112])
+
+
+def _pages(key: jax.Array) -> tuple[jax.Array, ...]:
+    q, k, v = _normal(key, (2, 1, 4, 128), (32, 2, 64, 128), (32, 2, 64, 128))
+    return q, k, v, jax.random.permutation(key, 32).reshape(2, 16), jnp.array([700, 1024])
+
+
+_SAMPLES: dict[str, Callable[[jax.Array], tuple[Any, ...]]] = {
+    "attention": _attention,
+    "grouped_matmul": functools.partial(_products, weights=1),
+    "grouped_swiglu": functools.partial(_products, weights=2),
+    "paged_attention": _pages,
+}
+
+
+def _with_rivals(platform: str) -> dict[str, Case]:
+    """The first case of each operation, at sizes for an interpreter."""
+    return {
+        case.operation: dataclasses.replace(case, sample=_SAMPLES[case.forward_operation])
+        for case in reversed(list(cases()))
+        if case.forward_operation in _SAMPLES and rivals(case, platform)
+    }
+
+
+@pytest.mark.parametrize("case", _with_rivals("tpu").values(), ids=lambda case: case.operation)
+def test_rivals_on_a_tpu_give_what_the_operation_gives(case: Case) -> None:
+    arguments = case.sample(jax.random.key(0))
+    exact = case.program("xla")(*arguments)
+    for rival in rivals(case, "tpu"):
+        with pltpu.force_tpu_interpret_mode():
+            got = rival.programs(case)[-1](*rival.prepare(*arguments))
+        assert kernel_run.relative_error(got, exact) < kernel_run.LARGEST_ERROR, rival.name
+
+
+def test_every_operation_with_a_rival_is_covered() -> None:
+    assert set(_with_rivals("tpu")) == {
+        "attention", "attention gradient", "paged_attention",
+        "grouped_matmul", "grouped_matmul gradient", "grouped_swiglu", "grouped_swiglu gradient",
+    }  # fmt: skip
+    # cuDNN's and jax's attention for GPUs cannot be traced without CUDA.
+    assert {"attention", "attention gradient", "grouped_matmul", "grouped_swiglu"} <= set(_with_rivals("gpu"))
+
+
+@pytest.mark.parametrize("operation", ["grouped_matmul", "grouped_swiglu"])
+def test_jaxs_products_for_gpus_take_the_arguments(operation: str) -> None:
+    case = next(case for case in cases() if case.operation == operation)
+    (rival,) = (rival for rival in rivals(case, "gpu") if rival.name == "jax Mosaic")
+    traced, refusals = 0, []
+    for program in rival.programs(case):
+        try:
+            got = jax.eval_shape(program, *case.arguments())
+        except ValueError as error:
+            refusals.append(str(error))
+            continue
+        assert got == jax.eval_shape(case.program("xla"), *case.arguments())
+        traced += 1
+    assert traced > 1
+    assert all("columns are no multiple" in refusal for refusal in refusals)
+
+
+def test_the_fastest_configuration_counts_and_one_that_fails_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def square(x: jax.Array) -> jax.Array:
+        return x @ x
+
+    def refused(x: jax.Array) -> jax.Array:
+        raise ValueError("no such tile")
+
+    def own(x: jax.Array, *, implementation: str) -> jax.Array:
+        return x @ x
+
+    def sample(key: jax.Array) -> tuple[jax.Array, ...]:
+        return (jax.random.normal(key, (64, 64), jnp.bfloat16),)
+
+    case = Case(operation="square", shape="64", function=own, sample=sample)
+    rival = kernel_run.Rival(name="theirs", configurations=(refused, square))
+    broken = kernel_run.Rival(name="broken", configurations=(refused,))
+    monkeypatch.setattr(kernel_run, "rivals", lambda case, platform: [rival, broken])
+    monkeypatch.setattr(kernel_run, "_ROUND_SECONDS", 1e-3)
+    assert kernel_run.print_rows(case, "cpu", kernel_run.Roofs(1e12, 1e11))
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[3].strip() for row in rows] == ["xla", "theirs", "broken"]
+    assert "failed" not in rows[1]
+    assert "failed: no such tile" in rows[2]
