@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from distill.experiment_file import load_experiment
 from distill.programs import Program, programs
 from experiments.qwen3_strong_to_weak import SHARDED_TEACHER
+from kernels_pallas.moe_dispatch import Exchange
 from qwen3.config import ModelConfig
 from qwen3.engine import Engine
 from qwen3.kernels import Kernels
@@ -25,6 +26,8 @@ EXPERIMENTS = Path(__file__).parents[1]
 SCORED_ROWS, SCORED_TOKENS, SCORED_ENTRIES = 8, 4_096, 64
 SCORING_TARGETS = ("v5e:8x8", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x4x4", "h100:8x8")
 """64 devices of each kind; what runs beside the scoring needs more memory than v5e has, and is compiled for three."""
+RAGGED_TARGETS = ("v5p:4x4x4", "v6e:8x8", "tpu7x:2x4x4", "h100:8x8")
+"""XLA has a ragged exchange for at most 16 chips of v5e."""
 WRITTEN_ROWS, PROMPT_TOKENS, NEW_TOKENS = 256, 256, 2_048
 WRITING_TARGETS = ("v5e:2x4", "v5p:1x1x1", "v6e:2x4", "h100:1x1", "h200:1x1")
 """Where the pages of so many sequences fit: 63 GiB in all."""
@@ -80,7 +83,7 @@ def cases() -> Iterator[ProgramCase]:
         operation="235B-A22B scores",
         shape=f"{scored}, experts by kernels",
         targets=SCORING_TARGETS,
-        program=functools.partial(scoring, kernels=True),
+        program=functools.partial(scoring, named=("grouped_matmul",)),
         most_bytes=10 * 2**30,
         subset=("v6e:8x8",),
     )
@@ -88,7 +91,14 @@ def cases() -> Iterator[ProgramCase]:
         operation="235B-A22B scores",
         shape=f"{scored}, experts by XLA",
         targets=SCORING_TARGETS,
-        program=functools.partial(scoring, kernels=False),
+        program=scoring,
+    )
+    yield ProgramCase(
+        operation="235B-A22B scores",
+        shape=f"{scored}, attention and experts by kernels, tokens exchanged to their experts alone",
+        targets=RAGGED_TARGETS,
+        program=functools.partial(scoring, named=("attention", "grouped_matmul"), exchange="ragged"),
+        most_bytes=10 * 2**30,
     )
     written = f"{WRITTEN_ROWS} × {PROMPT_TOKENS + NEW_TOKENS:,}"
     yield ProgramCase(
@@ -117,10 +127,12 @@ def cases() -> Iterator[ProgramCase]:
             )
 
 
-def scoring(devices: list[Any], *, kernels: bool) -> Program:
-    """The teacher of 235B, top-k targets of a batch, sharded as in the experiments."""
+def scoring(devices: list[Any], *, named: tuple[str, ...] = (), exchange: Exchange = "all_gather") -> Program:
+    """The teacher of 235B, top-k targets of a batch, sharded as in the experiments; the `named` operations by the
+    platform's own kernels."""
     mesh = make_mesh(SHARDED_TEACHER, devices)
-    model = _model("Qwen3-235B-A22B", mesh, Kernels(grouped_matmul=_kernel(devices)) if kernels else Kernels())
+    by_name: Any = dict.fromkeys(named, _kernel(devices))
+    model = _model("Qwen3-235B-A22B", mesh, Kernels(**by_name, exchange=exchange))
     program = top_k_program(model, mesh, rows=SCORED_ROWS, length=SCORED_TOKENS, k=SCORED_ENTRIES)
     return Program(
         stage="scoring",
