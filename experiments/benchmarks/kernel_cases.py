@@ -161,24 +161,32 @@ def _attention_part(model: Model) -> Iterator[Case]:
 
 
 def _paged_attention(model: Model) -> Iterator[Case]:
-    """64 rows that have reached half of 8,192 tokens, one new token each, or four when drafts are verified."""
-    batch, page, table, pages = 64, 64, 128, 8192
-    for new in (1, 4):
+    """Rows that have reached 4,096 tokens, one new token each, or four when drafts are verified; a table of many rows
+    that may become long is larger than a TPU's scalar memory."""
+    for batch, longest, page in ((64, 8192, 64), (256, 32_768, 32)):
+        for new in (1, 4):
+            yield _paged_attention_of(model, batch, longest, page, new)
 
-        def sample(key: Array, new: int = new) -> tuple[Array, ...]:
-            kv = (pages, model.kv_heads, page, model.head_size)
-            q, k, v = _normal(key, (batch, new, model.heads, model.head_size), kv, kv)
-            own = jax.random.permutation(key, pages).reshape(batch, table)
-            return q, k, v, own, jnp.full((batch,), table * page // 2)
 
-        yield Case(
-            operation="paged_attention",
-            shape=f"{model.name}, {batch} rows of {table * page:,}, {new} new, {model.heads}/{model.kv_heads} heads",
-            function=paged_attention,
-            sample=sample,
-            bytes=2 * 2 * batch * table * page // 2 * model.kv_heads * model.head_size,
-            subset=model.name == LARGEST,
-        )
+def _paged_attention_of(model: Model, batch: int, longest: int, page: int, new: int) -> Case:
+    reached = 4096
+    pages = batch * reached // page
+
+    def sample(key: Array) -> tuple[Array, ...]:
+        kv = (pages, model.kv_heads, page, model.head_size)
+        q, k, v = _normal(key, (batch, new, model.heads, model.head_size), kv, kv)
+        own = jax.random.permutation(key, pages).reshape(batch, -1)
+        table = jnp.pad(own, ((0, 0), (0, (longest - reached) // page)))
+        return q, k, v, table, jnp.full((batch,), reached)
+
+    return Case(
+        operation="paged_attention",
+        shape=f"{model.name}, {batch} rows of {longest:,}, {new} new, {model.heads}/{model.kv_heads} heads",
+        function=paged_attention,
+        sample=sample,
+        bytes=2 * 2 * batch * reached * model.kv_heads * model.head_size,
+        subset=model.name == LARGEST,
+    )
 
 
 def _grouped_matmul(model: Model) -> Iterator[Case]:

@@ -3,6 +3,9 @@
 Two buffers take turns: while one block of pages is worked on, the next one arrives, across the end of a row too, so
 that the memory never rests. Decoding is bound by that stream; the arithmetic (a few dozen query rows against a block)
 hides behind it. Pages behind a row's end are not fetched.
+
+The table of all rows may not fit scalar memory (of 1 MiB: 256 rows of 32,768 tokens in pages of 32 do not): a step has
+its own row's part and, to fetch ahead, the next row's.
 """
 
 import functools
@@ -41,13 +44,22 @@ def paged_attention(
     pages = max(1, min(_BLOCK_TOKENS, _BUFFER_BYTES // token_bytes, page_table.shape[1] * places) // places)
     padded = -(-rows // _SUBLANES) * _SUBLANES
     queries = pl.BlockSpec((1, kv_heads, padded, size), lambda b, *_: (b, 0, 0, 0))
+    table = page_table.astype(jnp.int32)[:, None]
+    own, next_own = (
+        pl.BlockSpec(
+            (1, *table.shape[1:]),
+            lambda b, *_, ahead=ahead: (jnp.minimum(b + ahead, batch - 1), 0, 0),
+            memory_space=pltpu.SMEM,
+        )
+        for ahead in (0, 1)
+    )
     buffer = pltpu.VMEM((2, pages, kv_heads, places, size), k_pages.dtype)
     out = pl.pallas_call(
         functools.partial(_kernel, new=new, group=rows // new),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=1,
             grid=(batch,),
-            in_specs=[queries, pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[own, next_own, queries, pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=queries,
             scratch_shapes=[
                 buffer,
@@ -62,8 +74,9 @@ def paged_attention(
         out_shape=jax.ShapeDtypeStruct((batch, kv_heads, padded, size), q.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
     )(
-        page_table.astype(jnp.int32),
         lengths.astype(jnp.int32),
+        table,
+        table,
         jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, 0))),
         k_pages,
         v_pages,
@@ -72,12 +85,12 @@ def paged_attention(
 
 
 def _kernel(
-    table, lengths, q, k_pages, v_pages, out, k_buffer, v_buffer, arrived, turn, acc, top, total, *, new, group
+    lengths, own, next_own, q, k_pages, v_pages, out, k_buffer, v_buffer, arrived, turn, acc, top, total, *, new, group
 ):
     row, (_, pages, kv_heads, places, size) = pl.program_id(0), k_buffer.shape
     block_tokens = pages * places
 
-    def each_page(row: Any, block: Any, slot: Any, act: Any) -> None:
+    def each_page(table: Any, row: Any, block: Any, slot: Any, act: Any) -> None:
         """Start or await the copies of a block, both by the same condition."""
         for i in range(pages):
             page = block * pages + i
@@ -86,14 +99,14 @@ def _kernel(
             def copy(i=i, page=page):
                 for side, (source, buffer) in enumerate(((k_pages, k_buffer), (v_pages, v_buffer))):
                     target, semaphore = buffer.at[slot, i], arrived.at[side, slot]
-                    act(pltpu.make_async_copy(source.at[table[row, page]], target, semaphore))
+                    act(pltpu.make_async_copy(source.at[table[0, 0, page]], target, semaphore))
 
     @pl.when(row == 0)
     def first_fetch():
         # Weights of 0 for what was not fetched must meet numbers.
         v_buffer[...] = jnp.zeros_like(v_buffer)
         turn[0] = 0
-        each_page(0, 0, 0, lambda copy: copy.start())
+        each_page(own, 0, 0, 0, lambda copy: copy.start())
 
     acc[...] = jnp.zeros_like(acc)
     top[...] = jnp.full_like(top, _LOWEST)
@@ -103,14 +116,17 @@ def _kernel(
 
     @pl.loop(0, count)
     def work(block):
-        slot, last = turn[0] % 2, block + 1 == count
-        next_row = jnp.where(last, row + 1, row)
+        slot = turn[0] % 2
 
-        @pl.when(next_row < pl.num_programs(0))
+        @pl.when(block + 1 < count)
         def fetch_ahead():
-            each_page(next_row, jnp.where(last, 0, block + 1), 1 - slot, lambda copy: copy.start())
+            each_page(own, row, block + 1, 1 - slot, lambda copy: copy.start())
 
-        each_page(row, block, slot, lambda copy: copy.wait())
+        @pl.when((block + 1 == count) & (row + 1 < pl.num_programs(0)))
+        def fetch_next_row():
+            each_page(next_own, row + 1, 0, 1 - slot, lambda copy: copy.start())
+
+        each_page(own, row, block, slot, lambda copy: copy.wait())
         index = jax.lax.broadcasted_iota(jnp.int32, (q.shape[2], block_tokens), 0)
         token = jax.lax.broadcasted_iota(jnp.int32, (q.shape[2], block_tokens), 1) + block * block_tokens
         position = lengths[row] - new + sum((index >= t * group).astype(jnp.int32) for t in range(1, new))
