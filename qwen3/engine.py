@@ -183,21 +183,16 @@ class Engine:
 
         Raises:
             UserError: A request that the engine's sizes cannot hold, naming its prompt; sharded weights over whose
-                mesh `batch_size` or `pages` cannot be spread.
+                mesh `batch_size` or `pages` cannot be spread; a model with Dual Chunk Attention whose
+                `kernels.paged_attention` is named.
             ValueError: A model of another architecture, or a seed or step that is no unsigned 32-bit number.
         """
-        if model.config != self.config:
-            raise ValueError("model.config differs from the engine's; make an engine for each architecture")
+        mesh, shares = self._placement(model)
         for field, value in (("seed", seed), ("policy_step", policy_step)):
             if not 0 <= value < 2**32:
                 raise ValueError(f"{field} is {value}; it must be in 0..{2**32 - 1}")
         for request in requests:
             self._check(request)
-        mesh = _mesh(model)
-        if mesh is not None:
-            check_rows("batch_size", self.batch_size, mesh)
-        shares = row_shares(mesh)
-        self._check_pages(shares)
         if not requests:
             return []
         plan = Plan.of([request.params for request in requests], self.config.vocab_size)
@@ -232,9 +227,7 @@ class Engine:
             Request(prompt_ids=prompt, prompt_id=str(number), sample_index=0, mode=THINKING, params=params)
             for number, params in enumerate(sampling)
         ]
-        mesh = _mesh(model)
-        shares = row_shares(mesh)
-        self._check_pages(shares)
+        mesh, shares = self._placement(model)
         devices = model.embed.get_value().sharding.mesh
         layers = placed_shapes(jax.eval_shape(layers_of, model), devices) if self.unroll else tuple(model.stacks)
         with jax.set_mesh(devices):
@@ -277,6 +270,18 @@ class Engine:
                 model, layers, group.pages, fixed, state, np.int32(leave), *numbers, plan=plan, mesh=mesh
             )
         return fetch((state, written))
+
+    def _placement(self, model: Qwen3) -> tuple[Mesh | None, int]:
+        """The mesh of several devices that holds the weights, if one does, and its shares of the rows."""
+        if model.config != self.config:
+            raise ValueError("model.config differs from the engine's; make an engine for each architecture")
+        model.kernels.check_pages(self.config)
+        mesh = _mesh(model)
+        if mesh is not None:
+            check_rows("batch_size", self.batch_size, mesh)
+        shares = row_shares(mesh)
+        self._check_pages(shares)
+        return mesh, shares
 
     def _check_pages(self, shares: int) -> None:
         if self.pages // shares < self._table_pages:

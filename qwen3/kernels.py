@@ -51,16 +51,20 @@ class Kernels:
         Traces each operation that was asked for by name; compiles and runs nothing. Raises UserError, which begins
         with the field.
         """
-        if self.paged_attention is not None and config.dual_chunk is not None:
-            raise UserError(
-                f"kernels.paged_attention: {self.paged_attention!r} does not read keys by chunks, which the model's "
-                "dual_chunk_attention_config asks for; leave it None"
-            )
+        self.check_pages(config)
         for field, probe in self._probes(config, dtype, mesh, named_words):
             try:
                 probe()
             except ValueError as error:
                 raise UserError(f"kernels.{field}: {error}") from None
+
+    def check_pages(self, config: ModelConfig) -> None:
+        """Refuses reading pages in place, whatever the platform, of a model whose keys are read by chunks."""
+        if self.paged_attention is not None and config.dual_chunk is not None:
+            raise UserError(
+                f"kernels.paged_attention: {self.paged_attention!r} does not read keys by chunks, which the model's "
+                "dual_chunk_attention_config asks for; leave it None"
+            )
 
     def _probes(
         self, config: ModelConfig, dtype: Any, mesh: Mesh, named_words: int

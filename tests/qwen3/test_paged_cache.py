@@ -9,6 +9,7 @@ import pytest
 
 from qwen3 import engine as engine_module
 from qwen3.engine import Engine
+from qwen3.errors import UserError
 from qwen3.kernels import Kernels
 from qwen3.model import Qwen3
 from qwen3.rollout import Rollout
@@ -82,6 +83,15 @@ def test_nothing_is_copied_of_a_large_pool(models, devices, unroll_layers):
     pool = sum(leaf.size * leaf.dtype.itemsize for leaf in programs.write_arguments[2]) // devices
     assert memory.alias_size_in_bytes >= pool
     assert memory.temp_size_in_bytes < pool / 100
+
+
+def test_keys_by_chunks_are_refused_as_before_a_run(models):
+    engine, model = make_engine(CONFIGS["chunks"]), reading(models["chunks"], "xla")
+    refused = r"^kernels\.paged_attention: 'xla' does not read keys by chunks, .*; leave it None$"
+    with pytest.raises(UserError, match=refused):
+        engine.generate(model, mixed_requests(), seed=0, policy_step=0)
+    with pytest.raises(UserError, match=refused):
+        engine.programs(model, [mixed_requests()[0].params])
 
 
 class _SameThread(ThreadPoolExecutor):
