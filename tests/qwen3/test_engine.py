@@ -341,19 +341,25 @@ def test_other_requests_and_weights_compile_nothing(models):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("dense", {"fsdp": 2, "tensor": 2, "context": 2}), ("moe", {"expert": 2, "tensor": 2, "context": 2})],
+    [
+        ("dense", {"fsdp": 2, "tensor": 2, "context": 2}),
+        ("moe", {"expert": 2, "tensor": 2, "context": 2}),
+        ("chunks", {"data": 2, "fsdp": 2, "tensor": 2}),
+    ],
 )
 def test_sharded_weights_write_the_same(models, name, shape):
     model = models[name]
     engine, mesh = make_engine(model.config), make_mesh(MeshShape(**shape))
     placed = jax.device_put(model, shardings(model, mesh))
-    requests = mixed_requests()
+    requests = mixed_requests() + [make_request(prompt, sample_index=2, temperature=0) for prompt in PROMPTS]
     for wanted, rollout in zip(
         engine.generate(model, requests, seed=0, policy_step=0),
         engine.generate(placed, requests, seed=0, policy_step=0),
         strict=True,
     ):
         np.testing.assert_array_equal(rollout.tokens, wanted.tokens)
+        # Devices add up their parts of float32 products, in another order.
+        np.testing.assert_allclose(rollout.sampler_logprobs, wanted.sampler_logprobs, atol=1e-4)
 
 
 def test_progress_counts_what_was_written(models, engine):
