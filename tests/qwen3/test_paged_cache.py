@@ -4,6 +4,7 @@ import dataclasses
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,12 +45,12 @@ def reading(model: Qwen3, implementation: str) -> Qwen3:
     return model
 
 
-def check_same(rollouts: list[Rollout], wanted: list[Rollout]) -> None:
+def check_same(rollouts: list[Rollout], wanted: list[Rollout], rounding: float = 1e-4) -> None:
     for mine, theirs in zip(rollouts, wanted, strict=True):
         np.testing.assert_array_equal(mine.tokens, theirs.tokens)
         np.testing.assert_array_equal(mine.loss_mask, theirs.loss_mask)
-        # The same float32 products are summed in another order.
-        np.testing.assert_allclose(mine.sampler_logprobs, theirs.sampler_logprobs, atol=1e-4)
+        # By default: the same float32 products are summed in another order.
+        np.testing.assert_allclose(mine.sampler_logprobs, theirs.sampler_logprobs, atol=rounding)
 
 
 @pytest.mark.parametrize(
@@ -103,13 +104,21 @@ class _SameThread(ThreadPoolExecutor):
         return done
 
 
-def test_a_kernel_reads_the_pages_of_an_engine(monkeypatch):
+@pytest.mark.parametrize(
+    ("implementation", "head_dim", "dtype", "temperature", "rounding"),
+    # Bfloat16 keeps 8 bits of each weight and of the result, in two layers.
+    [("tpu", 128, jnp.float32, 1, 1e-4), ("gpu", 64, jnp.bfloat16, 0, 0.03)],
+)
+def test_a_kernel_reads_the_pages_of_an_engine(implementation, head_dim, dtype, temperature, rounding, monkeypatch):
     monkeypatch.setattr(engine_module, "ThreadPoolExecutor", _SameThread)
-    config = dataclasses.replace(CONFIGS["dense"], head_dim=128)
-    model = jax.jit(Qwen3, static_argnums=0)(config, jax.random.key(0))
-    requests = [make_request(PROMPTS[3], sample_index, max_new_tokens=12) for sample_index in range(2)]
+    config = dataclasses.replace(CONFIGS["dense"], head_dim=head_dim)
+    model = jax.jit(Qwen3, static_argnums=0, static_argnames="compute_dtype")(
+        config, jax.random.key(0), compute_dtype=dtype
+    )
+    requests = [make_request(PROMPTS[3], index, max_new_tokens=12, temperature=temperature) for index in range(2)]
     # The second sequence begins with a copy of the first page, and both go on into a second one.
     engine = make_engine(config, batch_size=2, max_new_tokens=12, page_size=16)
     wanted = engine.generate(model, requests, seed=0, policy_step=0)
-    with interpret("tpu"):
-        check_same(engine.generate(reading(model, "tpu"), requests, seed=0, policy_step=0), wanted)
+    with interpret(implementation):
+        written = engine.generate(reading(model, implementation), requests, seed=0, policy_step=0)
+    check_same(written, wanted, rounding)
