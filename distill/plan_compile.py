@@ -8,10 +8,10 @@ import multiprocessing
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 from rich.console import Console
 
+from distill.available_memory import available_bytes
 from distill.experiment import Experiment
 from distill.program_memory import Compiled, compiled
 from distill.programs import Program, programs
@@ -28,9 +28,7 @@ _ENDED = "the compiler ended its process; what it said stands above, and if noth
 
 def workers_here() -> int:
     """As many compilers as there are cores, and as memory lasts for (Linux, where the compilers are)."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    available = next(int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:")
-    return max(1, min(usable_cores(), available // _PROCESS_BYTES))
+    return max(1, min(usable_cores(), available_bytes() // _PROCESS_BYTES))
 
 
 def compile_all(
