@@ -20,7 +20,11 @@ class Flops:
 
     def of(self, lengths: Iterable[int]) -> float:
         """One pass over causal documents of these lengths; decoding them token by token costs the same."""
-        return sum(self.per_token * n + self.per_attended_token * n * (n + 1) / 2 for n in lengths)
+        return sum(self.executed(n, n * (n + 1) / 2) for n in lengths)
+
+    def executed(self, tokens: float, pairs: float) -> float:
+        """Where so many pairs of a query and a key are multiplied out, be they seen or not."""
+        return self.per_token * tokens + self.per_attended_token * pairs
 
 
 def forward_flops(config: ModelConfig, adapter_parameters: int = 0) -> Flops:

@@ -1,19 +1,23 @@
 """How long a program takes at best: what it computes, moves through memory and sends, against what a chip can.
 
 FLOPs are analytic and those that the program does: with what rematerialising computes again, heads in both directions,
-and attention to what is visible. Memory traffic is analytic and coarse: weights once a pass, every activation written
-and read once, logits, and all of the cache that a decoding step looks at. Collectives are those of the compiled
-program. Efficiency within a kernel, launches and the host are left out: the roof is a bound and no forecast.
+and attention as its implementation has it, masked scores included where it does not skip them. Memory traffic is
+analytic and coarse: weights once a pass, every activation written and read once, logits, and all of the cache that a
+decoding step looks at. Collectives are those of the compiled program. Efficiency within a kernel, launches and the host
+are left out: the roof is a bound and no forecast.
 """
 
 import dataclasses
 import math
 
+import jax
+
 from distill.collectives import Traffic
 from distill.experiment import Experiment
-from distill.flops import Flops, executed_training_flops, forward_flops
+from distill.flops import executed_training_flops, forward_flops
 from distill.programs import Program
 from distill.stages import OnPolicy
+from kernels_pallas.attention import attended_pairs
 from kernels_pallas.chips import Chip
 from qwen3.config import ModelConfig
 
@@ -68,7 +72,7 @@ def work_of(program: Program, experiment: Experiment) -> Work:
     """What one call does, from shapes alone."""
     config, rows, length = program.model, program.rows, program.length
     on_policy = isinstance(experiment.stages.get(program.stage), OnPolicy)
-    head = Flops(per_token=2 * config.hidden_size * config.vocab_size, per_attended_token=0)
+    head = 2 * config.hidden_size * config.vocab_size
     adapters = program.adapter_parameters
     if program.purpose == "student_updates":
         count = adapters or parameters(config)
@@ -77,14 +81,14 @@ def work_of(program: Program, experiment: Experiment) -> Work:
     traffic = _MemoryTraffic(program)
     match program.purpose:
         case "teacher_scores":
-            flops = forward.of([length]) * rows - (head.of([length]) * rows if on_policy else 0)
+            flops = rows * (forward.executed(length, _row_pairs(program)) - (length * head if on_policy else 0))
             moved = traffic.weights(1) + traffic.activations(1) + (0 if on_policy else traffic.logits(1))
             return Work(flops=flops, device_bytes=moved, tokens=rows * length)
         case "teacher_reads" | "student_reads":
-            flops = (forward.of([length]) - head.of([length])) * rows
+            flops = rows * (forward.executed(length, _row_pairs(program)) - length * head)
             return Work(flops=flops, device_bytes=traffic.weights(1) + traffic.activations(1), tokens=rows * length)
         case "teacher_writes" | "student_writes":
-            flops = rows * (forward.per_token + forward.per_attended_token * length)
+            flops = rows * forward.executed(1, decoded_pairs(config, length))
             return Work(flops=flops, device_bytes=traffic.weights(1) + traffic.cache(), tokens=rows)
         case "student_trains":
             training = experiment.stages[program.stage].training
@@ -100,10 +104,29 @@ def work_of(program: Program, experiment: Experiment) -> Work:
             # Gradients are added to those of the microbatches before: read, read and written.
             moved = traffic.weights(passes) + traffic.activations(3 + training.rematerialise) + traffic.logits(2)
             return Work(
-                flops=step.of([length]) * rows,
+                flops=rows * step.executed(length, _row_pairs(program)),
                 device_bytes=moved + 3 * 4 * (adapters or parameters(config)) / program.mesh.size,
                 tokens=rows * length,
             )
+
+
+def _row_pairs(program: Program) -> int:
+    """Of a query and a key of a row, which training and scoring may spread over devices."""
+    chunks, shape = program.model.dual_chunk, program.mesh.shape
+    with jax.set_mesh(program.mesh):
+        return attended_pairs(
+            program.length,
+            chunk_tokens=None if chunks is None else chunks.chunk_tokens,
+            whole_rows=program.purpose.endswith("reads") or shape["context"] == 1,
+            implementation=program.models[0].kernels.attention,
+        )
+
+
+def decoded_pairs(config: ModelConfig, slots: int) -> int:
+    """Of a new token and the slots of its sequence. In Dual Chunk Attention all keys are scored for each of three kinds
+    of queries, and the weighted values, the other half of a pair's FLOPs, are summed once."""
+    chunks = config.dual_chunk
+    return slots if chunks is None or slots <= chunks.chunk_tokens else 2 * slots
 
 
 def parameters(config: ModelConfig) -> int:

@@ -10,7 +10,7 @@ gradients take 11 GiB of each.
 Both models' experts are spread alike, and no token is dropped in either; the student's router is kept balanced by the
 loss that its config.json asks for (router_aux_loss_coef).
 
-Hours by the plan: v5p:4x4x4 46 h, 2,960 chip-hours; v6e:8x8 79 h, 5,045 chip-hours; h100:8x8 38 h, 2,412 chip-hours.
+Hours by the plan: v5p:4x4x4 47 h, 3,015 chip-hours; v6e:8x8 79 h, 5,045 chip-hours; h100:8x8 38 h, 2,438 chip-hours.
 Nearly two thirds of them the teacher writes.
 """
 

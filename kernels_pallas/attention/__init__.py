@@ -9,10 +9,12 @@ from kernels_pallas.attention.dual_chunk import (
     dual_chunk_positions,
 )
 from kernels_pallas.attention.on_mesh import attention_on_mesh
+from kernels_pallas.attention.pairs import attended_pairs
 
 __all__ = [
     "DualChunkPositions",
     "DualChunkQueries",
+    "attended_pairs",
     "attention",
     "attention_of",
     "attention_on_mesh",

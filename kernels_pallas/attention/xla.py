@@ -114,6 +114,15 @@ def backward(
     return to_queries.transpose(0, 2, 1, 3).astype(q.dtype)[:, :given], regrouped(to_keys), regrouped(to_values)
 
 
+def pairs(tokens: int, *, aligned: bool) -> int:
+    """Of queries and keys that are multiplied out for a row and head: in small blocks up to the diagonal where they are
+    unrolled, else all. `aligned`: the queries stand beside their keys."""
+    if not aligned or tokens > _UNROLLED:
+        return tokens * tokens
+    starts = range(0, tokens, _SMALL_BLOCK)
+    return sum(min(_SMALL_BLOCK, tokens - start) * min(start + _SMALL_BLOCK, tokens) for start in starts)
+
+
 def _looped_block(q: Array, k: Array, visible: Visible) -> int | None:
     """Queries of a block where blocks are looped over, None where they are unrolled: where they skip nothing, that
     would only keep the scores of several of them."""

@@ -17,16 +17,21 @@ from distill.experiment_file import load_experiment
 from distill.flops import executed_training_flops, forward_flops
 from distill.losses import Loss
 from distill.optimizer import Optimizer
+from distill.plan import stand_ins
 from distill.planning import cut_down, fits, plan_on
 from distill.program_memory import Compiled, compiled, known_memory
 from distill.programs import Program, programs
-from distill.roofline import Work, parameters, roof, work_of
+from distill.roofline import Work, decoded_pairs, parameters, roof, work_of
 from distill.train_state import TrainState
 from distill.train_step import Batch, TrainStep
 from distill.whole_run import Assumptions, Pipeline, StagePlan, stage_plans
+from kernels_pallas.attention import attended_pairs
 from kernels_pallas.chips import CHIPS
 from qwen3.adapter import adapter_parameters
-from qwen3.config import ModelConfig
+from qwen3.cache import layers_of
+from qwen3.config import DualChunk, ModelConfig
+from qwen3.contiguous_cache import ContiguousCache, KeyValue
+from qwen3.kernels import Kernels
 from qwen3.model import Qwen3
 from qwen3.sharding import MeshShape, make_mesh, placed_shapes
 from student.lora import Lora
@@ -40,6 +45,12 @@ DENSE = ModelConfig(
     model_type="qwen3", vocab_size=2048, hidden_size=512, intermediate_size=1536, num_hidden_layers=1,
     num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
 )  # fmt: skip
+# One, since the compiler counts a loop over the blocks of several once.
+ONE_EXPERT = dataclasses.replace(
+    DENSE, model_type="qwen3_moe", num_experts=1, num_experts_per_tok=1, moe_intermediate_size=768
+)
+CHUNK_TOKENS = 24
+CHUNKED = dataclasses.replace(DENSE, dual_chunk=DualChunk(chunk_size=32, local_size=32 - CHUNK_TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +62,21 @@ def _cpu_mesh() -> jax.sharding.Mesh:
     return make_mesh(MeshShape(data=1), jax.devices()[:1])
 
 
-def _squares(per_token: float, per_attended: float) -> float:
-    """So few tokens are one block of attention, which computes what is masked, too."""
-    return per_token * TOKENS + per_attended * TOKENS * TOKENS
+def _pairs(config: ModelConfig, tokens: int) -> int:
+    return attended_pairs(tokens, chunk_tokens=None if config.dual_chunk is None else CHUNK_TOKENS)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize(("rematerialise", "on_policy"), [(False, True), (True, False)])
-def test_training_flops_agree_with_the_compiler(rematerialise: bool, on_policy: bool, adapted: bool) -> None:
+@pytest.mark.parametrize(
+    ("rematerialise", "on_policy", "config"), [(False, True, DENSE), (True, False, DENSE), (True, False, CHUNKED)]
+)
+def test_training_flops_agree_with_the_compiler(
+    rematerialise: bool, on_policy: bool, config: ModelConfig, adapted: bool
+) -> None:
     mesh = _cpu_mesh()
 
     def make() -> Qwen3:
-        model = Qwen3(DENSE, jax.random.key(0))
+        model = Qwen3(config, jax.random.key(0))
         if adapted:
             Lora(rank=16).attach(model, jax.random.key(0))
         return model
@@ -85,33 +99,61 @@ def test_training_flops_agree_with_the_compiler(rematerialise: bool, on_policy: 
     function, arguments = step.programs(TrainState.shapes(model, transformation, mesh), batch).first_gradients
     counted = function.trace(*arguments).lower().compile().cost_analysis()["flops"]
     flops = executed_training_flops(
-        DENSE,
+        config,
         rematerialise=rematerialise,
         teacher_width=TEACHER_WIDTH if on_policy else None,
         adapter_parameters=adapter_parameters(model),
     )
-    per_token = flops.per_token
+    expected = flops.executed(TOKENS, _pairs(config, TOKENS))
     if adapted:
         # Nothing before the only layer learns: the gradient of what queries, keys and values are made of is not needed.
-        heads = DENSE.num_attention_heads + 2 * DENSE.num_key_value_heads
-        per_token -= 2 * DENSE.hidden_size * heads * DENSE.head_dim
-    assert counted == pytest.approx(_squares(per_token, flops.per_attended_token), rel=0.02)
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        expected -= TOKENS * 2 * config.hidden_size * heads * config.head_dim
+    assert counted == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("experts", [0, 1])
-def test_scoring_flops_agree_with_the_compiler(experts: int) -> None:
-    """One expert, since the compiler counts a loop over the blocks of several once."""
-    tokens = 8 if experts else TOKENS
-    moe = {
-        "model_type": "qwen3_moe", "num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 768,
-    }  # fmt: skip
-    config = dataclasses.replace(DENSE, **(moe if experts else {}))
+@pytest.mark.parametrize(
+    ("config", "tokens"), [(DENSE, TOKENS), (DENSE, 120), (CHUNKED, CHUNK_TOKENS), (CHUNKED, 120), (ONE_EXPERT, 8)]
+)
+def test_scoring_flops_agree_with_the_compiler(config: ModelConfig, tokens: int) -> None:
     mesh = _cpu_mesh()
     model = placed_shapes(jax.eval_shape(lambda: Qwen3(config, jax.random.key(0))), mesh)
     program = top_k_program(model, mesh, rows=1, length=tokens, k=ENTRIES)
     counted = program.function.trace(*program.arguments).lower().compile().cost_analysis()["flops"]
-    flops = forward_flops(config)
-    assert counted == pytest.approx(flops.per_token * tokens + flops.per_attended_token * tokens**2, rel=0.02)
+    assert counted == pytest.approx(forward_flops(config).executed(tokens, _pairs(config, tokens)), rel=0.02)
+
+
+@pytest.mark.parametrize("config", [DENSE, CHUNKED])
+def test_decoding_flops_agree_with_the_compiler(config: ModelConfig) -> None:
+    rows, slots = 4, 256
+    model = jax.eval_shape(lambda: Qwen3(config, jax.random.key(0)))
+    heads, size = config.num_key_value_heads, config.head_dim
+    kept = [jax.ShapeDtypeStruct((rows, heads, *last), jnp.float32) for last in ((size, slots), (slots, size))]
+    cache, now = ContiguousCache(config=config, mesh=None, unroll=True), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    step = jax.jit(lambda model, kept, now: cache.step(model, layers_of(model), (KeyValue(*kept),), None, now, now))
+    counted = step.lower(model, kept, now).compile().cost_analysis()["flops"]
+    flops, head = forward_flops(config), 2 * config.hidden_size * config.vocab_size
+    assert counted == pytest.approx(rows * (flops.executed(1, decoded_pairs(config, slots)) - head), rel=0.02)
+
+
+def test_long_rows_are_attended_to_as_the_implementation_does(quickstart: Experiment) -> None:
+    """Kernels skip what is hidden, XLA goes through all keys, thrice in Dual Chunk Attention."""
+
+    def flops(kernels: Kernels, chunks: DualChunk | None, platform: str) -> float:
+        made = programs(quickstart, stand_ins("v5e", (1,)) if platform == "tpu" else jax.devices()[:1])
+        program = next(one for one in made if one.name == "off_policy: teacher scores")
+        (model,) = program.models
+        model.kernels = kernels
+        config = dataclasses.replace(program.model, dual_chunk=chunks)
+        return work_of(dataclasses.replace(program, model=config, length=4096), quickstart).flops
+
+    chunks = DualChunk(chunk_size=2048, local_size=1024)
+    plain, kernel = flops(Kernels(), None, "cpu"), flops(Kernels(attention="tpu"), None, "tpu")
+    assert flops(Kernels(attention="tpu"), chunks, "tpu") == kernel
+    assert flops(Kernels(), dataclasses.replace(chunks, chunk_size=8192), "cpu") == plain
+    square = flops(Kernels(), chunks, "cpu") - plain
+    # Two more squares; of one, the kernel leaves out the half behind the diagonal.
+    assert square / 2 == pytest.approx(2 * (plain - kernel), rel=0.001)
 
 
 def test_memory_of_a_program_is_split_by_what_it_is_for(quickstart: Experiment) -> None:
@@ -156,9 +198,7 @@ def test_a_decoded_token_reads_weights_and_cache(quickstart: Experiment) -> None
     cache = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * program.length * program.rows
     assert work.device_bytes == pytest.approx(4 * (parameters(config) + cache))
     assert work.tokens == program.rows
-    assert work.flops == program.rows * (
-        forward_flops(config).per_token + forward_flops(config).per_attended_token * program.length
-    )
+    assert work.flops == program.rows * forward_flops(config).executed(1, program.length)
 
 
 def test_calls_of_a_run_by_hand(quickstart: Experiment) -> None:
