@@ -18,6 +18,7 @@ from kernels_pallas.chips import Chip
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
+_SCATTERS = re.compile(r'"emitter":"\w*AllReduceScatterFusion"')
 _DONE = re.compile(r" [\w\-]+-(?:done|update)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -49,23 +50,26 @@ def collectives(hlo: str) -> list[Collective]:
     """Those of a compiled program, from `jax.stages.Compiled.as_text()`."""
     computations, entry = _computations(hlo)
     found: collections.Counter[tuple[str, float, tuple[int, ...], int]] = collections.Counter()
-    open_names = [(entry, 1, 0)]
+    open_names = [(entry, 1, 0, False)]
     while open_names:
-        name, times, open_loops = open_names.pop()
+        name, times, open_loops, scatters = open_names.pop()
         for line in computations[name]:
             if match := _WHILE.search(line):
                 condition, body = match.groups()
                 trips = _trip_count(line, computations[condition])
-                open_names.append((body, times * (trips or 1), open_loops + (trips is None)))
+                open_names.append((body, times * (trips or 1), open_loops + (trips is None), False))
                 continue
             if match := _COLLECTIVE.search(line):
                 kind = match[2]
                 group = _group(line)
                 if len(group) > 1:
-                    found[kind, _whole_bytes(kind, match[1], bool(match[3]), len(group)), group, open_loops] += times
+                    whole = _whole_bytes(kind, match[1], bool(match[3]), len(group))
+                    found["reduce-scatter" if scatters else kind, whole, group, open_loops] += times
                 continue
             if not _DONE.search(line):
-                open_names += [(called, times, open_loops) for called in _called(line) if called in computations]
+                # A TPU's reduce-scatter is written as an all-reduce and the slice of it that a device keeps, in one.
+                inner = times, open_loops, bool(_SCATTERS.search(line))
+                open_names += [(called, *inner) for called in _called(line) if called in computations]
     return [
         Collective(kind=kind, whole_bytes=whole, group=group, times=times, open_loops=open_loops)
         for (kind, whole, group, open_loops), times in found.items()

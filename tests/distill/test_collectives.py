@@ -101,6 +101,24 @@ def test_a_loop_that_data_ends_is_open() -> None:
     assert (one.times, one.open_loops) == (1, 1)
 
 
+def test_a_tpus_reduce_scatter_is_one() -> None:
+    """libtpu writes it as an all-reduce and a slice within one fusion, whose emitter says what it is."""
+    fusion = (
+        "%f = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%scatter, "
+        'backend_config={"collective_algorithm_config":{"emitter":"SingleInputAllReduceScatterFusion"}}'
+    )
+    scatter = """
+%scatter (x: bf16[16,8]) -> bf16[4,8] {
+  %all = bf16[16,8]{1,0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %own = bf16[4,8]{1,0} dynamic-slice(%all, %i, %zero), dynamic_slice_sizes={4,8}
+}
+"""
+    expected = Collective(kind="reduce-scatter", whole_bytes=256, group=(0, 1, 2, 3), times=94, open_loops=0)
+    assert collectives(_module(fusion) + scatter) == [expected]
+    (other,) = collectives(_module(fusion.replace("AllReduceScatter", "Other")) + scatter)
+    assert other.kind == "all-reduce"
+
+
 def test_a_group_of_one_sends_nothing() -> None:
     assert not collectives(_module("%a = f32[4]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add"))
 
