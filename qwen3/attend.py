@@ -24,7 +24,8 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """The attention of these queries on a mesh, whose sizes must divide rows and heads; equal to it on one device.
 
-    Rows are whole sequences spread over BATCH, or with `pieces` what `qwen3.sharding.to_pieces` makes of rows.
+    Rows are whole sequences spread over BATCH, or with `pieces` what `qwen3.sharding.to_pieces` makes of them with its
+    `zigzag`.
     """
     if mesh is None or mesh.size == 1:
         return attention_of(q)(q, k, v, segment_ids, implementation=implementation)

@@ -110,7 +110,7 @@ class Qwen3(nnx.Module):
         `mesh` is where the weights and rows lie as `qwen3.sharding` says; without it XLA spreads the work as it sees
         fit, which it cannot do with kernels. All but attention is done on the pieces of rows that devices have.
         """
-        tokens, positions, segment_ids = to_pieces((tokens, positions, segment_ids), mesh)
+        tokens, positions, segment_ids = to_pieces((tokens, positions, segment_ids), mesh, zigzag=True)
         rot = rotation(self.config, positions)
         real = segment_ids != 0
 
@@ -128,7 +128,7 @@ class Qwen3(nnx.Module):
             x, stats = jax.lax.scan(jax.checkpoint(body) if rematerialise else body, x, stack, unroll=self._unrolled)
             loads += [] if stats is None else [stats]
         router = jax.tree.map(lambda *parts: jnp.concatenate(parts), *loads) if loads else None
-        return Output(to_rows(self.final(x), mesh), router)
+        return Output(to_rows(self.final(x), mesh, zigzag=True), router)
 
     @property
     def _unrolled(self) -> bool:

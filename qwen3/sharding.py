@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from kernels_pallas.attention import from_zigzag, to_zigzag
 from qwen3.errors import UserError
 
 Tree = TypeVar("Tree")
@@ -152,11 +153,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, TOKENS)
 
 
-def to_pieces(tree: Tree, mesh: Mesh | None) -> Tree:
+def to_pieces(tree: Tree, mesh: Mesh | None, *, zigzag: bool = False) -> Tree:
     """Arrays [B, T, ...] on `batch_sharding` with each device's piece of a row as a row of its own, [B·c, T/c, ...] on
-    BATCH for c devices along the context axis. Nothing moves, and where c is 1 nothing changes.
+    BATCH for c devices along the context axis. Where c is 1 nothing changes.
 
-    Whatever treats tokens alike does so on pieces as on rows, in blocks along T that no device has to wait for.
+    Whatever treats tokens alike does so on pieces as on rows, in blocks along T that no device has to wait for. Pieces
+    are consecutive and nothing moves; with `zigzag` they are those that attention wants.
     Raises ValueError where B or T does not divide.
     """
     if mesh is None or mesh.shape["context"] == 1:
@@ -165,14 +167,23 @@ def to_pieces(tree: Tree, mesh: Mesh | None) -> Tree:
         shares = batch_shares(mesh), mesh.shape["context"]
         if leaf.shape[0] % shares[0] or leaf.shape[1] % shares[1]:
             raise ValueError(f"an array is {leaf.shape}; the mesh splits its rows in {shares[0]}, each in {shares[1]}")
-    return jax.shard_map(lambda tree: tree, mesh=mesh, in_specs=TOKENS, out_specs=BATCH)(tree)
+    return _on_context(to_zigzag if zigzag else None, tree, mesh, TOKENS, BATCH)
 
 
-def to_rows(tree: Tree, mesh: Mesh | None) -> Tree:
+def to_rows(tree: Tree, mesh: Mesh | None, *, zigzag: bool = False) -> Tree:
     """The rows whose pieces `to_pieces` has made."""
     if mesh is None or mesh.shape["context"] == 1:
         return tree
-    return jax.shard_map(lambda tree: tree, mesh=mesh, in_specs=BATCH, out_specs=TOKENS)(tree)
+    return _on_context(from_zigzag if zigzag else None, tree, mesh, BATCH, TOKENS)
+
+
+def _on_context(
+    move: Callable[[Array, str], Array] | None, tree: Tree, mesh: Mesh, before: PartitionSpec, after: PartitionSpec
+) -> Tree:
+    def local(tree: Tree) -> Tree:
+        return tree if move is None else jax.tree.map(lambda leaf: move(leaf, "context"), tree)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=before, out_specs=after)(tree)
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:

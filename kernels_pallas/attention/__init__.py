@@ -10,6 +10,7 @@ from kernels_pallas.attention.dual_chunk import (
 )
 from kernels_pallas.attention.on_mesh import attention_on_mesh
 from kernels_pallas.attention.pairs import attended_pairs
+from kernels_pallas.attention.zigzag import from_zigzag, to_zigzag
 
 __all__ = [
     "DualChunkPositions",
@@ -21,5 +22,7 @@ __all__ = [
     "attention_part",
     "dual_chunk_attention",
     "dual_chunk_positions",
+    "from_zigzag",
     "merge_parts",
+    "to_zigzag",
 ]

@@ -2,7 +2,8 @@
 
 Where devices share a row, each keeps its queries and gathers the keys and values of the whole row, as Llama 3 does
 (arXiv 2407.21783, section 3.3.2): grouped queries make them few, and what is gathered lives as long as one layer. A
-ring would hold only two pieces at a time, at the price of as many exchanges and merges as there are pieces.
+ring would hold only two pieces at a time, at the price of as many exchanges and merges as there are pieces. A piece is
+what `zigzag` makes of rows, so that kernels, which skip what is hidden, have the same work on all devices.
 """
 
 import functools
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention.api import Implementation
 from kernels_pallas.attention.dual_chunk import DualChunkQueries, attention_of
+from kernels_pallas.attention.zigzag import in_row_order, zigzag_index
 
 _GATHERED = "gathered"
 
@@ -35,8 +37,8 @@ def attention_on_mesh(
 
     Args:
       mesh: B is split over `row_axes`, heads N and K over `head_axis`. The sizes must divide.
-      context_axis: None where every row is whole. Else one of `row_axes`, whose devices have the same rows, each a
-        piece: i-th rows of theirs, in the order of the axis, are what `attention` calls a row.
+      context_axis: None where every row is whole. Else one of `row_axes`, whose devices have the same rows, each the
+        piece that `zigzag` gives it.
       Others as in `attention`.
 
     Raises ValueError as `attention` does, and for sizes that the mesh does not divide.
@@ -54,9 +56,11 @@ def attention_on_mesh(
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
     def pieces(q: Array | DualChunkQueries, k: Array, v: Array, segment_ids: Array) -> Array:
         def whole(x: Array) -> Array:
-            return checkpoint_name(jax.lax.all_gather(x, context_axis, axis=1, tiled=True), _GATHERED)
+            gathered = checkpoint_name(jax.lax.all_gather(x, context_axis, axis=1, tiled=True), _GATHERED)
+            return checkpoint_name(in_row_order(gathered, devices), _GATHERED)
 
-        index = jax.lax.axis_index(context_axis) * k.shape[1] + jnp.arange(k.shape[1])
+        devices = jax.lax.axis_size(context_axis)
+        index = zigzag_index(k.shape[1], jax.lax.axis_index(context_axis), devices)
         return operation(
             q,
             whole(k),
