@@ -1,14 +1,18 @@
-"""The attention kernels, interpreted on CPU, against the float32 reference: values, statistics, every gradient.
+"""The attention kernels, interpreted on CPU, against the float32 reference: values, statistics, every gradient; of
+random shapes XLA's too.
 
 What the interpreters cover and what not is said in `interpreters.py`. Both look for races here.
 """
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas import platforms
 from kernels_pallas.attention import attention, attention_part, gpu, tpu
@@ -28,11 +32,13 @@ def make_inputs(length, heads, kv_heads, size, dtype, *, batch, seed=0):
 
 
 def make_segments(length, *, batch, seed=0):
-    """Rows of several documents, in the last of them padding before and between."""
+    """Rows of several documents, in the last of them padding before and between; of more than two one is padding."""
     rng = np.random.default_rng(seed)
     rows = [np.sort(rng.integers(1, 4, length)) for _ in range(batch)]
     rows[-1][: length // 8] = 0
     rows[-1][length // 2 : length // 2 + length // 3] = 0
+    if batch > 2:
+        rows[0][:] = 0
     return jnp.asarray(np.stack(rows), jnp.int32)
 
 
@@ -72,8 +78,12 @@ CASES = [
 
 @pytest.mark.parametrize(("platform", "batch", "length", "heads", "kv_heads", "size", "dtype", "span"), CASES)
 def test_value_and_every_gradient(platform, batch, length, heads, kv_heads, size, dtype, span):
-    inputs = make_inputs(length, heads, kv_heads, size, dtype, batch=batch)
-    segments = make_segments(length, batch=batch)
+    check(platform, batch, length, heads, kv_heads, size, dtype, span)
+
+
+def check(platform, batch, length, heads, kv_heads, size, dtype, span, seed=0):
+    inputs = make_inputs(length, heads, kv_heads, size, dtype, batch=batch, seed=seed)
+    segments = make_segments(length, batch=batch, seed=seed)
 
     def run(implementation, *inputs):
         return value_and_gradients(
@@ -81,13 +91,48 @@ def test_value_and_every_gradient(platform, batch, length, heads, kv_heads, size
         )
 
     expected = run("reference", *(x.astype(jnp.float32) for x in inputs))
-    with interpret(platform):
+    with interpret(platform) if platform in ("tpu", "gpu") else contextlib.nullcontext():
         results = run(platform, *inputs)
     for mine, theirs in zip(results, expected, strict=True):
         assert np.all(np.isfinite(mine.astype(jnp.float32)))
         # float32 sums in another order; bfloat16 keeps 8 bits of each term, a few times over.
         share = 2e-6 if dtype == jnp.float32 else 0.01
         np.testing.assert_allclose(mine.astype(jnp.float32), theirs, atol=share * max(1, np.abs(theirs).max()))
+
+
+@st.composite
+def drawn(draw, longest, dtypes):
+    """All that `check` takes but the platform."""
+    kv_heads = draw(st.integers(1, 2))
+    return {
+        "batch": draw(st.integers(1, 3)),
+        "length": draw(st.integers(1, longest)),
+        "heads": kv_heads * draw(st.integers(1, 3)),
+        "kv_heads": kv_heads,
+        "size": draw(st.sampled_from([64, 128])),
+        "dtype": draw(st.sampled_from(dtypes)),
+        "span": draw(st.sampled_from([whole, window])),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+    }
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(drawn(300, [jnp.float32, jnp.bfloat16]))
+def test_xla(case):
+    check("xla", **case)
+
+
+# The first of them is the smallest that there is: one token.
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(drawn(300, [jnp.float32, jnp.bfloat16]))
+def test_tpu(case):
+    check("tpu", **case)
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(drawn(200, [jnp.bfloat16]))
+def test_gpu(case):
+    check("gpu", **case)
 
 
 @pytest.mark.parametrize(("platform", "dtype"), [("tpu", jnp.float32), ("gpu", jnp.bfloat16)])
@@ -114,11 +159,12 @@ def test_some_queries_of_a_row(platform, dtype):
         np.testing.assert_allclose(mine.astype(jnp.float32), theirs, atol=share * max(1, np.abs(theirs).max()))
 
 
-def test_padding_gives_zeros_and_takes_part_in_nothing():
-    q, k, v, cotangent = make_inputs(200, 2, 1, 64, jnp.float32, batch=2)
+@pytest.mark.parametrize(("platform", "dtype"), [("tpu", jnp.float32), ("gpu", jnp.bfloat16)])
+def test_padding_gives_zeros_and_takes_part_in_nothing(platform, dtype):
+    q, k, v, cotangent = make_inputs(200, 2, 1, 64, dtype, batch=2)
     segments = jnp.stack([jnp.zeros(200, jnp.int32), jnp.arange(200) < 4]).astype(jnp.int32)
-    operation = functools.partial(attention_part, segment_ids=segments, span=whole(segments), implementation="tpu")
-    with interpret("tpu"):
+    operation = functools.partial(attention_part, segment_ids=segments, span=whole(segments), implementation=platform)
+    with interpret(platform):
         out, _, *gradients = value_and_gradients(operation, q, k, v, cotangent)
     for array in (out, *gradients):
         assert not np.any(array[0])

@@ -17,6 +17,7 @@ from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, prefer
 from tests.kernels_pallas.interpreters import interpret
 
 KERNELS = ("tpu", "gpu")
+WIDTHS = [(8, 130), (70, 20), (257, 128)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,28 +65,35 @@ def check(implementation, inputs, sizes, alignment=1):
 
 
 @st.composite
-def cases(draw):
+def cases(draw, widths, dtypes):
     """Rows cut into groups anywhere, many of them empty."""
     rows = draw(st.sampled_from([1, 7, 64, 129, 200]))
     groups = draw(st.integers(1, 6))
     cuts = sorted(draw(st.lists(st.integers(0, rows), min_size=groups - 1, max_size=groups - 1)))
     sizes = np.diff([0, *cuts, rows])
-    width, inner = draw(st.sampled_from([(8, 130), (70, 20), (257, 128)]))
-    return sizes, make_inputs(rows, width, inner, groups, draw(st.sampled_from([jnp.float32, jnp.bfloat16])))
+    width, inner = draw(st.sampled_from(widths))
+    return sizes, make_inputs(rows, width, inner, groups, draw(st.sampled_from(dtypes)))
 
 
 @settings(max_examples=7, deadline=None, derandomize=True)
-@given(cases())
+@given(cases(WIDTHS, [jnp.float32, jnp.bfloat16]))
 def test_xla(case):
     sizes, inputs = case
     check("xla", inputs, sizes)
 
 
 @settings(max_examples=3, deadline=None, derandomize=True)
-@given(cases())
+@given(cases(WIDTHS, [jnp.float32, jnp.bfloat16]))
 def test_tpu(case):
     sizes, inputs = case
     check("tpu", inputs, sizes)
+
+
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(cases([(64, 64), (128, 192)], [jnp.bfloat16]))
+def test_gpu_on_random_groups(case):
+    sizes, inputs = case
+    check("gpu", inputs, sizes)
 
 
 @pytest.mark.parametrize(

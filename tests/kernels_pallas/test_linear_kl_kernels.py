@@ -1,7 +1,10 @@
-"""The linear KL's kernels, interpreted on CPU, against the float64 reference: loss, statistics, both gradients.
+"""The linear KL's kernels, interpreted on CPU, against the float64 reference: loss, statistics, both gradients; of
+random shapes XLA's too.
 
 What the interpreters cover and what not is said in `interpreters.py`. They look for races here.
 """
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -65,12 +68,12 @@ def loss_and_gradients(kind, inputs, divergence, implementation):
     return jax.block_until_ready(jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*inputs))
 
 
-def check(platform, kind, inputs, divergence):
+def check(implementation, kind, inputs, divergence):
     with jax.enable_x64(True):
         wide = [x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in inputs]
         expected = jax.tree.map(np.asarray, loss_and_gradients(kind, wide, divergence, "reference"))
-    with interpret(platform):
-        results = loss_and_gradients(kind, inputs, divergence, platform)
+    with interpret(implementation) if implementation in ("tpu", "gpu") else contextlib.nullcontext():
+        results = loss_and_gradients(kind, inputs, divergence, implementation)
     # Float32 rounding of logits, then of sums.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), results[0], expected[0])
     for mine, theirs in zip(results[1], expected[1], strict=True):
@@ -121,13 +124,19 @@ def drawn(draw, width, dtype):
     return kind, inputs, draw(st.sampled_from(DIVERGENCES))
 
 
-@settings(max_examples=2, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(drawn(st.integers(1, 80), st.sampled_from([jnp.float32, jnp.bfloat16])))
+def test_xla(case):
+    check("xla", *case)
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(drawn(st.integers(1, 80), st.sampled_from([jnp.float32, jnp.bfloat16])))
 def test_tpu(case):
     check("tpu", *case)
 
 
-@settings(max_examples=1, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(drawn(st.sampled_from([64, 128]), st.just(jnp.bfloat16)))
 def test_gpu(case):
     check("gpu", *case)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas import moe_dispatch
 from kernels_pallas.moe_dispatch import chunks, exchange, permute
@@ -16,9 +18,9 @@ from tests.kernels_pallas.interpreters import interpret
 WIDTH, INNER = 12, 10
 
 
-def make_inputs(tokens, experts, per_token, *, dtype=jnp.float32, expert_ids=None):
+def make_inputs(tokens, experts, per_token, *, dtype=jnp.float32, expert_ids=None, seed=0):
     """x, routing weights, expert ids, gate, up, down and a cotangent."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     if expert_ids is None:
         expert_ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :per_token]
     shapes = [(experts, WIDTH, INNER), (experts, WIDTH, INNER), (experts, INNER, WIDTH)]
@@ -43,10 +45,16 @@ def value_and_gradients(implementation, *inputs):
 
 
 def check(inputs):
-    expected = value_and_gradients("reference", *inputs)
-    for mine, theirs in zip(value_and_gradients("xla", *inputs), expected, strict=True):
-        # float32 sums in another order.
-        np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=1e-4)
+    x, weights, _, *matrices, _ = inputs
+    wide = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in inputs]
+    expected = value_and_gradients("reference", *wide)
+    operands = (x, x, weights, *matrices)
+    for mine, theirs, operand in zip(value_and_gradients("xla", *inputs), expected, operands, strict=True):
+        assert mine.dtype == operand.dtype
+        # float32 sums in another order; bfloat16 keeps 8 bits: 0.4 % of the largest term that a sum rounds, a few
+        # times over.
+        rounding = (1e-4, 1e-4) if x.dtype == jnp.float32 else (0, 0.02 * np.abs(theirs).max())
+        np.testing.assert_allclose(mine.astype(jnp.float32), theirs, *rounding)
 
 
 @pytest.mark.parametrize(
@@ -83,19 +91,24 @@ def test_on_a_kernel():
         np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
+@st.composite
+def drawn(draw):
+    """Inputs, with any number of experts that no token has."""
+    experts = draw(st.integers(1, 9))
+    per_token, tokens, seed = draw(st.integers(1, experts)), draw(st.integers(1, 150)), draw(st.integers(0, 2**32 - 1))
+    chosen = np.argsort(np.random.default_rng(seed).random((tokens, experts)), axis=1)[:, :per_token]
+    unused, dtype = draw(st.integers(0, 5)), draw(st.sampled_from([jnp.float32, jnp.bfloat16]))
+    return make_inputs(tokens, experts + unused, per_token, dtype=dtype, expert_ids=chosen, seed=seed)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(drawn())
+def test_random_shapes(inputs):
+    check(inputs)
+
+
 def test_bfloat16_stays_near_float32():
-    inputs = make_inputs(50, 8, 2, dtype=jnp.bfloat16)
-    wide = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in inputs]
-    expected = value_and_gradients("reference", *wide)
-    for mine, theirs, given in zip(
-        value_and_gradients("xla", *inputs),
-        expected,
-        (inputs[0], inputs[0], inputs[1], *inputs[3:6]),
-        strict=True,
-    ):
-        assert mine.dtype == given.dtype
-        # bfloat16 keeps 8 bits: 0.4 % of the largest term that a sum rounds, a few times over.
-        np.testing.assert_allclose(mine.astype(jnp.float32), theirs, atol=0.02 * np.abs(theirs).max())
+    check(make_inputs(50, 8, 2, dtype=jnp.bfloat16))
 
 
 @pytest.mark.parametrize("alignment", [1, 8])

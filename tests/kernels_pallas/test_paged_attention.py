@@ -4,11 +4,14 @@ What the kernels' interpreters cover and what not is said in `interpreters.py`. 
 """
 
 import contextlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas import attention, platforms
 from kernels_pallas.paged_attention import gpu, paged_attention, tpu, xla
@@ -46,17 +49,25 @@ CASES = [
 CASES = [(name, *case) for names, *case in CASES for name in names.split()]
 
 
-@pytest.mark.parametrize(("implementation", "lengths", "new", "heads", "kv_heads", "size", "dtype"), CASES)
-def test_every_row_and_query(implementation, lengths, new, heads, kv_heads, size, dtype, monkeypatch):
-    # Two pages a block: rows of several blocks, and blocks that end before their last page.
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Two pages a block: rows of several blocks, and blocks that end before their last page."""
     for module in (xla, tpu, gpu):
         monkeypatch.setattr(module, "_BLOCK_TOKENS", 32)
-    # Two thread blocks share a row.
-    monkeypatch.setattr(gpu, "_THREAD_BLOCKS", 2 * len(lengths) * kv_heads)
-    inputs = make_inputs(lengths, new, heads, kv_heads, size, dtype)
+
+
+@pytest.mark.parametrize(("implementation", "lengths", "new", "heads", "kv_heads", "size", "dtype"), CASES)
+def test_every_row_and_query(implementation, lengths, new, heads, kv_heads, size, dtype):
+    check(implementation, lengths, new, heads, kv_heads, size, dtype)
+
+
+def check(implementation, lengths, new, heads, kv_heads, size, dtype, seed=0):
+    inputs = make_inputs(lengths, new, heads, kv_heads, size, dtype, seed=seed)
     exact = [x.astype(jnp.float32) for x in inputs[:3]]
     expected = paged_attention(*exact, *inputs[3:], implementation="reference")
-    out = run(implementation, inputs)
+    # Two thread blocks share a row.
+    with mock.patch.object(gpu, "_THREAD_BLOCKS", 2 * len(lengths) * kv_heads):
+        out = run(implementation, inputs)
     assert out.dtype == dtype
     # float32 sums in another order; bfloat16 keeps 8 bits of each weight and of the result.
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=1e-5 if dtype == jnp.float32 else 0.03)
@@ -64,6 +75,39 @@ def test_every_row_and_query(implementation, lengths, new, heads, kv_heads, size
         unseeing = max(0, new - length)
         assert not np.any(out[row, :unseeing])
         assert np.all(np.any(out[row, unseeing:] != 0, axis=-1))
+
+
+@st.composite
+def drawn(draw, dtypes, sizes):
+    """All that `check` takes but the implementation."""
+    kv_heads = draw(st.integers(1, 2))
+    return {
+        "lengths": draw(st.lists(st.integers(0, 16 * TABLE), min_size=1, max_size=4)),
+        "new": draw(st.integers(1, 5)),
+        "heads": kv_heads * draw(st.integers(1, 4)),
+        "kv_heads": kv_heads,
+        "size": draw(st.sampled_from(sizes)),
+        "dtype": draw(st.sampled_from(dtypes)),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+    }
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(drawn([jnp.float32, jnp.bfloat16], [8, 128]))
+def test_xla(case):
+    check("xla", **case)
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(drawn([jnp.float32, jnp.bfloat16], [128]))
+def test_tpu(case):
+    check("tpu", **case)
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(drawn([jnp.bfloat16], [64, 128]))
+def test_gpu(case):
+    check("gpu", **case)
 
 
 def test_the_reference_is_attention_over_the_same_tokens():
