@@ -10,17 +10,13 @@ and width instead of four), and a sum as wide as a model does not fit into a GPU
 would need a float32 sum as large as the head.
 """
 
-from types import ModuleType
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.linear_kl.divergence import Divergence
 from kernels_pallas.linear_kl.xla import (
     Blocks,
     Gradients,
-    Stats,
     accumulator,
     finite,
     largest,
@@ -36,18 +32,7 @@ _PART_BYTES = 256 * 2**20  # of the derivatives by the logits of one part of the
 _PART = 512  # what the words of a part are a multiple of, unless it is the whole vocabulary
 
 
-def full(
-    kernels: ModuleType,
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
-    teacher_hidden: Float[Array, "B T Dt"],
-    teacher_head: Float[Array, "V Dt"],
-    weights: Float[Array, "B T"],
-    *,
-    divergence: Divergence,
-    words_axis: str | None,
-    with_gradients: bool,
-) -> tuple[Float[Array, ""], Stats, Gradients | None]:
+def full(kernels, hidden, head, teacher_hidden, teacher_head, weights, *, divergence, words_axis, with_gradients):
     """As `xla.full`, by the kernels of a backend."""
     weight = _tokens(weights, 0).astype(jnp.float32)
     live = weight != 0
@@ -80,18 +65,8 @@ def full(
 
 
 def at_ids(
-    kernels: ModuleType,
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
-    ids: Int[Array, "B T J"],
-    teacher_logprobs: Float[Array, "B T J"],
-    teacher_log_tail: Float[Array, "B T"],
-    weights: Float[Array, "B T"],
-    *,
-    divergence: Divergence,
-    words_axis: str | None,
-    with_gradients: bool,
-) -> tuple[Float[Array, ""], Stats, Gradients | None]:
+    kernels, hidden, head, ids, teacher_logprobs, teacher_log_tail, weights, *, divergence, words_axis, with_gradients
+):
     """As `xla.at_ids`, by the kernels of a backend."""
     weight = _tokens(weights, 0).astype(jnp.float32)
     live = weight != 0

@@ -130,19 +130,10 @@ class Blocks:
 
 
 def full(
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
-    teacher_hidden: Float[Array, "B T Dt"],
-    teacher_head: Float[Array, "V Dt"],
-    weights: Float[Array, "B T"],
-    *,
-    divergence: Divergence,
-    positions: Blocks,
-    vocab: Blocks,
-    words_axis: str | None,
-    with_gradients: bool,
-) -> tuple[Float[Array, ""], Stats, Gradients | None]:
-    """Every word is a bucket. Arguments and results as in `api.linear_kl_full`."""
+    hidden, head, teacher_hidden, teacher_head, weights, *, divergence, positions: Blocks, vocab: Blocks, words_axis,
+    with_gradients,
+) -> tuple[Array, Stats, Gradients | None]:  # fmt: skip
+    """Every word is a bucket. Arguments and results as in `api.linear_kl_full`, and the gradients if asked for."""
 
     def block(index, live, weight, by_head):
         h = jnp.where(live[:, None], positions.tokens(hidden, index), 0)
@@ -201,20 +192,11 @@ def full(
 
 
 def at_ids(
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
-    ids: Int[Array, "B T J"],
-    teacher_logprobs: Float[Array, "B T J"],
-    teacher_log_tail: Float[Array, "B T"],
-    weights: Float[Array, "B T"],
-    *,
-    divergence: Divergence,
-    positions: Blocks,
-    vocab: Blocks,
-    words_axis: str | None,
-    with_gradients: bool,
-) -> tuple[Float[Array, ""], Stats, Gradients | None]:
-    """The named words and everything else are J + 1 buckets. Arguments and results as in `api.linear_kl_at_ids`."""
+    hidden, head, ids, teacher_logprobs, teacher_log_tail, weights, *, divergence, positions: Blocks, vocab: Blocks,
+    words_axis, with_gradients,
+) -> tuple[Array, Stats, Gradients | None]:  # fmt: skip
+    """The named words and everything else are J + 1 buckets. Arguments and results as in `api.linear_kl_at_ids`, and
+    the gradients if asked for."""
 
     def block(index, live, weight, by_head):
         dtype = accumulator(hidden)
