@@ -69,7 +69,8 @@ def merge_parts(parts: Sequence[tuple[Float[Array, "B T N H"], Float[Array, "B N
 
 
 def _check(q: Array, k: Array, v: Array, segment_ids: Array, query_index: Array | None) -> None:
-    if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[3] != k.shape[3]:
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape
+    if not fits or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} must be [B,T,N,H], [B,S,K,H], [B,S,K,H]")
     if query_index is None and q.shape[1] != k.shape[1]:
         raise ValueError(f"q {q.shape} and k {k.shape} differ in length; say by query_index where the queries stand")

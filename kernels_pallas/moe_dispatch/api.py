@@ -53,9 +53,11 @@ def expert_ffn(
 
 def check(x: Array, weights: Array, expert_ids: Array, gate: Array, up: Array, down: Array) -> None:
     """Raises ValueError, naming the argument, where shapes disagree."""
-    if gate.shape != up.shape or down.shape != (gate.shape[0], gate.shape[2], gate.shape[1]):
+    if gate.ndim != 3 or gate.shape != up.shape or down.shape != (gate.shape[0], gate.shape[2], gate.shape[1]):
         raise ValueError(f"gate {gate.shape}, up {up.shape}, down {down.shape} must be [E,D,F], [E,D,F], [E,F,D]")
     if x.ndim != 2 or x.shape[1] != gate.shape[1]:
         raise ValueError(f"x is {x.shape}; it must be [M, {gate.shape[1]}]")
-    if weights.shape != expert_ids.shape or weights.shape[0] != x.shape[0]:
+    if weights.ndim != 2 or weights.shape != expert_ids.shape or weights.shape[0] != x.shape[0]:
         raise ValueError(f"weights {weights.shape} and expert_ids {expert_ids.shape} must both be [{x.shape[0]}, X]")
+    if not jnp.issubdtype(expert_ids.dtype, jnp.integer):
+        raise ValueError(f"expert_ids has dtype {expert_ids.dtype}; pass integers")

@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 from typing import Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.paged_attention import reference
@@ -47,6 +48,9 @@ def paged_attention(
         raise ValueError(
             f"page_table {page_table.shape} and lengths {lengths.shape} must be [{q.shape[0]}, p] and [{q.shape[0]}]"
         )
+    for name, array in (("page_table", page_table), ("lengths", lengths)):
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} has dtype {array.dtype}; pass integers")
     name = choose("paged_attention", implementation, IMPLEMENTATIONS)
     if name == "reference":
         return reference.paged_attention(q, k_pages, v_pages, page_table, lengths)

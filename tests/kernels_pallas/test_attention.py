@@ -177,6 +177,8 @@ def test_wrong_arguments_are_named():
     segments = make_segments(4)
     with pytest.raises(ValueError, match="must be"):
         attention(q, k, v[:, :3], segments)
+    with pytest.raises(ValueError, match=r"q \(4, 4, 6\), k \(2, 4, 2, 6\), .* must be \[B,T,N,H\]"):
+        attention(q[0], k, v, segments)
     with pytest.raises(ValueError, match="segment_ids is"):
         attention(q, k, v, segments[:, :3])
     with pytest.raises(ValueError, match="differ in length; say by query_index"):

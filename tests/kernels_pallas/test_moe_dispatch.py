@@ -274,6 +274,12 @@ def test_wrong_arguments_are_named():
         moe_dispatch.expert_ffn(x[:, 1:], weights, expert_ids, gate, up, down)
     with pytest.raises(ValueError, match="weights"):
         moe_dispatch.expert_ffn(x, weights[:, :1], expert_ids, gate, up, down)
+    with pytest.raises(ValueError, match=r"gate \(12, 10\), up \(12, 10\), down \(10, 12\) must be \[E,D,F\]"):
+        moe_dispatch.expert_ffn(x, weights, expert_ids, gate[0], up[0], down[0])
+    with pytest.raises(ValueError, match=r"weights \(5,\) and expert_ids \(5,\) must both be \[5, X\]"):
+        moe_dispatch.expert_ffn(x, weights[:, 0], expert_ids[:, 0], gate, up, down)
+    with pytest.raises(ValueError, match="expert_ids has dtype float32; pass integers"):
+        moe_dispatch.expert_ffn(x, weights, weights, gate, up, down)
     with pytest.raises(ValueError, match="'triton' of moe_dispatch is unknown"):
         moe_dispatch.expert_ffn(x, weights, expert_ids, gate, up, down, implementation="triton")
 

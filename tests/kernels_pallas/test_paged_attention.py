@@ -142,6 +142,8 @@ def test_wrong_arguments_are_named(monkeypatch):
         paged_attention(q[:, :, :3], k_pages, v_pages, table, lengths)
     with pytest.raises(ValueError, match="page_table"):
         paged_attention(q, k_pages, v_pages, table, lengths[:1])
+    with pytest.raises(ValueError, match="lengths has dtype float32; pass integers"):
+        paged_attention(q, k_pages, v_pages, table, lengths.astype(jnp.float32))
     with pytest.raises(ValueError, match="needs TPU, this platform is cpu"):
         paged_attention(q, k_pages, v_pages, table, lengths, implementation="tpu")
     monkeypatch.setattr(platforms, "platform", lambda: "tpu")
