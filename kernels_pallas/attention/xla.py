@@ -3,9 +3,9 @@
 Repeating keys and values beats a five-dimensional einsum over groups by 1.6 on CPU, where the latter is not lowered
 to one batched product. Only the log-sum-exp of each query is kept for the backward pass, which rebuilds the scores
 block by block (FlashAttention-2, arXiv 2307.08691). Up to `_UNROLLED` queries that stand beside their keys are unrolled
-into small blocks that stop at the diagonal, and so skip most masked scores. Others loop over blocks against all keys,
-so large that scores take `_SCORE_BYTES`: else a piece of a long row with all heads of a model would need more memory
-for them than for all of its layers.
+into small blocks that stop at the diagonal, and so skip most masked scores. Others loop over blocks so large that the
+scores of all keys take `_SCORE_BYTES`: else a piece of a long row with all heads of a model would need more memory for
+them than for all of its layers. Each block sees as many quarters of the keys as reach to the last that it counts.
 """
 
 import functools
@@ -22,6 +22,7 @@ _UNROLLED = 1024
 _SMALL_BLOCK = 64
 _LARGE_BLOCK = 512
 _SCORE_BYTES = 512 * 2**20
+_REACHES = 4  # each is compiled; twice as many would save a tenth of what is left
 _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 
 
@@ -63,7 +64,7 @@ def forward(
         )
         return weighted / total, top + jnp.log(total)
 
-    out, log_sum_exp = _by_blocks(block, q.shape[1], looped, _keys_before(visible, k))
+    out, log_sum_exp = _by_blocks(block, view, looped, aligned=visible.query_index is None)
     return out.transpose(0, 2, 1, 3).astype(q.dtype)[:, :given], log_sum_exp[:, :, :given, 0]
 
 
@@ -105,7 +106,7 @@ def backward(
             jnp.pad(to_values, unseen),
         )
 
-    to_queries, to_keys, to_values = _by_blocks(block, length, looped, _keys_before(visible, k), summed=2)
+    to_queries, to_keys, to_values = _by_blocks(block, view, looped, aligned=visible.query_index is None, summed=2)
 
     def regrouped(gradient: Array) -> Array:
         grouped = gradient.reshape(k.shape[0], k.shape[2], -1, key_length, k.shape[3])
@@ -174,34 +175,32 @@ def _mask(view: _View, start: int | Array, size: int, seen: int) -> Bool[Array, 
     return seeing[:, None]
 
 
-def _keys_before(visible: Visible, k: Array) -> Callable[[int], int]:
-    """How many keys from the first on are enough for the queries before `end`."""
-    return (lambda end: end) if visible.query_index is None else (lambda end: k.shape[1])
-
-
 def _by_blocks(
-    block: Callable[..., tuple[Array, ...]],
-    length: int,
-    looped: int | None,
-    keys_before: Callable[[int], int],
-    summed: int = 0,
+    block: Callable[..., tuple[Array, ...]], view: _View, looped: int | None, *, aligned: bool, summed: int = 0
 ) -> tuple[Array, ...]:
-    """Run `block(start, size, seen)` over all queries: its last `summed` results add up, the others are joined."""
+    """Run `block(start, size, seen)` over all queries, which count none but the first `seen` keys: its last `summed`
+    results add up, the others are joined."""
+    length, keys = view.segments.shape[1], view.key_segments.shape[1]
     if looped is None:
         parts = []
         for start in range(0, length, _SMALL_BLOCK):
             end = min(start + _SMALL_BLOCK, length)
-            parts.append(block(start, end - start, keys_before(end)))
+            parts.append(block(start, end - start, end if aligned else keys))
         columns = list(zip(*parts, strict=True))
         joined = [jnp.concatenate(column, axis=2) for column in columns[: len(columns) - summed]]
         return *joined, *(sum(column[1:], column[0]) for column in columns[len(columns) - summed :])
 
+    share = -(-keys // (_REACHES * _SMALL_BLOCK)) * _SMALL_BLOCK
+    reaches = [*range(share, keys, share), keys]
+    branches = [functools.partial(block, size=looped, seen=seen) for seen in reaches]
+
     def step(sums: Any, start: Array) -> tuple[Any, Any]:
-        results = block(start, looped, keys_before(length))
+        needed = jnp.max(jax.lax.dynamic_slice_in_dim(view.bounds[-1], start, looped, axis=1))
+        results = jax.lax.switch(jnp.sum(needed > jnp.asarray(reaches[:-1], jnp.int32)), branches, start)
         kept = len(results) - summed
         return tuple(a + b for a, b in zip(sums, results[kept:], strict=True)), tuple(results[:kept])
 
-    shapes = jax.eval_shape(lambda: block(0, looped, keys_before(length)))
+    shapes = jax.eval_shape(lambda: block(0, looped, keys))
     zeros = tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes[len(shapes) - summed :])
     sums, stacked = jax.lax.scan(step, zeros, jnp.arange(0, length, looped))
 

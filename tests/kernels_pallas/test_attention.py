@@ -76,6 +76,18 @@ def test_looped_blocks_agree_with_the_reference(length, monkeypatch):
         np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("pieces", [np.r_[:2048], np.r_[:512, 1536:2048]], ids=["row", "pieces"])
+def test_looped_blocks_read_no_keys_beyond_the_quarter_that_they_reach(pieces):
+    """A value that is no number spoils whatever product it takes part in, however small its weight."""
+    q, k, v, _ = make_inputs(2048)
+    v = v.at[:, 1536:].set(jnp.nan)
+    index = None if len(pieces) == 2048 else jnp.broadcast_to(pieces, (2, len(pieces)))
+    segments = jnp.ones((2, 2048), jnp.int32)
+    out = attention(q[:, pieces], k, v, segments, query_index=index, implementation="xla")
+    assert np.all(np.isfinite(out[:, :-512]))
+    assert np.all(np.isnan(out[:, -512:]))
+
+
 def test_scores_of_a_long_row_are_held_to_their_limit():
     """All 32 heads of a piece of a row of 32,768, of which keys and values alone have as many numbers."""
     q, kv = (jax.ShapeDtypeStruct((1, length, 32, 128), jnp.bfloat16) for length in (8192, 32768))
