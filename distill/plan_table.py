@@ -28,9 +28,10 @@ def _show_one(plan: Plan, console: Console) -> None:
         console.print(_stage_table(plan))
         assumed = plan.assumed
         console.print(
-            f"Assumed: {assumed.efficiency:.0%} of every roof, responses {assumed.response_share:.0%} of "
-            f"max_new_tokens, prompts {assumed.prompt_share:.0%} of max_prompt_tokens, rows {assumed.filled_share:.0%} "
-            "filled (see --help); loading, compiling and saving are left out.",
+            f"Assumed: {assumed.efficiency:.0%} of every roof, {assumed.decoding_efficiency:.0%} of decoding's, "
+            f"responses {assumed.response_share:.0%} of max_new_tokens, prompts {assumed.prompt_share:.0%} of "
+            f"max_prompt_tokens, rows {assumed.filled_share:.0%} filled (see --help); loading, compiling and saving "
+            "are left out.",
             style="dim",
             highlight=False,
         )

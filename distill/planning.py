@@ -166,7 +166,12 @@ def cut_down(experiment: Experiment, devices: int) -> tuple[Experiment, str]:
 
 
 def _stage(stage: StagePlan, seconds_of: Mapping[Purpose, float], assumed: Assumptions) -> PlannedStage:
-    seconds = {purpose: count * seconds_of[purpose] / assumed.efficiency for purpose, count in stage.calls.items()}
+    seconds = {
+        purpose: count
+        * seconds_of[purpose]
+        / (assumed.decoding_efficiency if purpose.endswith("writes") else assumed.efficiency)
+        for purpose, count in stage.calls.items()
+    }
     return PlannedStage(
         name=stage.stage,
         seconds={str(purpose): taken for purpose, taken in seconds.items()},

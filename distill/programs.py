@@ -60,6 +60,8 @@ class Program:
     mesh: Mesh
     rows: int
     """Rows that go through the model together, on all of the mesh."""
+    groups: int = 1
+    """That these rows are written in side by side, as on CPU: each reads the weights for itself."""
     length: int
     """Tokens of a row: of the longest prompt where prompts are read, of the longest sequence where it is written."""
     beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -224,6 +226,7 @@ class _Planned:
             arguments=programs.write_arguments,
             options=programs.write_options,
             rows=sizes.batch_size,
+            groups=sizes.batch_size // programs.write_arguments[4].token.shape[0],
             length=sizes.longest_tokens,
             **common,
         )

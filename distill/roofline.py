@@ -3,8 +3,8 @@
 FLOPs are analytic and those that the program does: with what rematerialising computes again, heads in both directions,
 and attention as its implementation has it, masked scores included where it does not skip them. Memory traffic is
 analytic and coarse: weights once a pass, every activation written and read once, logits, and all of the cache that a
-decoding step looks at. Collectives are those of the compiled program. Efficiency within a kernel, launches and the host
-are left out: the roof is a bound and no forecast.
+decoding step looks at with its scores. Collectives are those of the compiled program. Efficiency within a kernel,
+launches and the host are left out: the roof is a bound and no forecast.
 """
 
 import dataclasses
@@ -21,8 +21,9 @@ from kernels_pallas.attention import attended_pairs
 from kernels_pallas.chips import Chip
 from qwen3.config import ModelConfig
 
-_WORD_PASSES = 3
-"""Times that a block of float32 logits goes through memory: written, and read for its largest and for its sum."""
+_SOFTMAX_PASSES = 3
+"""Times that float32 logits, or scores of attention that is no kernel, go through memory: written, and read for their
+largest and for their sum."""
 _UPDATE_BYTES = 28
 """A parameter's float32 weight, two moments and gradient read, all but the gradient written."""
 
@@ -89,7 +90,8 @@ def work_of(program: Program, experiment: Experiment) -> Work:
             return Work(flops=flops, device_bytes=traffic.weights(1) + traffic.activations(1), tokens=rows * length)
         case "teacher_writes" | "student_writes":
             flops = rows * forward.executed(1, decoded_pairs(config, length))
-            return Work(flops=flops, device_bytes=traffic.weights(1) + traffic.cache(), tokens=rows)
+            moved = traffic.weights(program.groups) + traffic.cache() + traffic.logits(1)
+            return Work(flops=flops, device_bytes=moved, tokens=rows)
         case "student_trains":
             training = experiment.stages[program.stage].training
             width = None
@@ -122,11 +124,16 @@ def _row_pairs(program: Program) -> int:
         )
 
 
-def decoded_pairs(config: ModelConfig, slots: int) -> int:
-    """Of a new token and the slots of its sequence. In Dual Chunk Attention all keys are scored for each of three kinds
-    of queries, and the weighted values, the other half of a pair's FLOPs, are summed once."""
+def decoded_pairs(config: ModelConfig, slots: int) -> float:
+    """Of a new token and the slots of its sequence. All keys are scored for every kind of queries; the weighted values,
+    the other half of a pair's FLOPs, are summed once."""
+    return slots * (_decoded_kinds(config, slots) + 1) / 2
+
+
+def _decoded_kinds(config: ModelConfig, slots: int) -> int:
+    """Of queries: those of Dual Chunk Attention (`kernels_pallas.attention.dual_chunk`), or the one kind."""
     chunks = config.dual_chunk
-    return slots if chunks is None or slots <= chunks.chunk_tokens else 2 * slots
+    return 1 if chunks is None or slots <= chunks.chunk_tokens else 3
 
 
 def parameters(config: ModelConfig) -> int:
@@ -163,17 +170,22 @@ class _MemoryTraffic:
         self._shares = math.prod(self._shape[axis] for axis in ("data", "fsdp", "expert", "context"))
 
     def weights(self, passes: int) -> float:
-        """Each pass reads what a device computes with; where it holds a part of that alone, the rest is gathered:
-        written and read once more."""
+        """Each pass reads what a device computes with, but for the input embedding, which is looked up. Where a device
+        holds a part of that alone, the rest is gathered: written and read once more; for many tokens at once, and so
+        left out, by programs that write."""
         config, shape = self._config, self._shape
         experts = _expert_parameters(config) / shape["tensor"] / shape["expert"]
         if self._writes and config.num_experts:
             # A few tokens do not reach all experts.
-            seen = self._program.rows / (self._shares / shape["expert"])
+            seen = self._program.rows / self._program.groups / (self._shares / shape["expert"])
             experts *= 1 - (1 - config.num_experts_per_tok / config.num_experts) ** seen
-        dense = _dense_parameters(config) / shape["tensor"]
-        gathered = self._shares > 1
-        return passes * (dense + experts) * (self._stored + (2 * self._computed if gathered else 0))
+        looked_up = 0 if config.tie_word_embeddings else config.hidden_size * config.vocab_size
+        dense = (_dense_parameters(config) - looked_up) / shape["tensor"]
+        if self._shares == 1:
+            read = self._stored
+        else:
+            read = self._computed if self._writes else self._stored + 2 * self._computed
+        return passes * (dense + experts) * read
 
     def activations(self, passes: int) -> float:
         config, tensor = self._config, self._shape["tensor"]
@@ -186,11 +198,16 @@ class _MemoryTraffic:
         return passes * 2 * self._computed * entries * self._program.rows * self._program.length / self._shares
 
     def logits(self, passes: int) -> float:
-        tokens = self._program.rows * self._program.length / self._shares
-        return passes * _WORD_PASSES * 4 * tokens * self._config.vocab_size / self._shape["tensor"]
+        tokens = self._program.rows * (1 if self._writes else self._program.length) / self._shares
+        return passes * _SOFTMAX_PASSES * 4 * tokens * self._config.vocab_size / self._shape["tensor"]
 
     def cache(self) -> float:
-        """Keys and values up to the end of the longest sequence."""
-        config = self._config
-        entries = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers / self._shape["tensor"]
-        return self._computed * entries * self._program.length * self._program.rows / self._shares
+        """Keys and values up to the end of the longest sequence and, without a kernel that reads pages, their scores;
+        keys and scores once for each kind of queries."""
+        config, length = self._config, self._program.length
+        kinds = _decoded_kinds(config, length)
+        bytes_of_slot = (kinds + 1) * self._computed * config.num_key_value_heads * config.head_dim
+        if self._program.models[0].kernels.paged_attention is None:
+            bytes_of_slot += kinds * _SOFTMAX_PASSES * 4 * config.num_attention_heads
+        slots = self._program.rows * length / self._shares
+        return slots * config.num_hidden_layers * bytes_of_slot / self._shape["tensor"]

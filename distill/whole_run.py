@@ -21,7 +21,9 @@ class Assumptions:
     """What a plan cannot know, as shares of what is known."""
 
     efficiency: float = 0.5
-    """Share of a program's roof that is reached."""
+    """Share of a program's roof that is reached, by programs that do not decode."""
+    decoding_efficiency: float = 0.25
+    """Share of the roof that is reached by programs that decode, a token of every sequence at a time."""
     response_share: float = 0.25
     """Mean response, as a share of the stage's max_new_tokens."""
     prompt_share: float = 0.25

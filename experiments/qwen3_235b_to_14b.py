@@ -8,7 +8,7 @@ Data, lengths, modes, learning rates with their source, and what to download: ex
 Devices: 64, as in qwen3_235b_to_8b.py; the student's weights, those it began with, moments and two sums of
 gradients take 5.2 GiB of each.
 
-Hours by the plan: v5p:4x4x4 76 h, 4,896 chip-hours; v6e:8x8 128 h, 8,222 chip-hours; h100:8x8 62 h, 3,970 chip-hours.
+Hours by the plan: v5p:4x4x4 62 h, 3,967 chip-hours; v6e:8x8 103 h, 6,618 chip-hours; h100:8x8 50 h, 3,204 chip-hours.
 The student writes longer than the teacher does.
 """
 

@@ -13,7 +13,7 @@ of 140 GiB:
         --stages.off-policy.training.rows 2 --stages.off-policy.microbatches-per-step 16 \\
         --stages.off-policy.batch-size 16 --stages.on-policy.training.rows 2 --stages.on-policy.prompts-per-step 16
 
-Hours by the plan: v5p:4x4x4 58 h, 3,721 chip-hours; v6e:8x8 98 h, 6,256 chip-hours; h100:8x8 47 h, 3,019 chip-hours.
+Hours by the plan: v5p:4x4x4 51 h, 3,271 chip-hours; v6e:8x8 86 h, 5,479 chip-hours; h100:8x8 41 h, 2,648 chip-hours.
 Half of them the teacher writes, nearly all others the student.
 
 To expect, from table 21 of arXiv 2505.09388 (theirs, thinking mode, after a better off-policy stage than this data

@@ -1,6 +1,7 @@
 """How far a plan is from what programs take: memory, FLOPs and time of every program that a step runs, on this machine.
 
     python -m experiments.benchmarks.plan_error --size vocab
+    python -m experiments.benchmarks.plan_error --size 0.6b --only "on_policy: student writes"
 
 prints a Markdown table. The machine's two roofs are measured first: a product of large matrices, and a copy. Each
 program runs in a process of its own. Memory is what the process grows by while the program runs, beside its
@@ -39,7 +40,7 @@ from distill.stages.loop import Training
 from distill.tasks import Arithmetic
 from experiments.benchmarks.machine import machine
 from experiments.benchmarks.sampler import Sampling
-from experiments.benchmarks.sizes import SIZES
+from experiments.benchmarks.sizes import SIZES, Size
 from kernels_pallas.chips import Chip
 from qwen3.config import ModelConfig
 from qwen3.cores import usable_cores
@@ -48,6 +49,14 @@ from qwen3.sampling import SamplingParams
 from student.init import FromScratch
 
 _TOKENIZER = str(Path(__file__).parents[1] / "quickstart_tokenizer")
+# A model in real proportions, that takes seconds a token: of a run on CPU its student's writing can be measured.
+_SMALLEST_QWEN3 = ModelConfig.from_folder(Path(__file__).parents[1] / "qwen3_configs" / "Qwen3-0.6B-Base")
+_SIZES = {
+    **SIZES,
+    "0.6b": Size(
+        teacher=_SMALLEST_QWEN3, student=_SMALLEST_QWEN3, batch_size=8, sequence_tokens=256, prompt_tokens=224
+    ),
+}
 _MATRIX, _COPIED_BYTES, _TURNS = 3072, 2**28, 10
 
 
@@ -55,7 +64,9 @@ _MATRIX, _COPIED_BYTES, _TURNS = 3072, 2**28, 10
 class Arguments:
     """What to measure."""
 
-    size: Literal["tiny", "vocab"] = "tiny"
+    size: Literal["tiny", "vocab", "0.6b"] = "tiny"
+    only: str = ""
+    """Part of the names of those programs that are measured."""
 
 
 class Taken(NamedTuple):
@@ -98,7 +109,7 @@ def main(arguments: Arguments) -> None:
     with tempfile.TemporaryDirectory() as folder:
         names = [program.name for program in _programs(arguments.size, folder)]
         for name in names:
-            if name.startswith("evaluation"):
+            if name.startswith("evaluation") or arguments.only not in name:
                 continue
             # The program alone would end at once, where no sequence is under way.
             how = measure_writing if name.endswith("writes") else measure
@@ -158,7 +169,7 @@ def measure(size: str, folder: str, name: str, here: Machine) -> Measured:
 def measure_writing(size: str, folder: str, name: str, here: Machine) -> Measured:
     """Have the engine write as many tokens as the size has, and one; the difference is what all others take."""
     program = next(one for one in _programs(size, folder) if one.name == name)
-    work, model = SIZES[size], Qwen3(program.model, jax.random.key(0))
+    work, model = _SIZES[size], Qwen3(program.model, jax.random.key(0))
     prompts = np.ones((program.rows, work.prompt_tokens), np.int32)
 
     def written(new_tokens: int) -> Taken:
@@ -229,7 +240,7 @@ def _programs(size: str, folder: str) -> list[Program]:
 
 def _experiment(size: str, folder: str) -> Experiment:
     """The benchmarks' models and batch as an experiment, with only the teacher's config.json on disk."""
-    work = SIZES[size]
+    work = _SIZES[size]
     (Path(folder) / "config.json").write_text(json.dumps(_raw(work.teacher)))
     writes: Any = {
         "thinking": SamplingParams(max_new_tokens=work.new_tokens),

@@ -195,10 +195,31 @@ def test_a_decoded_token_reads_weights_and_cache(quickstart: Experiment) -> None
     made = {program.name: program for program in programs(quickstart, jax.devices()[:1])}
     program = made["on_policy: student writes"]
     config, work = program.model, work_of(program, quickstart)
-    cache = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * program.length * program.rows
-    assert work.device_bytes == pytest.approx(4 * (parameters(config) + cache))
+    assert config.tie_word_embeddings
+    slots = program.rows * program.length * config.num_hidden_layers
+    cache = 2 * config.num_key_value_heads * config.head_dim * slots
+    # Logits and scores are written, and read for the largest and for the sum.
+    softmax = 3 * (config.num_attention_heads * slots + program.rows * config.vocab_size)
+    assert program.rows / program.groups == program.arguments[4].token.shape[0]
+    assert work.device_bytes == pytest.approx(4 * (program.groups * parameters(config) + cache + softmax))
     assert work.tokens == program.rows
     assert work.flops == program.rows * forward_flops(config).executed(1, program.length)
+    (model,) = {id(one): one for one in program.models}.values()
+    model.kernels = Kernels(paged_attention="xla")
+    in_place = work_of(program, quickstart).device_bytes
+    assert work.device_bytes - in_place == pytest.approx(12 * config.num_attention_heads * slots)
+    untied = dataclasses.replace(program, model=dataclasses.replace(config, tie_word_embeddings=False))
+    # What is only looked up is not read through.
+    assert work_of(untied, quickstart).device_bytes == in_place
+
+
+def test_a_mesh_gathers_weights_once_for_many_written_tokens(quickstart: Experiment) -> None:
+    """Each token then reads them as they are multiplied, and no other copy."""
+    experiment = dataclasses.replace(quickstart, mesh=MeshShape(data=1, fsdp=4), compute_dtype="bfloat16")
+    made = programs(experiment, stand_ins("v5e", (2, 2)))
+    program = next(one for one in made if one.name == "on_policy: student writes")
+    weights_alone = work_of(dataclasses.replace(program, rows=0), experiment)
+    assert weights_alone.device_bytes == 2 * parameters(program.model)
 
 
 def test_calls_of_a_run_by_hand(quickstart: Experiment) -> None:
@@ -339,7 +360,8 @@ def test_the_command_prints_topologies_side_by_side(
 
 
 def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--topology", "v6e:1x1", "--no-compile", "--json", "--efficiency", "0.25", "--no-smallest"]
+    options = ["--topology", "v6e:1x1", "--no-compile", "--json", "--no-smallest"]
+    options += ["--efficiency", "0.25", "--decoding-efficiency", "0.125"]
     assert command.main([str(QUICKSTART), *options, "--stages.on-policy.training.steps", "7"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)
     assert plan["fits"]
@@ -349,6 +371,10 @@ def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> 
     stage = next(one for one in plan["stages"] if one["name"] == "on_policy")
     calls = stage["seconds"]["student_trains"] * 0.25 / trains["roof"]["seconds"]
     assert calls % 7 == pytest.approx(0, abs=1e-6)
+    writes = next(one for one in plan["programs"] if one["name"] == "on_policy: student writes")
+    calls = stage["seconds"]["student_writes"] * 0.125 / writes["roof"]["seconds"]
+    assert calls % 7 == pytest.approx(0, abs=1e-6)
+    assert plan["assumed"]["decoding_efficiency"] == 0.125
     assert trains["sent"] is None
     assert trains["memory"]["temporaries"] is None
 
@@ -359,6 +385,7 @@ def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> 
         ([], "--topology is missing"),
         (["--topology", "v9:2x2"], "target 'v9:2x2' is unknown"),
         (["--topology", "v5e:1x1", "--efficiency", "0"], "--efficiency is 0.0; it must lie in 0..1"),
+        (["--topology", "v5e:1x1", "--decoding-efficiency", "2"], "--decoding-efficiency is 2.0; it must lie in 0..1"),
         (["--topology", "v5e:1x1", "--workers", "0"], "--workers is 0; it must be at least 1"),
         (["--topology", "v5e:1x1", "--stages.nothing", "1"], "--stages.nothing"),
     ],
