@@ -17,7 +17,7 @@ def attended_pairs(
     """Of a row that is one document, for each head, in all of the devices that have pieces of the row together.
 
     Kernels skip what is hidden, but for the rest of a block, which is left out here. In Dual Chunk Attention their
-    parts are together what causal order shows; XLA goes through the same keys for each part.
+    parts are together what causal order shows; XLA goes through the same quarters of the keys for each part.
 
     Args:
       chunk_tokens: of Dual Chunk Attention, as in `DualChunkQueries`; None without it.

@@ -117,11 +117,18 @@ def backward(
 
 def pairs(tokens: int, *, aligned: bool) -> int:
     """Of queries and keys that are multiplied out for a row and head: in small blocks up to the diagonal where they are
-    unrolled, else all. `aligned`: the queries stand beside their keys."""
-    if not aligned or tokens > _UNROLLED:
-        return tokens * tokens
-    starts = range(0, tokens, _SMALL_BLOCK)
-    return sum(min(_SMALL_BLOCK, tokens - start) * min(start + _SMALL_BLOCK, tokens) for start in starts)
+    unrolled, else up to the end of the quarter that a query stands in. `aligned`: queries stand beside their keys."""
+    if aligned and tokens <= _UNROLLED:
+        starts = range(0, tokens, _SMALL_BLOCK)
+        return sum(min(_SMALL_BLOCK, tokens - start) * min(start + _SMALL_BLOCK, tokens) for start in starts)
+    reaches = _reaches(tokens)
+    return sum((reach - before) * reach for before, reach in zip([0, *reaches], reaches, strict=False))
+
+
+def _reaches(keys: int) -> list[int]:
+    """How many keys a looped block may see: the first, or the first two, three or all quarters."""
+    share = -(-keys // (_REACHES * _SMALL_BLOCK)) * _SMALL_BLOCK
+    return [*range(share, keys, share), keys]
 
 
 def _looped_block(q: Array, k: Array, visible: Visible) -> int | None:
@@ -190,8 +197,7 @@ def _by_blocks(
         joined = [jnp.concatenate(column, axis=2) for column in columns[: len(columns) - summed]]
         return *joined, *(sum(column[1:], column[0]) for column in columns[len(columns) - summed :])
 
-    share = -(-keys // (_REACHES * _SMALL_BLOCK)) * _SMALL_BLOCK
-    reaches = [*range(share, keys, share), keys]
+    reaches = _reaches(keys)
     branches = [functools.partial(block, size=looped, seen=seen) for seen in reaches]
 
     def step(sums: Any, start: Array) -> tuple[Any, Any]:

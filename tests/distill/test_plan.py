@@ -137,7 +137,7 @@ def test_decoding_flops_agree_with_the_compiler(config: ModelConfig) -> None:
 
 
 def test_long_rows_are_attended_to_as_the_implementation_does(quickstart: Experiment) -> None:
-    """Kernels skip what is hidden, XLA goes through all keys, thrice in Dual Chunk Attention."""
+    """Kernels skip what is hidden, XLA reads whole quarters of the keys, thrice in Dual Chunk Attention."""
 
     def flops(kernels: Kernels, chunks: DualChunk | None, platform: str) -> float:
         made = programs(quickstart, stand_ins("v5e", (1,)) if platform == "tpu" else jax.devices()[:1])
@@ -151,9 +151,9 @@ def test_long_rows_are_attended_to_as_the_implementation_does(quickstart: Experi
     plain, kernel = flops(Kernels(), None, "cpu"), flops(Kernels(attention="tpu"), None, "tpu")
     assert flops(Kernels(attention="tpu"), chunks, "tpu") == kernel
     assert flops(Kernels(), dataclasses.replace(chunks, chunk_size=8192), "cpu") == plain
-    square = flops(Kernels(), chunks, "cpu") - plain
-    # Two more squares; of one, the kernel leaves out the half behind the diagonal.
-    assert square / 2 == pytest.approx(2 * (plain - kernel), rel=0.001)
+    twice_more = flops(Kernels(), chunks, "cpu") - plain
+    # Five eighths of all pairs each time, of which the kernel leaves out one eighth, behind the diagonal.
+    assert twice_more / 2 == pytest.approx(5 * (plain - kernel), rel=0.002)
 
 
 def test_memory_of_a_program_is_split_by_what_it_is_for(quickstart: Experiment) -> None:
