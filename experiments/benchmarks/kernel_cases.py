@@ -248,9 +248,16 @@ def _experts(model: Model) -> Iterator[Case]:
 
 
 def _linear_kl(model: Model) -> Iterator[Case]:
-    """8,192 tokens of a student against the hidden states of 235B-A22B, or against its 64 likeliest words."""
-    if model.experts:
+    """Over all words, and over those of one device where four of a mesh share them. The largest is as wide as 8B."""
+    if model.name == LARGEST:
+        yield from _linear_kl_over(WIDEST_STUDENT, VOCABULARY)
         return
+    yield from _linear_kl_over(model, VOCABULARY)
+    yield from _linear_kl_over(model, VOCABULARY // 4)
+
+
+def _linear_kl_over(model: Model, vocabulary: int) -> Iterator[Case]:
+    """8,192 tokens of a student against the hidden states of 235B-A22B, or against its 64 likeliest words."""
     tokens, words, teacher_width, forward = 8192, 64, MODELS[-1].width, Divergence("forward_kl")
 
     def full(hidden: Array, head: Array, *constants: Array, implementation: Implementation) -> Array:
@@ -260,34 +267,32 @@ def _linear_kl(model: Model) -> Iterator[Case]:
         return linear_kl_at_ids(hidden, head, *constants, divergence=forward, implementation=implementation)[0]
 
     def sample_full(key: Array) -> tuple[Array, ...]:
-        shapes = [(tokens, model.width), (VOCABULARY, model.width)]
-        shapes += [(tokens, teacher_width), (VOCABULARY, teacher_width)]
+        shapes = [(tokens, model.width), (vocabulary, model.width)]
+        shapes += [(tokens, teacher_width), (vocabulary, teacher_width)]
         hidden, head, teacher_hidden, teacher_head = _normal(key, *shapes)
         weights = jnp.full((1, tokens), 1 / tokens, jnp.float32)
         return hidden[None], head * 0.02, teacher_hidden[None], teacher_head * 0.02, weights
 
     def sample_at_ids(key: Array) -> tuple[Array, ...]:
-        hidden, head = _normal(key, (tokens, model.width), (VOCABULARY, model.width))
-        ids = jnp.broadcast_to(jnp.arange(words) * 1999, (1, tokens, words))
+        hidden, head = _normal(key, (tokens, model.width), (vocabulary, model.width))
+        ids = jnp.broadcast_to(jnp.arange(words) * (vocabulary // 76), (1, tokens, words))
         logprobs = jnp.full((1, tokens, words), jnp.log(0.9 / words))
         weights = jnp.full((1, tokens), 1 / tokens, jnp.float32)
         return hidden[None], head * 0.02, ids, logprobs, jnp.full((1, tokens), jnp.log(0.1)), weights
 
-    product = 2 * tokens * VOCABULARY
+    product = 2 * tokens * vocabulary
     own, teachers = product * model.width, product * teacher_width
     for operation, function, sample, extra in (
         ("linear_kl hidden states", full, sample_full, teachers),
         ("linear_kl 64 words", at_ids, sample_at_ids, 0),
     ):
-        shape = f"{model.name}, {tokens:,} × {VOCABULARY:,}"
-        subset = model.name == "8B" and function is at_ids
+        shape = f"{model.name}, {tokens:,} × {vocabulary:,}"
+        subset = model.name == "8B" and function is at_ids and vocabulary == VOCABULARY
         case = Case(
             operation=operation, shape=shape, function=function, sample=sample, flops=own + extra, subset=subset
         )
         yield case
         yield case.gradient(2, flops=3 * own + extra)
-    if model.name == "8B":
-        yield from _linear_kl(WIDEST_STUDENT)
 
 
 OPERATIONS: Mapping[str, Callable[[Model], Iterator[Case]]] = MappingProxyType(
