@@ -53,6 +53,8 @@ TEACHER_PROGRAMS = (
 )
 WITH_TEACHER = ("qwen3_235b_to_8b", "qwen3_32b_to_1_7b")
 """Experiments whose teacher's programs are compiled; the others' are the same."""
+SHARED_WORDS = "qwen3_32b_to_1_7b"
+"""An experiment in which four devices share the words of the loss."""
 SUBSET = {("qwen3_235b_to_8b", "on_policy: student trains"): ("h100:8x8",)}
 
 
@@ -114,6 +116,14 @@ def cases() -> Iterator[ProgramCase]:
         shape=f"{written}, pages gathered by XLA",
         targets=("h200:1x1",),
         program=functools.partial(writing, kernels=False),
+    )
+    yield ProgramCase(
+        operation=SHARED_WORDS,
+        shape="off_policy: student trains, attention and loss by kernels",
+        targets=TARGETS[SHARED_WORDS],
+        program=functools.partial(
+            of_experiment, SHARED_WORDS, "off_policy: student trains", named=("attention", "linear_kl")
+        ),
     )
     for experiment, targets in TARGETS.items():
         teacher = TEACHER_PROGRAMS if experiment in WITH_TEACHER else ()
@@ -185,7 +195,9 @@ def _kernel(devices: list[Any]) -> Literal["tpu", "gpu"]:
     return "gpu" if devices[0].platform == "gpu" else "tpu"
 
 
-def of_experiment(experiment: str, name: str, devices: list[Any]) -> Program:
-    """The program of that name of an experiment in `experiments/`."""
-    made = programs(load_experiment(EXPERIMENTS / f"{experiment}.py"), devices)
+def of_experiment(experiment: str, name: str, devices: list[Any], *, named: tuple[str, ...] = ()) -> Program:
+    """The program of that name of an experiment in `experiments/`; the `named` operations by the platform's kernels."""
+    loaded = load_experiment(EXPERIMENTS / f"{experiment}.py")
+    by_name: Any = dict.fromkeys(named, _kernel(devices))
+    made = programs(dataclasses.replace(loaded, kernels=Kernels(**by_name)) if named else loaded, devices)
     return next(program for program in made if program.name == name)
