@@ -94,7 +94,8 @@ def test_the_hours_that_a_file_names_are_those_of_its_plan(name: str) -> None:
         topology: tuple(float(number.replace(",", "")) for number in numbers)
         for topology, *numbers in re.findall(r"(\w+:[\dx]+) ([\d,]+) h, ([\d,]+) chip-hours", said)
     }
-    assert hours.keys() == set(TARGETS[name])
+    # What is compiled for H100 runs on H200 as it is.
+    assert hours.keys() == {*TARGETS[name], *(topology.replace("h100", "h200") for topology in TARGETS[name])}
     experiment = load_experiment(file)
     for topology, numbers in hours.items():
         kind, shape = topologies.parsed(topology)
