@@ -17,6 +17,7 @@ from distill.experiment_file import load_experiment
 from distill.plan_compile import compile_all, workers_here
 from distill.plan_table import show
 from distill.planning import Measure, Plan, cut_down, fits, plan_on
+from distill.programs import architectures
 from distill.whole_run import Assumptions
 from kernels_pallas import topologies
 from kernels_pallas.chips import CHIPS
@@ -92,9 +93,11 @@ def _main(arguments: list[str]) -> int:
     if not console.is_terminal:
         # A file or a pipe has no width, and rich would cut the tables to 80 columns.
         console.width = _WIDTH
+    # Whatever no topology would mend is said before the first is planned, which may take minutes.
+    architectures(experiment)
+    found = {topology: _devices(topology, compiling=own.compile) for topology in own.topology.split(",")}
     assumed, plans = Assumptions(**values), []
-    for topology in own.topology.split(","):
-        devices = _devices(topology, compiling=own.compile)
+    for topology, devices in found.items():
         kind, _ = topologies.parsed(topology)
         plan = plan_on(experiment, devices, CHIPS[kind], topology, assumed, measured(experiment, topology))
         smallest = _smallest(experiment, plan, measured) if own.smallest else None

@@ -384,6 +384,7 @@ def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> 
     [
         ([], "--topology is missing"),
         (["--topology", "v9:2x2"], "target 'v9:2x2' is unknown"),
+        (["--topology", "v5e:1x1", "--teacher.path", "nowhere"], "nowhere/config.json does not exist"),
         (["--topology", "v5e:1x1", "--efficiency", "0"], "--efficiency is 0.0; it must lie in 0..1"),
         (["--topology", "v5e:1x1", "--decoding-efficiency", "2"], "--decoding-efficiency is 2.0; it must lie in 0..1"),
         (["--topology", "v5e:1x1", "--workers", "0"], "--workers is 0; it must be at least 1"),
@@ -395,6 +396,14 @@ def test_mistakes_are_said_in_one_line(options: list[str], said: str, capsys: py
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert said in line
+
+
+def test_all_topologies_are_known_before_the_first_is_planned(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "plan_on", None)
+    assert command.main([str(QUICKSTART), "--topology", "v5e:1x1,v9:2x2", "--no-compile"]) == 2
+    assert "target 'v9:2x2' is unknown" in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_fit_ends_with_status_2_and_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
