@@ -4,9 +4,10 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from experiments.benchmarks import distill_step, sampler
+from experiments.benchmarks import distill_step, own_mesh, sampler
 from experiments.benchmarks.comparison import OURS, ROWS, TRL_GKD, TUNIX_LOGIT, Row, summary, table, verdicts
 from experiments.benchmarks.contest import FEWEST_STEPS, QUIET_CORES, Contestant, Measured, Pace, contest
 from experiments.benchmarks.peer_environments import Environment, prepare
@@ -56,6 +57,18 @@ def test_a_step_is_measured_where_rows_are_given_and_where_the_student_writes() 
 def test_sampling_is_measured() -> None:
     row = sampler.measure(miniature(), sampler.Arguments(batch=3, steps=2))
     assert row["tokens_per_second"] == pytest.approx(3 * 8 / row["step_seconds"], rel=0.2)
+
+
+def test_a_teacher_on_a_device_of_its_own_is_measured() -> None:
+    asked = own_mesh.Arguments(microbatches=2, score_seconds=0.03, train_seconds=0.05, write_seconds=0.02, rounds=1)
+    rows = {row["way"]: row for row in own_mesh.measure(asked, jax.devices()[:2])}
+    assert rows["own meshes"]["ideal_seconds"] == pytest.approx(0.03 + 2 * 0.05)
+    assert rows["on-policy, own meshes, written ahead"]["ideal_seconds"] == pytest.approx(0.02 + 2 * 0.05)
+    # A device's time is processor time: others on the machine make it longer, and nothing makes it much shorter.
+    assert all(
+        rows[f"{what} alone"]["fastest_seconds"] > 0.7 * rows[f"{what} alone"]["ideal_seconds"]
+        for what in ("score", "train")
+    )
 
 
 def test_disturbed_steps_do_not_count_where_enough_others_do() -> None:
