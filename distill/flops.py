@@ -62,14 +62,19 @@ def training_flops(config: ModelConfig, adapter_parameters: int = 0) -> Flops:
 
 
 def executed_training_flops(
-    config: ModelConfig, *, rematerialise: bool, teacher_width: int | None = None, adapter_parameters: int = 0
+    config: ModelConfig,
+    *,
+    rematerialise: bool,
+    teacher_width: int | None = None,
+    adapter_parameters: int = 0,
+    attention_backward_products: int = 5,
 ) -> Flops:
     """What a training program does, where `training_flops` says what training costs: with all that is computed again.
 
     Rematerialised layers run forward twice, but for what their gradients do not need: a dense layer's last product.
-    Attention's backward pass has five products, for two of the forward pass: it computes the scores again. The head's
-    gradients are formed where its logits are. `teacher_width` is that of a teacher's hidden states, whose logits are
-    multiplied out, too; None where targets are entries of a store.
+    Attention's backward pass has `attention_backward_products`, for two of the forward pass: it computes the scores
+    again. The head's gradients are formed where its logits are. `teacher_width` is that of a teacher's hidden states,
+    whose logits are multiplied out, too; None where targets are entries of a store.
     """
     once = training_flops(config, adapter_parameters)
     forward = forward_flops(config, adapter_parameters)
@@ -79,5 +84,5 @@ def executed_training_flops(
     again = forward.per_token - head - spared if rematerialise else 0
     return Flops(
         per_token=once.per_token + again + 2 * (teacher_width or 0) * config.vocab_size,
-        per_attended_token=forward.per_attended_token * (3.5 + rematerialise),
+        per_attended_token=forward.per_attended_token * (1 + rematerialise + attention_backward_products / 2),
     )

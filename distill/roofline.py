@@ -17,7 +17,7 @@ from distill.experiment import Experiment
 from distill.flops import executed_training_flops, forward_flops
 from distill.programs import Program
 from distill.stages import OnPolicy
-from kernels_pallas.attention import attended_pairs
+from kernels_pallas.attention import attended_pairs, backward_products
 from kernels_pallas.chips import Chip
 from qwen3.config import ModelConfig
 
@@ -98,8 +98,14 @@ def work_of(program: Program, experiment: Experiment) -> Work:
             if on_policy:
                 # The batch is the one argument with the teacher's hidden states.
                 width = next(a.targets.hidden.shape[-1] for a in program.arguments if hasattr(a, "targets"))
+            with jax.set_mesh(program.mesh):
+                products = backward_products(program.models[0].kernels.attention)
             step = executed_training_flops(
-                config, rematerialise=training.rematerialise, teacher_width=width, adapter_parameters=adapters
+                config,
+                rematerialise=training.rematerialise,
+                teacher_width=width,
+                adapter_parameters=adapters,
+                attention_backward_products=products,
             )
             # Forward and once for each operand's gradient; a frozen weight's is not needed.
             passes = (2 if adapters else 3) + training.rematerialise

@@ -9,7 +9,7 @@ from kernels_pallas.attention.dual_chunk import (
     dual_chunk_positions,
 )
 from kernels_pallas.attention.on_mesh import attention_on_mesh
-from kernels_pallas.attention.pairs import attended_pairs
+from kernels_pallas.attention.pairs import attended_pairs, backward_products
 from kernels_pallas.attention.zigzag import from_zigzag, to_zigzag
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "attention_of",
     "attention_on_mesh",
     "attention_part",
+    "backward_products",
     "dual_chunk_attention",
     "dual_chunk_positions",
     "from_zigzag",

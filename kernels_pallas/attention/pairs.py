@@ -30,3 +30,13 @@ def attended_pairs(
         return tokens * (tokens + 1) // 2
     parts = 1 if chunk_tokens is None or tokens <= chunk_tokens else _DUAL_CHUNK_PARTS
     return parts * (xla.pairs(tokens, aligned=whole_rows) if name == "xla" else tokens * tokens)
+
+
+def backward_products(implementation: Implementation | None = None) -> int:
+    """For every such pair in a backward pass, where a forward pass has two: the scores again, and the gradients of
+    weights, values, queries and keys. Kernels form queries' gradients apart from those of keys and values, and so the
+    scores and the weights' gradients twice.
+
+    Raises ValueError as `attended_pairs` does.
+    """
+    return 7 if choose("attention", implementation, IMPLEMENTATIONS) in ("tpu", "gpu") else 5
