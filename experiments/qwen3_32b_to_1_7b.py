@@ -9,7 +9,7 @@ Devices: 8 of one host (h100:1x8, h200:1x8, v5p:2x2x2), teacher and student on t
 over 4, each row's tokens over 2. With `--teacher.placement own_mesh --teacher.mesh.tensor 4 --teacher.mesh.data 1
 --mesh.tensor 4 --mesh.context 1` each has four of its own, and the teacher scores while the student trains.
 
-Hours by the plan: v5p:2x2x2 183 h, 1,466 chip-hours; h100:1x8 148 h, 1,186 chip-hours; h200:1x8 105 h, 837 chip-hours.
+Hours by the plan: v5p:2x2x2 181 h, 1,452 chip-hours; h100:1x8 147 h, 1,180 chip-hours; h200:1x8 104 h, 831 chip-hours.
 Four fifths of them the teacher writes, 16 sequences at a time.
 """
 
