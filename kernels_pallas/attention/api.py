@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import reference
@@ -15,6 +16,9 @@ from kernels_pallas.attention.visible import Visible
 from kernels_pallas.platforms import choose
 
 Implementation = Literal["xla", "reference", "tpu", "gpu"]
+ATTENDED = "attended"
+"""The name (`jax.ad_checkpoint`) of the results that a backward pass begins with: whoever saves them and rematerialises
+their operands does not attend twice."""
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu", "gpu")
 
 
@@ -112,7 +116,7 @@ def _differentiable(backend: ModuleType, q: Array, k: Array, v: Array, visible: 
 
 
 def _forward(backend: ModuleType, q: Array, k: Array, v: Array, visible: Visible):
-    out, log_sum_exp = backend.forward(q, k, v, visible)
+    out, log_sum_exp = (checkpoint_name(x, ATTENDED) for x in backend.forward(q, k, v, visible))
     return (out, log_sum_exp), (q, k, v, visible, out, log_sum_exp)
 
 

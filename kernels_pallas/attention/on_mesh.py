@@ -10,15 +10,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention.api import Implementation
+from kernels_pallas.attention.api import ATTENDED, Implementation
 from kernels_pallas.attention.dual_chunk import DualChunkQueries, attention_of
 from kernels_pallas.attention.zigzag import in_row_order, zigzag_index
-
-_GATHERED = "gathered"
 
 
 def attention_on_mesh(
@@ -53,11 +50,10 @@ def attention_on_mesh(
     whole_rows = context_axis is None or mesh.shape[context_axis] == 1
 
     # What is gathered is gathered again for the backward pass: kept, it would take as much memory as without splitting.
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(ATTENDED))
     def pieces(q: Array | DualChunkQueries, k: Array, v: Array, segment_ids: Array) -> Array:
         def whole(x: Array) -> Array:
-            gathered = checkpoint_name(jax.lax.all_gather(x, context_axis, axis=1, tiled=True), _GATHERED)
-            return checkpoint_name(in_row_order(gathered, devices), _GATHERED)
+            return in_row_order(jax.lax.all_gather(x, context_axis, axis=1, tiled=True), devices)
 
         devices = jax.lax.axis_size(context_axis)
         index = zigzag_index(k.shape[1], jax.lax.axis_index(context_axis), devices)

@@ -167,3 +167,21 @@ def test_kernels_visit_as_many_blocks_on_every_device(devices, unbalanced, monke
     assert np.all(consecutive[-1] > unbalanced * consecutive[0])
     assert np.all(np.ptp(zigzag, axis=0) <= 1)
     np.testing.assert_array_equal(np.sum(zigzag, axis=0), np.sum(consecutive, axis=0))
+
+
+def test_gathered_keys_are_not_kept_for_the_backward_pass():
+    """It gathers them again, and does not attend again."""
+    devices, length = 4, 64
+    q, k, v, _ = make_inputs(length // devices, 4, 2, 16, jnp.float32, batch=devices)
+    segments = jnp.ones((devices, length // devices), jnp.int32)
+
+    def loss(q, k, v):
+        axes = {"row_axes": ("data", "context"), "head_axis": "tensor", "context_axis": "context"}
+        return jnp.sum(attention_on_mesh(q, k, v, segments, mesh=mesh_of(devices), implementation="xla", **axes))
+
+    kept = jax.tree.leaves(jax.vjp(loss, q, k, v)[1])
+    # Operands as they were given, the result, its log-sum-exp.
+    assert sum(x.size for x in kept) <= 2 * q.size + 2 * k.size + 2 * segments.size * q.shape[2]
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, v))
+    # Keys, values and segments each way; two products forward and five backward.
+    assert (program.count("all_gather["), program.count("dot_general[")) == (6, 7)
