@@ -39,7 +39,7 @@ def load(
     """Read a checkpoint: one file or sharded, experts one by one or fused, in bfloat16, float16 or float32.
 
     Host memory stays near what is kept there (on CPU the weights themselves, on accelerators nothing): beside it
-    come two slabs of weights, see `qwen3.streaming.stream`. With `mesh` the table of `qwen3.sharding` places every
+    come three slabs of weights, see `qwen3.streaming.stream`. With `mesh` the table of `qwen3.sharding` places every
     part, and every process reads what its devices need; else the default device gets all. A head that is stored
     beside tied embeddings is ignored. With `quantisation` projections and experts are kept in eight bits, rounded as
     they come (see `qwen3.quantisation`); such a model is read, not trained or saved.

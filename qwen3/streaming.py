@@ -1,9 +1,9 @@
 """Weights from files to devices: every byte that this host's devices need is read once, in parallel, in bounded memory.
 
 A parameter is a stack of layers, and whole stacks are too large for a host: the experts' matrices of a 235B teacher
-have 151 GB each. So a stack is filled on the devices, a slab of some layers at a time, and a host holds two slabs: one
-that is being read and one on its way to the devices. Where weights are kept in eight bits, a device rounds its part of
-a slab as it comes; no more than that is ever wide.
+have 151 GB each. So a stack is filled on the devices, a slab of some layers at a time, and a host holds up to three
+slabs: one that is being read, one on its way to the devices, and one that has arrived and is about to be given up.
+Where weights are kept in eight bits, a device rounds its part of a slab as it comes; no more than that is ever wide.
 """
 
 import concurrent.futures
@@ -50,8 +50,8 @@ def stream(
 
     With `quantisation` the leaves that are kept in eight bits (see `qwen3.quantisation`) come so.
 
-    Host memory beside what is kept there: two slabs, each of at most `SLAB_BYTES` or of one layer of one parameter (or
-    of the embedding) as far as this host's devices hold it, and READERS · PIECE_BYTES. A weight that is split along
+    Host memory beside what is kept there: three slabs, each of at most `SLAB_BYTES` or of one layer of one parameter
+    (or of the embedding) as far as this host's devices hold it, and READERS · PIECE_BYTES. A weight that is split along
     PyTorch's columns is read with its neighbours, which share its pages of storage, and dropped down to its part.
     """
     layouts = [_Layout(files, leaf, mesh, quantisation) for leaf in leaves]
@@ -71,7 +71,8 @@ def stream(
                 except BaseException:
                     readers.shutdown(cancel_futures=True)
                     raise
-                # Two slabs are alive: the one just read, and the one before it until it has arrived.
+                # Alive are the slab just read and the one before it, until it has arrived; jax's runtime may hold the
+                # one before that a little longer.
                 jax.block_until_ready(previous)
                 previous = layout.put(slab, outs)
                 del outs, jobs

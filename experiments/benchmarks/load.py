@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments.benchmarks.machine import machine
-from experiments.benchmarks.turns import peak_rss_mb
+from experiments.benchmarks.machine import machine, memory_bytes
 from qwen3 import hf, streaming
 from qwen3.config import ModelConfig
 from qwen3.model import Qwen3
@@ -79,13 +78,13 @@ class Read:
             assert done <= total
             read_bytes = done
 
-        before = peak_rss_mb()
+        before = memory_bytes("VmHWM") / 2**20
         started = time.perf_counter()
         model = hf.load(self.folder, param_dtype=jnp.dtype(self.dtype), mesh=mesh, on_read=on_read)
         jax.block_until_ready(model)
         seconds = time.perf_counter() - started
         kept = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) / 2**20
-        peak = peak_rss_mb()
+        peak = memory_bytes("VmHWM") / 2**20
         row = {
             "benchmark": "load",
             "dtype": self.dtype,

@@ -38,7 +38,7 @@ from distill.roofline import roof, work_of
 from distill.stages import OffPolicy, OnPolicy
 from distill.stages.loop import Training
 from distill.tasks import Arithmetic
-from experiments.benchmarks.machine import machine
+from experiments.benchmarks.machine import machine, memory_bytes
 from experiments.benchmarks.sampler import Sampling
 from experiments.benchmarks.sizes import SIZES, Size
 from kernels_pallas.chips import Chip
@@ -160,7 +160,7 @@ def measure(size: str, folder: str, name: str, here: Machine) -> Measured:
     dynamic = _filled(program)
     before = _start_of_peak()
     kept = jax.block_until_ready(run(*dynamic))
-    grown = _memory("VmHWM") - before
+    grown = memory_bytes("VmHWM") - before
     del kept
     took = _fastest(lambda dynamic: jax.block_until_ready(run(*dynamic)), lambda: (_filled(program),))
     return _measured(program, _experiment(size, folder), here, found, grown, took)
@@ -201,12 +201,7 @@ def _start_of_peak() -> int:
     """Bytes that the process holds, after giving back what it does not use; its peak counts from here (Linux)."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
-
-
-def _memory(field: str) -> int:
-    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(field))
-    return int(line.split()[1]) * 1024
+    return memory_bytes("VmRSS")
 
 
 def _fastest(run: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]] = tuple) -> Taken:
