@@ -126,8 +126,6 @@ def _attention(model: Model) -> Iterator[Case]:
 
 def _attention_part(model: Model) -> Iterator[Case]:
     """Alone, and as Dual Chunk Attention calls it."""
-    if model.name != LARGEST:
-        return
     length, chunk = 4096, 1024
 
     def part(q: Array, k: Array, v: Array, segments: Array, first: Array, end: Array, *, implementation: Any) -> Array:
