@@ -20,6 +20,7 @@ from distill.stages import OnPolicy
 from kernels_pallas.attention import attended_pairs, backward_products
 from kernels_pallas.chips import Chip
 from qwen3.config import ModelConfig
+from qwen3.sharding import batch_shares, row_shares
 
 _SOFTMAX_PASSES = 3
 """Times that float32 logits, or scores of attention that is no kernel, go through memory: written, and read for their
@@ -120,12 +121,14 @@ def work_of(program: Program, experiment: Experiment) -> Work:
 
 def _row_pairs(program: Program) -> int:
     """Of a query and a key of a row, which training and scoring may spread over devices."""
-    chunks, shape = program.model.dual_chunk, program.mesh.shape
-    with jax.set_mesh(program.mesh):
+    chunks, mesh, whole = program.model.dual_chunk, program.mesh, program.purpose.endswith("reads")
+    with jax.set_mesh(mesh):
         return attended_pairs(
             program.length,
+            rows=program.rows // (row_shares(mesh) if whole else batch_shares(mesh)),
+            heads=program.model.num_attention_heads // mesh.shape["tensor"],
             chunk_tokens=None if chunks is None else chunks.chunk_tokens,
-            whole_rows=program.purpose.endswith("reads") or shape["context"] == 1,
+            devices=1 if whole else mesh.shape["context"],
             implementation=program.models[0].kernels.attention,
         )
 

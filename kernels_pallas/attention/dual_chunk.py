@@ -8,13 +8,16 @@ log-sum-exps. YaRN needs nothing here: it changes the rotation, which is the cal
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention.api import Implementation, attention, attention_part, merge_parts
+
+Indices = TypeVar("Indices", Array, np.ndarray)
 
 
 class DualChunkPositions(NamedTuple):
@@ -44,13 +47,19 @@ class DualChunkQueries:
 
         Documents must lie in the row without gaps. A span may reach back before its document.
         """
-        own = index - self.within
-        before = own - self.chunk_tokens
+        end, own, before = span_ends(index, self.within, self.chunk_tokens)
         return (
-            (self.same, (own, index + 1)),
+            (self.same, (own, end)),
             (self.previous, (before, own)),
             (self.older, (jnp.zeros_like(own), before)),
         )
+
+
+def span_ends(index: Indices, within: Indices, chunk_tokens: int) -> tuple[Indices, Indices, Indices]:
+    """Where each kind of keys ends, and but for the first the one listed before it begins: those of the chunk that
+    queries at `index` of their row stand `within`, those of the one before, and all older ones."""
+    own = index - within
+    return index + 1, own, own - chunk_tokens
 
 
 def dual_chunk_positions(positions: Int[Array, "B T"], *, chunk_size: int, local_size: int) -> DualChunkPositions:

@@ -9,11 +9,12 @@ them than for all of its layers. Each block sees as many quarters of the keys as
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.attention.visible import Visible
@@ -47,7 +48,8 @@ def forward(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], visible: Visible
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention and the log-sum-exp of each query's visible scores."""
-    given, looped = q.shape[1], _looped_block(q, k, visible)
+    given, aligned = q.shape[1], visible.query_index is None
+    looped = _looped_block(q.shape, k.shape[1], aligned=aligned)
     (q,), (k, v), view = _padded((q,), (k, v), visible, looped)
     heads = _heads(q, k, v)
 
@@ -64,7 +66,7 @@ def forward(
         )
         return weighted / total, top + jnp.log(total)
 
-    out, log_sum_exp = _by_blocks(block, view, looped, aligned=visible.query_index is None)
+    out, log_sum_exp = _by_blocks(block, view, looped, aligned=aligned)
     return out.transpose(0, 2, 1, 3).astype(q.dtype)[:, :given], log_sum_exp[:, :, :given, 0]
 
 
@@ -78,7 +80,8 @@ def backward(
     cotangent: Float[Array, "B T N H"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of q, k and v; `delta` is Σ_H out·cotangent less the log-sum-exp's own cotangent."""
-    given, given_keys, looped = q.shape[1], k.shape[1], _looped_block(q, k, visible)
+    given, given_keys, aligned = q.shape[1], k.shape[1], visible.query_index is None
+    looped = _looped_block(q.shape, given_keys, aligned=aligned)
     (q, cotangent), (k, v), view = _padded((q, cotangent), (k, v), visible, looped)
     heads = _heads(q, k, v)
     length, key_length, scale = q.shape[1], k.shape[1], q.shape[3] ** -0.5
@@ -106,7 +109,7 @@ def backward(
             jnp.pad(to_values, unseen),
         )
 
-    to_queries, to_keys, to_values = _by_blocks(block, view, looped, aligned=visible.query_index is None, summed=2)
+    to_queries, to_keys, to_values = _by_blocks(block, view, looped, aligned=aligned, summed=2)
 
     def regrouped(gradient: Array) -> Array:
         grouped = gradient.reshape(k.shape[0], k.shape[2], -1, key_length, k.shape[3])
@@ -115,14 +118,23 @@ def backward(
     return to_queries.transpose(0, 2, 1, 3).astype(q.dtype)[:, :given], regrouped(to_keys), regrouped(to_values)
 
 
-def pairs(tokens: int, *, aligned: bool) -> int:
-    """Of queries and keys that are multiplied out for a row and head: in small blocks up to the diagonal where they are
-    unrolled, else up to the end of the quarter that a query stands in. `aligned`: queries stand beside their keys."""
-    if aligned and tokens <= _UNROLLED:
-        starts = range(0, tokens, _SMALL_BLOCK)
-        return sum(min(_SMALL_BLOCK, tokens - start) * min(start + _SMALL_BLOCK, tokens) for start in starts)
-    reaches = _reaches(tokens)
-    return sum((reach - before) * reach for before, reach in zip([0, *reaches], reaches, strict=False))
+def pairs(ends: Int[np.ndarray, "T"], keys: int, *, rows: int, heads: int, aligned: bool) -> int:
+    """Of queries and keys that are multiplied out for each row and head, in blocks of them all together, where in every
+    row the queries count no keys from `ends` on. `aligned`: they stand beside their keys."""
+    looped = _looped_block((rows, len(ends), heads), keys, aligned=aligned)
+    if looped is None:
+        return sum(size * seen for _, size, seen in _unrolled(len(ends), keys, aligned=aligned))
+    padding = -len(ends) % looped
+    reaches = _reaches(keys + padding if aligned else keys)
+    needed = np.pad(ends, (0, padding)).reshape(-1, looped).max(axis=1)
+    return looped * int(np.sum(np.asarray(reaches)[_which(needed, reaches)]))
+
+
+def _unrolled(queries: int, keys: int, *, aligned: bool) -> Iterator[tuple[int, int, int]]:
+    """Start and size of each block, and how many keys it sees."""
+    for start in range(0, queries, _SMALL_BLOCK):
+        end = min(start + _SMALL_BLOCK, queries)
+        yield start, end - start, end if aligned else keys
 
 
 def _reaches(keys: int) -> list[int]:
@@ -131,13 +143,18 @@ def _reaches(keys: int) -> list[int]:
     return [*range(share, keys, share), keys]
 
 
-def _looped_block(q: Array, k: Array, visible: Visible) -> int | None:
-    """Queries of a block where blocks are looped over, None where they are unrolled: where they skip nothing, that
-    would only keep the scores of several of them."""
-    length = q.shape[1]
-    if length <= (_UNROLLED if visible.query_index is None else _SMALL_BLOCK):
+def _which(needed: Any, reaches: list[int]) -> Any:
+    """Of the reaches, the first that holds the keys that are needed, of each block in an array of any shape."""
+    return (needed[..., None] > np.asarray(reaches[:-1], np.int32)).sum(axis=-1)
+
+
+def _looped_block(q: tuple[int, ...], keys: int, *, aligned: bool) -> int | None:
+    """Queries of a block where blocks of q [B, T, N, ...] are looped over, None where they are unrolled: where they
+    skip nothing, that would only keep the scores of several of them."""
+    batch, length, heads = q[:3]
+    if length <= (_UNROLLED if aligned else _SMALL_BLOCK):
         return None
-    fitting = max(_SMALL_BLOCK, _SCORE_BYTES // (4 * q.shape[0] * q.shape[2] * k.shape[1]))
+    fitting = max(_SMALL_BLOCK, _SCORE_BYTES // (4 * batch * heads * keys))
     return min(_LARGE_BLOCK, 2 ** (fitting.bit_length() - 1), -(-length // _SMALL_BLOCK) * _SMALL_BLOCK)
 
 
@@ -189,10 +206,7 @@ def _by_blocks(
     results add up, the others are joined."""
     length, keys = view.segments.shape[1], view.key_segments.shape[1]
     if looped is None:
-        parts = []
-        for start in range(0, length, _SMALL_BLOCK):
-            end = min(start + _SMALL_BLOCK, length)
-            parts.append(block(start, end - start, end if aligned else keys))
+        parts = [block(*one) for one in _unrolled(length, keys, aligned=aligned)]
         columns = list(zip(*parts, strict=True))
         joined = [jnp.concatenate(column, axis=2) for column in columns[: len(columns) - summed]]
         return *joined, *(sum(column[1:], column[0]) for column in columns[len(columns) - summed :])
@@ -202,7 +216,7 @@ def _by_blocks(
 
     def step(sums: Any, start: Array) -> tuple[Any, Any]:
         needed = jnp.max(jax.lax.dynamic_slice_in_dim(view.bounds[-1], start, looped, axis=1))
-        results = jax.lax.switch(jnp.sum(needed > jnp.asarray(reaches[:-1], jnp.int32)), branches, start)
+        results = jax.lax.switch(_which(needed, reaches), branches, start)
         kept = len(results) - summed
         return tuple(a + b for a, b in zip(sums, results[kept:], strict=True)), tuple(results[:kept])
 

@@ -1,14 +1,20 @@
 """Zig-zag order: pieces of a row that are equal work for causal attention (Llama 3, arXiv 2407.21783, section 3.3.2).
 
 Later tokens attend to more. So a row over c devices is cut into 2c half-pieces, and device i has the i-th of them
-from the front and the i-th from the back, in this order: what the first sees less, the second sees more. Where a piece
-is of an odd number of tokens, every other half-piece is one longer, and each device has one of either kind.
+from the front and the i-th from the back, in this order: what the first sees less, the second sees more. That balance
+is lost where a kernel's block is longer than a half-piece, and so reaches as far as the second for tokens of the first.
+Where a piece is of an odd number of tokens, every other half-piece is one longer, and each device has one of either
+kind.
 
-All functions are called inside `shard_map`, for arrays [B, T/c, ...] of the devices of one mesh axis.
+All functions are called inside `shard_map`, for arrays [B, T/c, ...] of the devices of one mesh axis, but for
+`zigzag_index` of a device that is a plain number.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 
@@ -42,23 +48,23 @@ def in_row_order(pieces: Array, devices: int) -> Array:
     return jnp.concatenate([*halves[::2], *halves[::-2]], axis=1)
 
 
-def zigzag_index(tokens: int, device: Int[Array, ""] | int, devices: int) -> Int[Array, "T"]:
-    """Where in their row the T `tokens` of a device's piece stand."""
-    local, first, second = jnp.arange(tokens), device, 2 * devices - 1 - device
-    longer, shorter = (_half_tokens(tokens, half) for half in range(2))
-    first_tokens = jnp.where(first % 2 == 0, longer, shorter)
+def zigzag_index(tokens: int, device: Int[Array, ""] | int, devices: int) -> Int[Array | np.ndarray, "T"]:
+    """Where in their row the T `tokens` of a device's piece stand, by numpy where the device is a plain number."""
+    numpy: Any = np if isinstance(device, int) else jnp
+    local, first, second = numpy.arange(tokens), device, 2 * devices - 1 - device
+    first_tokens = _half_tokens(tokens, first)
 
-    def start(half: Array | int) -> Array | int:
-        return half // 2 * tokens + half % 2 * longer
+    def start(half: Any) -> Any:
+        return half // 2 * tokens + half % 2 * _half_tokens(tokens, 0)
 
-    return jnp.where(local < first_tokens, start(first) + local, start(second) + local - first_tokens)
+    return numpy.where(local < first_tokens, start(first) + local, start(second) + local - first_tokens)
 
 
 def _device(half: int, devices: int) -> int:
     return min(half, 2 * devices - 1 - half)
 
 
-def _half_tokens(piece_tokens: int, half: int) -> int:
+def _half_tokens(piece_tokens: int, half: Any) -> Any:
     return (piece_tokens + 1 - half % 2) // 2
 
 

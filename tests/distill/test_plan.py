@@ -27,6 +27,7 @@ from distill.train_step import Batch, TrainStep
 from distill.whole_run import Assumptions, Pipeline, StagePlan, stage_plans
 from kernels_pallas.attention import attended_pairs
 from kernels_pallas.chips import CHIPS
+from qwen3 import engine
 from qwen3.adapter import adapter_parameters
 from qwen3.cache import layers_of
 from qwen3.config import DualChunk, ModelConfig
@@ -63,7 +64,8 @@ def _cpu_mesh() -> jax.sharding.Mesh:
 
 
 def _pairs(config: ModelConfig, tokens: int) -> int:
-    return attended_pairs(tokens, chunk_tokens=None if config.dual_chunk is None else CHUNK_TOKENS)
+    chunk_tokens = None if config.dual_chunk is None else CHUNK_TOKENS
+    return attended_pairs(tokens, rows=1, heads=config.num_attention_heads, chunk_tokens=chunk_tokens)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -137,35 +139,39 @@ def test_decoding_flops_agree_with_the_compiler(config: ModelConfig) -> None:
 
 
 def test_long_rows_are_attended_to_as_the_implementation_does(quickstart: Experiment) -> None:
-    """Kernels skip what is hidden, XLA reads whole quarters of the keys, thrice in Dual Chunk Attention."""
+    """Kernels skip what is hidden, XLA reads whole quarters of the keys."""
+    quarter = 1024
 
-    name = "off_policy: teacher scores"
-
-    def flops(kernels: Kernels, chunks: DualChunk | None, platform: str) -> float:
+    def flops_and_square(
+        name: str, kernels: Kernels, chunk_tokens: int | None = None, platform: str = "cpu"
+    ) -> tuple[float, float]:
+        """Of the program, and of its forward products of a quarter of the queries and one of the keys."""
         made = programs(quickstart, stand_ins("v5e", (1,)) if platform == "tpu" else jax.devices()[:1])
         program = next(one for one in made if one.name == name)
         for model in program.models:
             model.kernels = kernels
+        chunks = None if chunk_tokens is None else DualChunk(chunk_size=chunk_tokens + 512, local_size=512)
         config = dataclasses.replace(program.model, dual_chunk=chunks)
-        return work_of(dataclasses.replace(program, model=config, length=4096), quickstart).flops
+        heads = config.num_attention_heads * config.head_dim
+        square = program.rows * config.num_hidden_layers * 4 * heads * quarter**2
+        return work_of(dataclasses.replace(program, model=config, length=4 * quarter), quickstart).flops, square
 
-    chunks = DualChunk(chunk_size=2048, local_size=1024)
-    plain, kernel = flops(Kernels(), None, "cpu"), flops(Kernels(attention="tpu"), None, "tpu")
-    assert flops(Kernels(attention="tpu"), chunks, "tpu") == kernel
-    assert flops(Kernels(), dataclasses.replace(chunks, chunk_size=8192), "cpu") == plain
-
-    def attention_flops(plain: float) -> float:
-        """XLA's: Dual Chunk Attention has it twice more."""
-        return (flops(Kernels(), chunks, "cpu") - plain) / 2
-
-    # XLA reads five eighths of all keys, of which the kernel leaves out one, behind the diagonal.
-    assert kernel - (plain - attention_flops(plain)) == pytest.approx(attention_flops(plain) * 4 / 5, rel=0.002)
+    name, kernel = "off_policy: teacher scores", Kernels(attention="tpu")
+    plain, square = flops_and_square(name, Kernels())
+    assert flops_and_square(name, Kernels(), 4 * quarter) == (plain, square)
+    by_kernel = flops_and_square(name, kernel, platform="tpu")
+    assert flops_and_square(name, kernel, quarter, "tpu") == by_kernel
+    # The kernel multiplies 16 / 2 squares and half of the diagonal, XLA 1 + 2 + 3 + 4.
+    assert plain - by_kernel[0] == pytest.approx((10 - 8) * square, rel=0.002)
+    # XLA again, for a quarter's own chunk, for the chunk before, which ends where it begins, and for all older ones.
+    chunked, _ = flops_and_square(name, Kernels(), quarter)
+    assert chunked - plain == pytest.approx((1 + 1 + 2 + 3 + 1 + 1 + 1 + 2) * square)
     # After two products forward a kernel has seven backward, XLA five.
     name = "off_policy: student trains"
-    stage = quickstart.stages["off_policy"]
-    assert not stage.training.rematerialise
-    plain, kernel = flops(Kernels(), None, "cpu"), flops(Kernels(attention="tpu"), None, "tpu")
-    assert kernel - (plain - attention_flops(plain)) == pytest.approx(attention_flops(plain) * 4 / 5 * 9 / 7, rel=0.002)
+    assert not quickstart.stages["off_policy"].training.rematerialise
+    plain, square = flops_and_square(name, Kernels())
+    by_kernel = flops_and_square(name, kernel, platform="tpu")
+    assert by_kernel[0] - plain == pytest.approx((8 * 9 / 2 - 10 * 7 / 2) * square, rel=0.01)
 
 
 def test_memory_of_a_program_is_split_by_what_it_is_for(quickstart: Experiment) -> None:
@@ -203,7 +209,8 @@ def test_the_roof_is_the_slowest_of_three() -> None:
     assert roof(work, 64, chip, Traffic(seconds=3.0)).bound == "network"
 
 
-def test_a_decoded_token_reads_weights_and_cache(quickstart: Experiment) -> None:
+def test_a_decoded_token_reads_weights_and_cache(quickstart: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "usable_cores", lambda: 6)
     made = {program.name: program for program in programs(quickstart, jax.devices()[:1])}
     program = made["on_policy: student writes"]
     config, work = program.model, work_of(program, quickstart)
@@ -212,7 +219,8 @@ def test_a_decoded_token_reads_weights_and_cache(quickstart: Experiment) -> None
     cache = 2 * config.num_key_value_heads * config.head_dim * slots
     # Logits and scores are written, and read for the largest and for the sum.
     softmax = 3 * (config.num_attention_heads * slots + program.rows * config.vocab_size)
-    assert program.rows / program.groups == program.arguments[4].token.shape[0]
+    # Groups are as many as cores, or as fewer make equal parts.
+    assert (program.rows, program.groups) == (80, 5)
     assert work.device_bytes == pytest.approx(4 * (program.groups * parameters(config) + cache + softmax))
     assert work.tokens == program.rows
     assert work.flops == program.rows * forward_flops(config).executed(1, program.length)
