@@ -86,13 +86,18 @@ def print_rows(case: Case, here: str, roofs: Roofs) -> bool:
             right &= contestant.name != own
             continue
         share = f"{roofs.seconds(case) / seconds:.0%}" if roofs.seconds(case) else ""
+        if not _is_right(error):
+            share = "wrong numbers"
         print(f"{at} {error:.1e} | {seconds * 1e3:.3f} | {share} |", flush=True)
-        right &= contestant.name != own or error <= LARGEST_ERROR
+        right &= contestant.name != own or _is_right(error)
     return right
 
 
 def _fastest(contestant: Rival, case: Case, arguments: tuple[Any, ...], exact: Any) -> tuple[float, float]:
-    """Error and seconds of the configuration that takes the fewest; raises what the first one did where all fail."""
+    """Error and seconds of the fastest of the configurations that are right, or of all where none is.
+
+    Raises what the first one did where all fail.
+    """
     arguments = contestant.prepare(*arguments)
     found, failures = [], []
     for program in contestant.programs(case):
@@ -103,8 +108,13 @@ def _fastest(contestant: Rival, case: Case, arguments: tuple[Any, ...], exact: A
             failures.append(failure)
     if not found:
         raise failures[0]
-    seconds, error = min(found)
+    seconds, error = min([one for one in found if _is_right(one[1])] or found)
     return error, seconds
+
+
+def _is_right(error: float) -> bool:
+    """No number that is off and none that is not a number."""
+    return error <= LARGEST_ERROR
 
 
 def _one_line(failure: Exception) -> str:

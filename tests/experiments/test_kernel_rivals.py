@@ -90,28 +90,50 @@ def test_jaxs_products_for_gpus_take_the_arguments(operation: str) -> None:
     assert all("columns are no multiple" in refusal for refusal in refusals)
 
 
+def _square(x: jax.Array, *, implementation: str = "theirs") -> jax.Array:
+    return x @ x
+
+
+def _random(key: jax.Array) -> tuple[jax.Array, ...]:
+    return (jax.random.normal(key, (64, 64), jnp.bfloat16),)
+
+
+_SQUARE = Case(operation="square", shape="64", function=_square, sample=_random, flops=1e9)
+
+
 def test_the_fastest_configuration_counts_and_one_that_fails_does_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def square(x: jax.Array) -> jax.Array:
-        return x @ x
-
     def refused(x: jax.Array) -> jax.Array:
         raise ValueError("no such tile")
 
-    def own(x: jax.Array, *, implementation: str) -> jax.Array:
-        return x @ x
-
-    def sample(key: jax.Array) -> tuple[jax.Array, ...]:
-        return (jax.random.normal(key, (64, 64), jnp.bfloat16),)
-
-    case = Case(operation="square", shape="64", function=own, sample=sample)
-    rival = kernel_run.Rival(name="theirs", configurations=(refused, square))
+    rival = kernel_run.Rival(name="theirs", configurations=(refused, _square))
     broken = kernel_run.Rival(name="broken", configurations=(refused,))
     monkeypatch.setattr(kernel_run, "rivals", lambda case, platform: [rival, broken])
     monkeypatch.setattr(kernel_run, "_ROUND_SECONDS", 1e-3)
-    assert kernel_run.print_rows(case, "cpu", kernel_run.Roofs(1e12, 1e11))
+    assert kernel_run.print_rows(_SQUARE, "cpu", kernel_run.Roofs(1e12, 1e11))
     rows = capsys.readouterr().out.splitlines()
     assert [row.split("|")[3].strip() for row in rows] == ["xla", "theirs", "broken"]
     assert "failed" not in rows[1]
     assert "failed: no such tile" in rows[2]
+
+
+def test_a_configuration_with_wrong_numbers_wins_only_where_none_is_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def off(x: jax.Array) -> jax.Array:
+        return 1.1 * _square(x)
+
+    def no_number(x: jax.Array) -> jax.Array:
+        return x / 0
+
+    careful = kernel_run.Rival(name="careful", configurations=(no_number, off, _square, _square))
+    careless = kernel_run.Rival(name="careless", configurations=(off, no_number))
+    monkeypatch.setattr(kernel_run, "rivals", lambda case, platform: [careful, careless])
+    seconds = iter([0.009, 0.001, 0.002, 0.004, 0.003, 0.006, 0.005])
+    monkeypatch.setattr(kernel_run, "time_call", lambda compiled, arguments: next(seconds))
+    assert kernel_run.print_rows(_SQUARE, "cpu", kernel_run.Roofs(1e12, 1e11))
+    _, theirs, wrong = ([cell.strip() for cell in row.split("|")] for row in capsys.readouterr().out.splitlines())
+    assert theirs[3:7] == ["careful", theirs[4], "3.000", "33%"]
+    assert float(theirs[4]) <= kernel_run.LARGEST_ERROR
+    assert wrong[3:7] == ["careless", "inf", "5.000", "wrong numbers"]
