@@ -198,10 +198,13 @@ def ideals(asked: Arguments) -> Mapping[str, tuple[float, float]]:
 
 
 def thread_seconds() -> float:
-    """Seconds for which the threads of this Linux process have run, or would have run if they had had a core."""
+    """Seconds for which the living threads of this Linux process have run, or would have run if they had had a core."""
     total = 0
     for thread in Path("/proc/self/task").iterdir():
-        running, waiting, _ = (thread / "schedstat").read_text().split()
+        try:
+            running, waiting, _ = (thread / "schedstat").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended, before it was opened or before it was read
+            continue
         total += int(running) + int(waiting)
     return total / 1e9
 

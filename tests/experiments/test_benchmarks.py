@@ -1,6 +1,7 @@
 """The benchmarks run, at a miniature size, and what they conclude follows from what they measured."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -64,11 +65,17 @@ def test_a_teacher_on_a_device_of_its_own_is_measured() -> None:
     rows = {row["way"]: row for row in own_mesh.measure(asked, jax.devices()[:2])}
     assert rows["own meshes"]["ideal_seconds"] == pytest.approx(0.03 + 2 * 0.05)
     assert rows["on-policy, own meshes, written ahead"]["ideal_seconds"] == pytest.approx(0.02 + 2 * 0.05)
-    # A device's time is processor time: others on the machine make it longer, and nothing makes it much shorter.
+    # Others on the machine make a device's time longer. It is shorter where the core was slower, or the process had
+    # more than one thread at work, in the milliseconds in which rounds were counted.
     assert all(
-        rows[f"{what} alone"]["fastest_seconds"] > 0.7 * rows[f"{what} alone"]["ideal_seconds"]
+        rows[f"{what} alone"]["fastest_seconds"] > 0.4 * rows[f"{what} alone"]["ideal_seconds"]
         for what in ("score", "train")
     )
+
+
+def test_a_thread_that_ends_while_threads_are_counted_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "iterdir", lambda tasks: iter([tasks / "0", tasks / str(os.getpid())]))
+    assert own_mesh.thread_seconds() > 0
 
 
 def test_disturbed_steps_do_not_count_where_enough_others_do() -> None:
