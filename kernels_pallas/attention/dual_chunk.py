@@ -56,8 +56,8 @@ class DualChunkQueries:
 
 
 def span_ends(index: Indices, within: Indices, chunk_tokens: int) -> tuple[Indices, Indices, Indices]:
-    """Where each kind of keys ends, and but for the first the one listed before it begins: those of the chunk that
-    queries at `index` of their row stand `within`, those of the one before, and all older ones."""
+    """For queries at `index` of their row and `within` their chunk: where the keys of their own chunk end, those of the
+    chunk before, and all older ones. Each kind begins where the next ends, the last at 0."""
     own = index - within
     return index + 1, own, own - chunk_tokens
 

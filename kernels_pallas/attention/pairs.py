@@ -21,7 +21,7 @@ def attended_pairs(
     """Of a row that is one document, for each head, in all of the devices that have pieces of the row together.
 
     Kernels skip what is hidden, but for the rest of a block, which is left out here. In Dual Chunk Attention their
-    parts are together what causal order shows; XLA goes through keys up to the end of each part.
+    parts are together what causal order shows; of XLA it is all that its blocks multiply, each part's for themselves.
 
     Args:
       rows, heads: that one device attends to together, heads of queries: XLA has smaller blocks where they are many.
