@@ -6,6 +6,7 @@ What the interpreters cover and what not is said in `interpreters.py`. Both look
 
 import contextlib
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas import platforms
-from kernels_pallas.attention import attention, attention_part, gpu, tpu
+from kernels_pallas.attention import attention, attention_part, gpu, tpu, xla
 from tests.kernels_pallas.interpreters import interpret
 
 
@@ -81,13 +82,22 @@ def test_value_and_every_gradient(platform, batch, length, heads, kv_heads, size
     check(platform, batch, length, heads, kv_heads, size, dtype, span)
 
 
-def check(platform, batch, length, heads, kv_heads, size, dtype, span, seed=0):
-    inputs = make_inputs(length, heads, kv_heads, size, dtype, batch=batch, seed=seed)
+def check(platform, batch, length, heads, kv_heads, size, dtype, span, seed=0, pieces=None):
+    """`pieces`: of a row, where its queries stand if they are not all of it."""
+    q, k, v, cotangent = make_inputs(length, heads, kv_heads, size, dtype, batch=batch, seed=seed)
     segments = make_segments(length, batch=batch, seed=seed)
+    bounds, index = span(segments), None
+    if pieces is not None:
+        q, cotangent, *bounds = (x[:, pieces] for x in (q, cotangent, *bounds))
+        index = jnp.broadcast_to(pieces, (batch, len(pieces)))
+    inputs = q, k, v, cotangent
 
     def run(implementation, *inputs):
         return value_and_gradients(
-            lambda q, k, v: attention_part(q, k, v, segments, span(segments), implementation=implementation), *inputs
+            lambda q, k, v: attention_part(
+                q, k, v, segments, tuple(bounds), query_index=index, implementation=implementation
+            ),
+            *inputs,
         )
 
     expected = run("reference", *(x.astype(jnp.float32) for x in inputs))
@@ -101,12 +111,12 @@ def check(platform, batch, length, heads, kv_heads, size, dtype, span, seed=0):
 
 
 @st.composite
-def drawn(draw, longest, dtypes):
+def drawn(draw, longest, dtypes, shortest=1):
     """All that `check` takes but the platform."""
     kv_heads = draw(st.integers(1, 2))
     return {
         "batch": draw(st.integers(1, 3)),
-        "length": draw(st.integers(1, longest)),
+        "length": draw(st.integers(shortest, longest)),
         "heads": kv_heads * draw(st.integers(1, 3)),
         "kv_heads": kv_heads,
         "size": draw(st.sampled_from([64, 128])),
@@ -120,6 +130,28 @@ def drawn(draw, longest, dtypes):
 @given(drawn(300, [jnp.float32, jnp.bfloat16]))
 def test_xla(case):
     check("xla", **case)
+
+
+_FEW_UNROLLED = 32
+
+
+@st.composite
+def looped(draw):
+    """So many queries that XLA loops over their blocks, of a whole row or of two pieces of it, the later one first."""
+    case = draw(drawn(300, [jnp.float32, jnp.bfloat16], shortest=_FEW_UNROLLED + 1))
+    if draw(st.booleans()):
+        begin = draw(st.integers(1, case["length"] - 1))
+        case["pieces"] = np.r_[begin : case["length"], : begin // 2]
+    return case
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(looped())
+def test_xla_in_a_loop(case):
+    """Over blocks of 16 to 64 queries, which reach to any of the quarters of the keys."""
+    small = {"_UNROLLED": _FEW_UNROLLED, "_SMALL_BLOCK": 16, "_LARGE_BLOCK": 64, "_SCORE_BYTES": 2**16}
+    with mock.patch.multiple(xla, **small):
+        check("xla", **case)
 
 
 # The first of them is the smallest that there is: one token.
@@ -138,25 +170,12 @@ def test_gpu(case):
 @pytest.mark.parametrize(("platform", "dtype"), [("tpu", jnp.float32), ("gpu", jnp.bfloat16)])
 def test_some_queries_of_a_row(platform, dtype):
     """Two pieces of a row of several documents, the later one first, over all of its keys."""
-    q, k, v, cotangent = make_inputs(260, 2, 1, 64, dtype, batch=1)
-    segments, pieces = make_segments(260, batch=1), np.r_[190:260, 40:110]
-    q, cotangent, index = q[:, pieces], cotangent[:, pieces], jnp.asarray(pieces)[None]
 
-    def run(implementation, *inputs):
-        return value_and_gradients(
-            lambda q, k, v: attention_part(
-                q, k, v, segments, (index - 90, index + 1), query_index=index, implementation=implementation
-            ),
-            *inputs,
-        )
+    def span(segments):
+        index = jnp.broadcast_to(jnp.arange(260), segments.shape)
+        return index - 90, index + 1
 
-    expected = run("reference", *(x.astype(jnp.float32) for x in (q, k, v, cotangent)))
-    with interpret(platform):
-        results = run(platform, q, k, v, cotangent)
-    for mine, theirs in zip(results, expected, strict=True):
-        # float32 sums in another order; bfloat16 keeps 8 bits of each term, a few times over.
-        share = 2e-6 if dtype == jnp.float32 else 0.01
-        np.testing.assert_allclose(mine.astype(jnp.float32), theirs, atol=share * max(1, np.abs(theirs).max()))
+    check(platform, 1, 260, 2, 1, 64, dtype, span, pieces=np.r_[190:260, 40:110])
 
 
 @pytest.mark.parametrize(("platform", "dtype"), [("tpu", jnp.float32), ("gpu", jnp.bfloat16)])
