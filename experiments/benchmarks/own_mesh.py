@@ -5,15 +5,18 @@
 prints one line of JSON for each way to do a step, seconds in one run by turns. XLA spreads a program over all cores of
 a process, whichever CPU device it is for, and a device takes several programs at once: two of them share what one has
 alone and cannot show a gain. Here a device is one core that takes one program after the other: a model's pass computes
-next to nothing and then counts in a loop, which has one thread, for the time that it is said to take; and what the
-teacher reads waits for what it said before. All else is the product's own: scorer, transfer between meshes, rollouts
-written ahead from one thread, as they are where meshes have several devices, and the train step.
+next to nothing and then counts in a loop, which has one thread, for the time that it is said to take; what the teacher
+reads waits for what it said before; and a thread of its own dispatches the teacher's programs, since on CPU those of
+one thread begin in the order of their dispatch, whichever device they are for. All else is the product's own: scorer,
+transfer between meshes, rollouts written ahead from one thread, as they are where meshes have several devices, and the
+train step.
 """
 
 import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,7 @@ class Steps:
         self._train_step = TrainStep(
             transformation=transformation, loss=Loss(name="reverse_kl"), mesh=mesh, teacher_head=self._own.head
         )
+        self._dispatcher = ThreadPoolExecutor(1, "scores")
         self._rows = _rows(student.vocab_size, arguments.microbatches)
         self._ready = self._scored(self._own)
 
@@ -156,6 +160,9 @@ class Steps:
         return Written(rollouts=[], seconds=seconds)
 
     def _score(self, scorer: Scorer) -> list[Batch]:
+        return self._dispatcher.submit(self._dispatch, scorer).result()
+
+    def _dispatch(self, scorer: Scorer) -> list[Batch]:
         batches: list[Batch] = []
         for row in self._rows:
             tokens: Any = _after(row["tokens"], batches[-1].targets) if batches else row["tokens"]
