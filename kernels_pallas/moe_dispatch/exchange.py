@@ -6,8 +6,8 @@ reduce-scatter brings the sums home; it is what every platform can run. "ragged"
 experts and back, where the other form moves it to and from every device of the axis, on platforms that have
 `jax.lax.ragged_all_to_all`.
 
-A device adds up in float32 and sends its sums in the dtype of x. bfloat16 is half the bytes, and moves targets no
-farther from float32's than one device that computes in bfloat16 already is.
+A device adds up in float32 and sends its sums in the dtype of x. bfloat16 is half the bytes, and moves targets about as
+far from float32's as one device's computing in bfloat16 does.
 """
 
 import functools
