@@ -20,8 +20,8 @@ are those of
     python -m distill.plan experiments/NAME.py --topology TOPOLOGY --no-compile
 
 under the plan's own assumptions: half of every roof and a quarter of decoding's, responses and prompts a quarter of
-their limits. Without a compiler it does not know what devices send each other, which added 1 % to qwen3_235b_to_8b on
-v5p:4x4x4 and will add more where hosts are joined by a network. Nothing of it was measured.
+their limits. Without a compiler it does not know what devices send each other, which added less than 1 % to
+qwen3_235b_to_8b on v5p:4x4x4, and 10 % on h100:8x8, whose hosts are joined by a network. Nothing of it was measured.
 """
 
 from pathlib import Path
