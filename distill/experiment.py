@@ -10,13 +10,13 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from distill.evaluate import Evaluation
-from distill.stages import OffPolicy, Stage
+from distill.evaluation.evaluate import Evaluation
+from distill.stages import OffPolicy, OnPolicy, Stage
 from distill.tasks import Arithmetic, PromptFile, ReasoningGym
+from qwen3.checkpoint.quantisation import Quantisation
+from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
-from qwen3.kernels import Kernels
-from qwen3.quantisation import Quantisation
-from qwen3.sharding import MeshShape, make_mesh
+from qwen3.sharding import MeshShape, check_batch, check_rows, make_mesh
 from student.init import FromCheckpoint, FromScratch
 from teacher.placement import own_mesh
 
@@ -144,6 +144,22 @@ class Experiment:
             return mesh, mesh
         teacher_mesh, mesh = own_mesh(self.teacher.mesh, self.mesh, devices)
         return mesh, teacher_mesh
+
+    def check_meshes(self, mesh: Mesh, teacher_mesh: Mesh) -> None:
+        """Refuses whatever the devices of student or teacher cannot share."""
+        check_rows("evaluation.batch_size", self.evaluation.batch_size, mesh)
+        if self.teacher is not None:
+            check_rows("evaluation.batch_size", self.evaluation.batch_size, teacher_mesh)
+        for name, stage in self.stages.items():
+            if isinstance(stage, OffPolicy) and stage.targets_of is None:
+                check_rows(f"stages.{name}.batch_size", stage.batch_size, teacher_mesh)
+            if isinstance(stage, OnPolicy):
+                asked = stage.prompts_per_step * stage.samples_per_prompt
+                check_rows(f"stages.{name}.prompts_per_step × samples_per_prompt", asked, mesh)
+                stage.check_meshes(name, mesh, teacher_mesh)
+            # On-policy, the teacher scores the very rows that the student trains on.
+            for its_mesh in (mesh, teacher_mesh) if isinstance(stage, OnPolicy) else (mesh,):
+                check_batch(f"stages.{name}.training", stage.training.rows, stage.training.row_length, its_mesh)
 
     def start_of(self, name: str) -> str | None:
         """The stage whose student stage `name` starts from; None for the initial student."""

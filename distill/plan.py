@@ -11,14 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from distill.command_line import overridden, parser_of
 from distill.experiment import Experiment
-from distill.experiment_file import load_experiment
-from distill.plan_compile import compile_all, workers_here
-from distill.plan_table import show
-from distill.planning import Measure, Plan, cut_down, fits, plan_on
-from distill.programs import architectures
-from distill.whole_run import Assumptions
+from distill.planner.compile import compile_all, workers_here
+from distill.planner.programs import architectures
+from distill.planner.table import show
+from distill.planner.topology_plan import Measure, Plan, cut_down, fits, plan_on
+from distill.planner.whole_run import Assumptions
+from distill.runner.command_line import overridden, parser_of
+from distill.runner.experiment_file import load_experiment
 from kernels_pallas import topologies
 from kernels_pallas.chips import CHIPS
 from qwen3.errors import UserError

@@ -8,16 +8,16 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from distill.command_line import overridden, parser_of
-from distill.execute import execute
 from distill.experiment import Experiment
-from distill.experiment_file import listed, load_experiment
-from distill.host_memory import keep_freed_memory
-from distill.processes import Cluster, is_first, where
-from distill.progress import Progress, duration
-from distill.report import terminal_table
-from distill.results import headline
+from distill.hosts.processes import Cluster, is_first, where
+from distill.monitor.progress import Progress, duration
+from distill.report.report import terminal_table
+from distill.report.results import headline
+from distill.runner.command_line import overridden, parser_of
+from distill.runner.execute import execute
+from distill.runner.experiment_file import listed, load_experiment
 from distill.stages.context import Interrupted, StopRequest
+from distill.training.host_memory import keep_freed_memory
 from qwen3.errors import UserError
 
 _DESCRIPTION = """\

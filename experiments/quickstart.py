@@ -14,11 +14,7 @@ many prompts as the on-policy stage saw. What to expect stands in the README.
 from pathlib import Path
 from typing import Any
 
-from distill.experiment import Experiment, Teacher
-from distill.losses import Loss
-from distill.optimizer import Optimizer
-from distill.stages import OffPolicy, OnPolicy
-from distill.stages.loop import Training
+from distill import Experiment, FromCheckpoint, Loss, OffPolicy, OnPolicy, Optimizer, Teacher, Training
 from experiments.quickstart_task import (
     MAX_PROMPT_TOKENS,
     arithmetic,
@@ -28,7 +24,6 @@ from experiments.quickstart_task import (
     qwen3_non_thinking,
     qwen3_thinking,
 )
-from student.init import FromCheckpoint
 
 TEACHER = str(Path(__file__).parent / "quickstart_teacher")
 STUDENT = str(Path(__file__).parent / "quickstart_student")

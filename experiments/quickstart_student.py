@@ -9,12 +9,8 @@ experiments/quickstart_student/README.md.
 
 from pathlib import Path
 
-from distill.experiment import Experiment
-from distill.optimizer import Optimizer
-from distill.stages import Sft
-from distill.stages.loop import Training
+from distill import Experiment, FromScratch, Optimizer, Sft, Training
 from experiments.quickstart_task import arithmetic, evaluation
-from student.init import FromScratch
 
 ARCHITECTURE = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -6,7 +6,7 @@ python -m experiments.quickstart_tokenizer FOLDER
 import sys
 
 from experiments.quickstart_task import arithmetic
-from qwen3.tokenizer import train_byte_level_bpe
+from qwen3.chat.tokenizer import train_byte_level_bpe
 
 VOCABULARY = 384
 

@@ -26,14 +26,14 @@ qwen3_235b_to_8b on v5p:4x4x4, and 10 % on h100:8x8, whose hosts are joined by a
 
 from pathlib import Path
 
-from distill.evaluate import Evaluation
+from distill.evaluation.evaluate import Evaluation
 from distill.experiment import Experiment, Teacher
-from distill.losses import Loss
-from distill.optimizer import Optimizer
 from distill.stages import OffPolicy, OnPolicy
 from distill.stages.loop import Training
 from distill.tasks import PromptFile
-from qwen3.sampling import SamplingParams, non_thinking_params, thinking_params
+from distill.training.losses import Loss
+from distill.training.optimizer import Optimizer
+from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
 from qwen3.sharding import MeshShape
 from student.init import FromCheckpoint
 

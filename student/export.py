@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from qwen3 import hf
-from qwen3.chat import ChatTokenizer, check_vocabulary
+from qwen3.chat.chat import ChatTokenizer, check_vocabulary
+from qwen3.checkpoint import hf
+from qwen3.decoder.model import Qwen3
 from qwen3.folder import complete_folder
-from qwen3.model import Qwen3
 from student.lora import save_adapters
 
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from qwen3 import hf
-from qwen3.chat import ChatTokenizer, check_vocabulary
-from qwen3.config import ModelConfig
+from qwen3.chat.chat import ChatTokenizer, check_vocabulary
+from qwen3.checkpoint import hf
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.model import Qwen3
 from qwen3.sharding import make_placed
 from student.lora import Lora
 
@@ -52,8 +52,8 @@ class FromCheckpoint:
     ) -> Qwen3:
         """The loaded student; only adapters need `key`, and they alone have `param_dtype` where there are any.
 
-        Raises UserError as `qwen3.hf.load` does, or where the tokenizer has more entries than the model or the model
-        lacks what `lora` names.
+        Raises UserError as `qwen3.checkpoint.hf.load` does, or where the tokenizer has more entries than the model or
+        the model lacks what `lora` names.
         """
         config = self.model_config()
         check_vocabulary(ChatTokenizer.from_folder(self.path), config.vocab_size)

@@ -15,11 +15,11 @@ from jaxtyping import Array
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from qwen3.adapter import Adapter
-from qwen3.config import ModelConfig
+from qwen3.checkpoint.hf_names import Leaf, leaves_of
+from qwen3.decoder.adapter import Adapter
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.hf_names import Leaf, leaves_of
-from qwen3.model import Qwen3
 from qwen3.sharding import fetch, make_placed
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

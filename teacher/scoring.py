@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from qwen3.model import Qwen3
+from qwen3.decoder.model import Qwen3
 from qwen3.rollout import Rollout, first_fit_rows
 from qwen3.sharding import (
     TOKENS,

@@ -21,8 +21,29 @@ MAY_IMPORT = {
     "distill": {"kernels_pallas", "qwen3", "teacher", "student"},
     "experiments": {"kernels_pallas", "qwen3", "teacher", "student", "distill"},
 }
-# Within distill, each reaches those after it and none before it, through other modules too.
-CHAIN = ("distill.run", "distill.experiment", "distill.stages", "distill.train_step", "distill.losses")
+# Rooms of a package from top to bottom: each may import those of the lines below it, and none beside or above it.
+FLOORS: dict[str, tuple[set[str], ...]] = {
+    "distill": (
+        {"run", "plan"},
+        {"runner"},
+        {"planner"},
+        {"experiment"},
+        {"evaluation"},
+        {"stages"},
+        {"tasks", "report"},
+        {"training", "monitor", "hosts"},
+    ),
+    "qwen3": (
+        {"generation"},
+        {"checkpoint"},
+        {"decoder", "chat"},
+        {"sharding", "folder"},
+        {"json_fields", "rollout", "cores"},
+        {"errors"},
+    ),
+}
+# What users import from; it imports when it is asked, and nothing below it may ask.
+FACADE = "distill"
 # Only the suite's environment has these.
 TEST_ONLY = {"accelerate", "hypothesis", "peft", "pytest", "torch", "transformers"}
 
@@ -51,30 +72,38 @@ def imported_names(module: str, file: Path) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def import_graph(root: Path) -> dict[str, set[str]]:
-    """Module -> what importing it imports: modules under `root` and the packages around them, and other names."""
+def import_graph(root: Path, *, with_packages: bool = True) -> dict[str, set[str]]:
+    """Module -> what importing it imports: modules under `root` and the packages around them, and other names.
+
+    Without `with_packages`, what its own lines name alone.
+    """
     files = module_files(root)
     graph: dict[str, set[str]] = {}
     for module, file in files.items():
         graph[module] = set()
         for name in imported_names(module, file):
             own = name if name in files else name.rpartition(".")[0]
+            if own not in files:
+                graph[module].add(name)
+                continue
             parts = own.split(".")
             around = {".".join(parts[:depth]) for depth in range(1, len(parts) + 1)}
-            graph[module] |= around & files.keys() if own in files else {name}
+            graph[module] |= around & files.keys() if with_packages else {own}
     return graph
 
 
 def violations(root: Path) -> list[str]:
     graph = import_graph(root)
+    named = import_graph(root, with_packages=False)
     return [
-        *(complaint for module in graph for complaint in _wrong_rooms(module, graph[module])),
+        *(complaint for module in graph for complaint in _wrong_packages(module, graph[module])),
         *(complaint for module in graph for complaint in _private_kernels(module, graph)),
-        *_chain_turned_back(graph),
+        *(complaint for module in named for complaint in _wrong_rooms(module, named[module])),
+        *_circles(named),
     ]
 
 
-def _wrong_rooms(module: str, imported: set[str]) -> Iterator[str]:
+def _wrong_packages(module: str, imported: set[str]) -> Iterator[str]:
     room = module.split(".")[0]
     if room not in MAY_IMPORT:
         yield f"{module}: the package {room} has no place in the import order"
@@ -95,19 +124,37 @@ def _private_kernels(module: str, graph: dict[str, set[str]]) -> Iterator[str]:
             yield f"{module} imports {name}; only {'.'.join(parts[:2])}.api is public"
 
 
-def _chain_turned_back(graph: dict[str, set[str]]) -> Iterator[str]:
-    for position, low in enumerate(CHAIN):
-        for start in [module for module in graph if module == low or module.startswith(low + ".")]:
-            paths = {start: [start]}
-            queue = [start]
-            for module in queue:
-                for name in sorted(graph[module] & graph.keys() - paths.keys()):
-                    paths[name] = [*paths[module], name]
-                    queue.append(name)
-            for high in CHAIN[:position]:
-                for name in paths:
-                    if name == high or name.startswith(high + "."):
-                        yield f"{' -> '.join(paths[name])}: {low} may not reach {high}"
+def _wrong_rooms(module: str, named: set[str]) -> Iterator[str]:
+    package, _, inside = module.partition(".")
+    if FACADE in named and package != "experiments":
+        yield f"{module} imports from {FACADE}, which is for experiment files; name the module"
+    if package not in FLOORS or not inside:
+        return
+    levels = {room: level for level, rooms in enumerate(FLOORS[package]) for room in rooms}
+    room = inside.split(".")[0]
+    if room not in levels:
+        yield f"{module}: the room {room} has no place among those of {package}"
+        return
+    for name in sorted(named):
+        parts = name.split(".")
+        if parts[0] == package and len(parts) > 1 and parts[1] != room and levels.get(parts[1], -1) <= levels[room]:
+            yield f"{module} imports {name}; {package}.{room} may not import {package}.{parts[1]}"
+
+
+def _circles(graph: dict[str, set[str]]) -> Iterator[str]:
+    finished: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> Iterator[str]:
+        if module in path:
+            yield f"circle: {' -> '.join([*path[path.index(module) :], module])}"
+        elif module not in finished:
+            for name in sorted(graph[module] & graph.keys()):
+                yield from walk(name, [*path, module])
+            finished.add(module)
+
+    for module in graph:
+        if module != FACADE:
+            yield from walk(module, [])
 
 
 def test_imports_point_one_way() -> None:
@@ -117,7 +164,10 @@ def test_imports_point_one_way() -> None:
 def test_every_room_is_walked() -> None:
     graph = import_graph(ROOT)
     assert {module.split(".")[0] for module in graph} == MAY_IMPORT.keys()
-    assert "qwen3.config" in graph["qwen3.model"]
+    assert "qwen3.decoder.config" in graph["qwen3.decoder.model"]
+    for package, floors in FLOORS.items():
+        rooms = {module.split(".")[1] for module in graph if module.startswith(f"{package}.")}
+        assert rooms == set().union(*floors), f"rooms of {package}"
 
 
 @pytest.mark.parametrize(
@@ -126,21 +176,31 @@ def test_every_room_is_walked() -> None:
         ({"qwen3/a": "import teacher.store"}, "qwen3.a imports teacher.store; qwen3 may not import teacher"),
         ({"teacher/a": "from student import init"}, "teacher may not import student"),
         ({"student/a": "def f():\n    import teacher"}, "student may not import teacher"),
-        ({"kernels_pallas/k/api": "from qwen3.rope import rotate"}, "kernels_pallas may not import qwen3"),
+        ({"kernels_pallas/k/api": "from qwen3.decoder.rope import rotate"}, "kernels_pallas may not import qwen3"),
         ({"distill/a": "import experiments.quickstart"}, "distill may not import experiments"),
         ({"distill/a": "import torch.nn"}, "distill.a imports torch.nn, which only the tests have"),
         ({"serving/a": ""}, "the package serving has no place"),
         ({"kernels_pallas/k/xla": "", "qwen3/a": "from kernels_pallas.k import xla"}, "only kernels_pallas.k.api"),
         ({"kernels_pallas/k/xla": "", "qwen3/a": "from kernels_pallas.k.xla import f"}, "only kernels_pallas.k.api"),
         ({"kernels_pallas/k/xla": "", "kernels_pallas/j/api": "from ..k import xla"}, "only kernels_pallas.k.api"),
-        ({"distill/losses": "from . import train_step", "distill/train_step": ""}, "may not reach distill.train_step"),
+        ({"distill/a": ""}, "distill.a: the room a has no place among those of distill"),
+        ({"qwen3/a": ""}, "qwen3.a: the room a has no place among those of qwen3"),
         (
-            {"distill/stages/sft": "from distill.a import f", "distill/a": "import distill.run", "distill/run": ""},
-            "distill.stages.sft -> distill.a -> distill.run: distill.stages may not reach distill.run",
+            {"distill/tasks/a": "import distill.stages.b", "distill/stages/b": ""},
+            "distill.tasks may not import distill",
+        ),
+        ({"distill/monitor/a": "from ..hosts import b", "distill/hosts/b": ""}, "monitor may not import distill.hosts"),
+        ({"distill/tasks/a": "def f():\n    import distill.run", "distill/run": ""}, "may not import distill.run"),
+        ({"qwen3/decoder/a": "from qwen3.chat import b", "qwen3/chat/b": ""}, "decoder may not import qwen3.chat"),
+        ({"qwen3/errors": "import qwen3.sharding", "qwen3/sharding": ""}, "errors may not import qwen3.sharding"),
+        ({"distill/tasks/a": "from distill import Loss"}, "distill.tasks.a imports from distill, which is for"),
+        (
+            {"distill/tasks/a": "from . import b", "distill/tasks/b": "import distill.tasks.a"},
+            "circle: distill.tasks.a -> distill.tasks.b -> distill.tasks.a",
         ),
         (
-            {"distill/train_step": "from distill.stages import sft", "distill/stages/sft": ""},
-            "distill.train_step may not reach distill.stages",
+            {"teacher/a": "from teacher.b import f", "teacher/b": "def f():\n    import teacher.a"},
+            "circle: teacher.a -> teacher.b -> teacher.a",
         ),
     ],
 )
@@ -155,13 +215,14 @@ def test_allowed_imports_pass(tmp_path: Path) -> None:
         {
             "kernels_pallas/k/api": "from kernels_pallas.k import xla\nfrom . import xla",
             "kernels_pallas/k/xla": "import jax",
-            "qwen3/a": "from kernels_pallas.k import f\nfrom kernels_pallas.k.api import f",
-            "teacher/a": "import qwen3.a",
-            "distill/run": "from distill import experiment\nimport distill.losses",
+            "qwen3/decoder/a": "from kernels_pallas.k import f\nfrom kernels_pallas.k.api import f",
+            "teacher/a": "import qwen3.decoder.a",
+            "distill/run": "from distill import experiment\nimport distill.training.losses",
             "distill/experiment": "from distill.stages import sft",
-            "distill/stages/sft": "from ..train_step import step",
-            "distill/train_step": "import distill.losses\nfrom teacher.a import f",
-            "distill/losses": "",
+            "distill/stages/sft": "from ..training.losses import f",
+            "distill/training/train_step": "import distill.training.losses\nfrom teacher.a import f",
+            "distill/training/losses": "",
+            "experiments/b": "from distill import Experiment",
             "experiments/a": "from distill.run import main",
         },
     )

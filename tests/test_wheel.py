@@ -66,13 +66,13 @@ def test_packages_come_from_the_wheel(user_python: Path, tmp_path: Path) -> None
 
 
 USERS_EXPERIMENT = """
-from distill.evaluate import Evaluation
+from distill.evaluation.evaluate import Evaluation
 from distill.experiment import Experiment, Teacher
-from distill.losses import Loss
+from distill.training.losses import Loss
 from distill.stages import OffPolicy, OnPolicy
 from distill.stages.loop import Training
 from distill.tasks import PromptFile
-from qwen3.sampling import SamplingParams
+from qwen3.generation.sampling import SamplingParams
 from student.init import FromCheckpoint
 
 SHORT = dict(thinking=SamplingParams(max_new_tokens=16), non_thinking=SamplingParams(max_new_tokens=8),

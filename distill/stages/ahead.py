@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill.train_step import Batch
-from qwen3.adapter import joined, trained_and_frozen
-from qwen3.model import Qwen3
+from distill.training.train_step import Batch
+from qwen3.decoder.adapter import joined, trained_and_frozen
+from qwen3.decoder.model import Qwen3
 from qwen3.rollout import Rollout, rollouts_from_json, rollouts_to_json
 
 

@@ -13,18 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 from jax.sharding import Mesh
 
-from distill.metrics import MetricsWriter
-from distill.processes import any_process, first_says
-from distill.progress import Progress
-from distill.records import write_atomically
-from distill.results import StageCost
-from distill.run_identity import require_id
+from distill.hosts.processes import any_process, first_says
+from distill.monitor.metrics import MetricsWriter
+from distill.monitor.progress import Progress
+from distill.monitor.records import write_atomically
+from distill.monitor.run_identity import require_id
+from distill.report.results import StageCost
 from distill.tasks.mixture import TaskMixture
-from qwen3.chat import ChatTokenizer
-from qwen3.config import ModelConfig
-from qwen3.engine import Engine
-from qwen3.model import Qwen3
-from qwen3.sampling import SamplingParams
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
+from qwen3.generation.engine import Engine
+from qwen3.generation.sampling import SamplingParams
 
 
 class Interrupted(Exception):

@@ -10,16 +10,16 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from distill.checkpoint import Checkpointer
-from distill.losses import Loss
-from distill.metrics import require_finite
-from distill.optimizer import Optimizer
-from distill.processes import require_same
+from distill.hosts.processes import require_same
+from distill.monitor.metrics import require_finite
 from distill.stages.context import Interrupted, RunContext
-from distill.train_state import TrainState, abstract_state
-from distill.train_step import Batch, TrainStep
+from distill.training.checkpoint import Checkpointer
+from distill.training.losses import Loss
+from distill.training.optimizer import Optimizer
+from distill.training.train_state import TrainState, abstract_state
+from distill.training.train_step import Batch, TrainStep
+from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.model import Qwen3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

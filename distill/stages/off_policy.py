@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from distill.data.packing import packed_batches, rows_needed, scored_example
-from distill.flops import forward_flops, training_flops
-from distill.losses import Loss
-from distill.processes import first_says, require_same
-from distill.rollouts import ModeMix, prompt_ids
+from distill.hosts.processes import first_says, require_same
 from distill.stages.context import EngineSizes, Interrupted, RunContext, Stopwatch
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.stages.packed import documents_flops
-from distill.train_step import Batch
-from qwen3.adapter import adapter_parameters
-from qwen3.engine import Request
+from distill.tasks.requests import ModeMix, prompt_ids
+from distill.training.flops import forward_flops, training_flops
+from distill.training.losses import Loss
+from distill.training.packing import packed_batches, rows_needed, scored_example
+from distill.training.train_step import Batch
+from qwen3.decoder.adapter import adapter_parameters
+from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.model import Qwen3
+from qwen3.generation.engine import Request
+from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
 from qwen3.rollout import THINKING
-from qwen3.sampling import SamplingParams, non_thinking_params, thinking_params
 from teacher.scored_rollout import ScoredRollout
 from teacher.scoring import Scorer
 from teacher.store import TargetStore, TargetStoreWriter

@@ -23,22 +23,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distill.data.packing import pack_rollouts, rollout_example, rows_needed
-from distill.flops import forward_flops, training_flops
-from distill.losses import Loss
-from distill.rollouts import ModeMix, prompt_ids
-from distill.samples import judge
 from distill.stages.ahead import Written, WrittenAhead
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.tasks import Problem
-from distill.train_step import Batch
-from qwen3.adapter import adapter_parameters
-from qwen3.engine import Request
+from distill.tasks.requests import ModeMix, prompt_ids
+from distill.tasks.samples import judge
+from distill.training.flops import forward_flops, training_flops
+from distill.training.losses import Loss
+from distill.training.packing import pack_rollouts, rollout_example, rows_needed
+from distill.training.train_step import Batch
+from qwen3.decoder.adapter import adapter_parameters
+from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.model import Qwen3
+from qwen3.generation.engine import Request
+from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import MODES, THINKING, Rollout
-from qwen3.sampling import SamplingParams
 from teacher.scoring import Scorer
 from teacher.targets import Hidden
 

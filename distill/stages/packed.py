@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from distill.flops import Flops
+from distill.training.flops import Flops
 
 
 def documents_flops(flops: Flops, batch: Mapping[str, np.ndarray]) -> float:

@@ -6,17 +6,17 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from distill.data.packing import packed_batches, rollout_example
-from distill.flops import training_flops
-from distill.losses import Loss
-from distill.rollouts import ModeMix, raw_document, worked_document
 from distill.stages.context import RunContext
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.stages.packed import documents_flops
-from distill.train_step import Batch
-from qwen3.adapter import adapter_parameters
+from distill.tasks.requests import ModeMix, raw_document, worked_document
+from distill.training.flops import training_flops
+from distill.training.losses import Loss
+from distill.training.packing import packed_batches, rollout_example
+from distill.training.train_step import Batch
+from qwen3.decoder.adapter import adapter_parameters
+from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.model import Qwen3
 from teacher.targets import one_hot
 
 

@@ -26,10 +26,10 @@ from experiments.benchmarks.machine import machine
 from experiments.benchmarks.peer_environments import TRL, TUNIX, prepare
 from experiments.benchmarks.sizes import SIZES
 from experiments.benchmarks.turns import Work
+from qwen3.checkpoint.hf import save
 from qwen3.cores import usable_cores
+from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.hf import save
-from qwen3.model import Qwen3
 
 _EXPLANATION = """\
 Contestants load the same weights and take turns of two steps, round after round: the first finds caches full

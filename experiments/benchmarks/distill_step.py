@@ -17,15 +17,15 @@ import optax
 import tyro
 from jaxtyping import Int
 
-from distill.host_memory import keep_freed_memory
-from distill.losses import Loss
-from distill.train_state import TrainState
-from distill.train_step import Batch, TrainStep
+from distill.training.host_memory import keep_freed_memory
+from distill.training.losses import Loss
+from distill.training.train_state import TrainState
+from distill.training.train_step import Batch, TrainStep
 from experiments.benchmarks.machine import machine
 from experiments.benchmarks.sampler import Sampling
 from experiments.benchmarks.sizes import SIZES, Size
 from experiments.benchmarks.turns import LEARNING_RATE, peak_rss_mb
-from qwen3.model import Qwen3
+from qwen3.decoder.model import Qwen3
 from qwen3.sharding import MeshShape, make_mesh
 from teacher.scoring import Scorer
 

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import tyro
 
 from experiments.benchmarks.machine import machine, memory_bytes
-from qwen3 import hf, streaming
-from qwen3.config import ModelConfig
-from qwen3.model import Qwen3
+from qwen3.checkpoint import hf, streaming
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
 from qwen3.sharding import MeshShape, make_mesh, make_placed
 
 CONFIG = ModelConfig(

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distill.environment import environment
+from distill.monitor.environment import environment
 
 
 def machine() -> dict[str, Any]:

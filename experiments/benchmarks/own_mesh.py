@@ -28,15 +28,15 @@ import tyro
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from distill.losses import Loss
 from distill.stages.ahead import Written, WrittenAhead
-from distill.train_state import TrainState
-from distill.train_step import Batch, TrainStep
+from distill.training.losses import Loss
+from distill.training.train_state import TrainState
+from distill.training.train_step import Batch, TrainStep
 from experiments.benchmarks.machine import machine
 from experiments.benchmarks.sizes import SIZES
 from experiments.benchmarks.turns import LEARNING_RATE
-from qwen3.config import ModelConfig
-from qwen3.model import Output, Qwen3
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Output, Qwen3
 from qwen3.sharding import MeshShape, make_placed
 from teacher.placement import own_mesh
 from teacher.scoring import Scorer

@@ -32,9 +32,10 @@ import numpy as np
 import tyro
 
 from distill.experiment import Experiment, Teacher
-from distill.program_memory import Compiled, compiled, known_memory
-from distill.programs import Program, programs
-from distill.roofline import roof, work_of
+from distill.planner.program import Program
+from distill.planner.program_memory import Compiled, compiled, known_memory
+from distill.planner.programs import programs
+from distill.planner.roofline import roof, work_of
 from distill.stages import OffPolicy, OnPolicy
 from distill.stages.loop import Training
 from distill.tasks import Arithmetic
@@ -42,10 +43,10 @@ from experiments.benchmarks.machine import machine, memory_bytes
 from experiments.benchmarks.sampler import Sampling
 from experiments.benchmarks.sizes import SIZES, Size
 from kernels_pallas.chips import Chip
-from qwen3.config import ModelConfig
 from qwen3.cores import usable_cores
-from qwen3.model import Qwen3
-from qwen3.sampling import SamplingParams
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
+from qwen3.generation.sampling import SamplingParams
 from student.init import FromScratch
 
 _TOKENIZER = str(Path(__file__).parents[1] / "quickstart_tokenizer")

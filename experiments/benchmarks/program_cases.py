@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from distill.experiment_file import load_experiment
-from distill.programs import Program, programs
+from distill.planner.program import Program
+from distill.planner.programs import programs
+from distill.runner.experiment_file import load_experiment
 from experiments.qwen3_strong_to_weak import SHARDED_TEACHER
 from kernels_pallas.moe_dispatch import Exchange
-from qwen3.config import ModelConfig
-from qwen3.engine import Engine
-from qwen3.kernels import Kernels
-from qwen3.model import Qwen3
-from qwen3.sampling import SamplingParams
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.kernels import Kernels
+from qwen3.decoder.model import Qwen3
+from qwen3.generation.engine import Engine
+from qwen3.generation.sampling import SamplingParams
 from qwen3.sharding import MeshShape, make_mesh, placed_shapes
 from teacher.scoring import top_k_program
 

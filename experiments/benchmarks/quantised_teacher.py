@@ -23,21 +23,21 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float
 
-from distill.host_memory import keep_freed_memory
-from distill.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
-from distill.rollouts import prompt_ids
-from distill.samples import judge
+from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
 from distill.tasks.mixture import TaskMixture
+from distill.tasks.requests import prompt_ids
+from distill.tasks.samples import judge
+from distill.training.host_memory import keep_freed_memory
 from experiments.benchmarks.machine import machine
 from experiments.quickstart import STUDENT, TEACHER
 from experiments.quickstart_task import MAX_PROMPT_TOKENS, arithmetic, evaluation
 from kernels_pallas.linear_kl import Divergence, linear_kl_full
-from qwen3 import hf
-from qwen3.chat import ChatTokenizer
-from qwen3.config import ModelConfig
-from qwen3.engine import Engine, Request
-from qwen3.model import Qwen3
-from qwen3.quantisation import Quantisation
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.checkpoint import hf
+from qwen3.checkpoint.quantisation import Quantisation
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
+from qwen3.generation.engine import Engine, Request
 from qwen3.rollout import MODES, Mode, Rollout
 from qwen3.sharding import make_placed
 

@@ -15,15 +15,15 @@ import numpy as np
 import tyro
 from jaxtyping import Int
 
-from distill.host_memory import keep_freed_memory
+from distill.training.host_memory import keep_freed_memory
 from experiments.benchmarks.machine import machine
 from experiments.benchmarks.sizes import SIZES, Size
 from experiments.benchmarks.turns import peak_rss_mb
-from qwen3.config import ModelConfig
-from qwen3.engine import Engine, Request
-from qwen3.model import Qwen3
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
+from qwen3.generation.engine import Engine, Request
+from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import NON_THINKING
-from qwen3.sampling import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qwen3.config import ModelConfig
+from qwen3.decoder.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

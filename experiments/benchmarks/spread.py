@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.results import mode_name, model_name
+from distill.report.results import mode_name, model_name
 
 
 def main(directories: Sequence[str]) -> None:

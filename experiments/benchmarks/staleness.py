@@ -14,12 +14,12 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from distill.execute import execute
 from distill.experiment import Experiment
-from distill.host_memory import keep_freed_memory
-from distill.progress import Progress
+from distill.monitor.progress import Progress
+from distill.runner.execute import execute
 from distill.stages import OnPolicy
 from distill.stages.context import StopRequest
+from distill.training.host_memory import keep_freed_memory
 from experiments import quickstart
 from experiments.benchmarks.machine import machine
 from experiments.benchmarks.turns import peak_rss_mb

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from distill.progress import Progress
+from distill.monitor.progress import Progress
 from distill.run import main
 from tests.distill import miniature
 

@@ -11,16 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill.evaluate import Evaluation
+from distill.evaluation.evaluate import Evaluation
 from distill.experiment import Experiment, Teacher
-from distill.losses import Loss
-from distill.optimizer import Optimizer
 from distill.stages import OffPolicy, OnPolicy, Sft
 from distill.stages.loop import Training
 from distill.tasks import Arithmetic, ChainSum, Products
-from qwen3.chat import ChatTokenizer
-from qwen3.sampling import SamplingParams
-from qwen3.tokenizer import train_byte_level_bpe
+from distill.training.losses import Loss
+from distill.training.optimizer import Optimizer
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.chat.tokenizer import train_byte_level_bpe
+from qwen3.generation.sampling import SamplingParams
 from student.export import export
 from student.init import FromScratch
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 # Signals its own process right after the given number of train steps; SIGKILL comes without warning.
 KILLED = """
 import os, sys
-from distill.train_step import TrainStep
+from distill.training.train_step import TrainStep
 from distill.run import main
 
 left, number, call = int(sys.argv[1]), int(sys.argv[2]), TrainStep.__call__

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import optax
 
-from distill.losses import Loss
-from distill.train_state import TrainState
-from distill.train_step import Batch, TrainStep
-from qwen3.config import ModelConfig
-from qwen3.model import Qwen3
+from distill.training.losses import Loss
+from distill.training.train_state import TrainState
+from distill.training.train_step import Batch, TrainStep
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
 from qwen3.sharding import MeshShape, make_placed
 from teacher.placement import own_mesh
 from teacher.scoring import Scorer

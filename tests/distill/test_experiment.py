@@ -12,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from distill.evaluate import Evaluation
+from distill.evaluation.evaluate import Evaluation
 from distill.experiment import Experiment, differing_fields
-from distill.experiment_file import _configuration_classes
-from distill.field_types import misfit
-from distill.losses import Loss
+from distill.runner.experiment_file import _configuration_classes
+from distill.runner.field_types import misfit
 from distill.stages import OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.loop import Training
+from distill.training.losses import Loss
 from qwen3.errors import UserError
 from tests.distill import miniature
 

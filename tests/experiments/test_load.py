@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.benchmarks.load import CONFIG
-from qwen3 import streaming
+from qwen3.checkpoint import streaming
 
 MIB = 2**20
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distill.experiment_file import listed
-from distill.programs import Program
+from distill.planner.program import Program
+from distill.runner.experiment_file import listed
 from experiments.benchmarks import program_cases, programs
 from experiments.benchmarks.program_cases import ProgramCase, cases
-from qwen3.config import ModelConfig
+from qwen3.decoder.config import ModelConfig
 from qwen3.errors import UserError
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import quantised_teacher
-from qwen3.model import Qwen3
+from qwen3.decoder.model import Qwen3
 
 SMALL = dataclasses.replace(
     quantised_teacher.RANDOM,

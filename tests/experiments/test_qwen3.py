@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from distill.experiment_file import load_experiment
 from distill.plan import stand_ins
-from distill.planning import plan_on
-from distill.whole_run import Assumptions
+from distill.planner.topology_plan import plan_on
+from distill.planner.whole_run import Assumptions
+from distill.runner.experiment_file import load_experiment
 from experiments.benchmarks.program_cases import TARGETS
 from kernels_pallas import topologies
 from kernels_pallas.chips import CHIPS
@@ -24,8 +24,9 @@ TRACED = """
 import json, sys
 from pathlib import Path
 import jax
-from distill.experiment_file import load_experiment
-from distill.programs import device_bytes, programs
+from distill.runner.experiment_file import load_experiment
+from distill.planner.program import device_bytes
+from distill.planner.programs import programs
 
 found = {}
 for file, count in json.loads(sys.argv[1]).items():

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from qwen3.config import DualChunk, ModelConfig
+from qwen3.decoder.config import DualChunk, ModelConfig
+from qwen3.decoder.model import Qwen3
+from qwen3.decoder.moe import load_balancing_loss
 from qwen3.errors import UserError
-from qwen3.model import Qwen3
-from qwen3.moe import load_balancing_loss
 from qwen3.sharding import (
     MeshShape,
     batch_sharding,

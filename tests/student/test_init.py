@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import transformers
 
-from qwen3.chat import ChatTokenizer
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.chat.tokenizer import TURN_END, train_byte_level_bpe
 from qwen3.errors import UserError
 from qwen3.sharding import MeshShape, make_mesh
-from qwen3.tokenizer import TURN_END, train_byte_level_bpe
 from student.export import export
 from student.init import FromCheckpoint, FromScratch
 

@@ -12,14 +12,14 @@ import torch
 import transformers
 from peft import PeftModel
 
-from qwen3.adapter import adapter_parameters, joined, trained_and_frozen
-from qwen3.chat import ChatTokenizer
-from qwen3.engine import Engine, Request
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.chat.tokenizer import train_byte_level_bpe
+from qwen3.decoder.adapter import adapter_parameters, joined, trained_and_frozen
+from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.model import Qwen3
+from qwen3.generation.engine import Engine, Request
+from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import NON_THINKING
-from qwen3.sampling import SamplingParams
-from qwen3.tokenizer import train_byte_level_bpe
 from student.export import export
 from student.init import FromCheckpoint, FromScratch
 from student.lora import Lora

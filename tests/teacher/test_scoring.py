@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill.collectives import collectives
-from qwen3.config import ModelConfig
-from qwen3.model import Qwen3
+from distill.planner.collectives import collectives
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
 from qwen3.rollout import THINKING, Rollout
 from qwen3.sharding import MeshShape, batch_sharding, make_mesh, placed_shapes, shardings
 from teacher import scoring

@@ -2,11 +2,11 @@
 
 import itertools
 
-from distill.host_memory import keep_freed_memory
+from distill.training.host_memory import keep_freed_memory
 from experiments.benchmarks.distill_step import Distillation
 from experiments.benchmarks.sampler import Sampling
 from experiments.benchmarks.turns import Turns, Work
-from qwen3.hf import load
+from qwen3.checkpoint.hf import load
 
 work, turns = Work.from_argument(), Turns("jax", "flax", "optax")
 keep_freed_memory()

@@ -1,1 +1,0 @@
-"""From records of rollouts to fixed-shape batches of rows."""

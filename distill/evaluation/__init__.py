@@ -1,0 +1,1 @@
+"""How good a model is: sampled responses to held-out problems, graded and counted."""

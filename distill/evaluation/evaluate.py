@@ -1,0 +1,133 @@
+"""How often a model is right on held-out problems, by mode, from several samples a problem."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
+from distill.hosts.processes import require_same
+from distill.report.results import EvaluationRow
+from distill.stages.context import EngineSizes, Interrupted, RunContext
+from distill.tasks.requests import prompt_ids
+from distill.tasks.samples import judge
+from qwen3.decoder.model import Qwen3
+from qwen3.errors import UserError
+from qwen3.generation.engine import Request
+from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
+from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured before training and after every stage."""
+
+    problems: int = 200
+    """Held-out problems, the same for every model and seed."""
+    samples_per_problem: int = 8
+    """Responses to each problem in each mode; pass@1 is their mean."""
+    pass_at: tuple[int, ...] = (8,)
+    """k of the pass@k that are reported beside pass@1; each at most samples_per_problem."""
+    modes: tuple[Mode, ...] = MODES
+    """The modes that are measured."""
+    thinking: SamplingParams = dataclasses.field(default_factory=lambda: thinking_params(30_720))
+    """How every model samples in thinking mode."""
+    non_thinking: SamplingParams = dataclasses.field(default_factory=lambda: non_thinking_params(8_192))
+    """How every model samples in non-thinking mode."""
+    max_prompt_tokens: int = 2_048
+    """Most tokens of a prompt, the chat template's own included; a longer one is refused, not cut."""
+    batch_size: int = 128
+    """Sequences written at once."""
+    shown: int = 4
+    """Responses of each model and mode that are kept for people to read."""
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "samples_per_problem", "max_prompt_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluation.{name} is {getattr(self, name)}; it must be at least 1")
+        if bad := [k for k in self.pass_at if not 1 <= k <= self.samples_per_problem]:
+            raise UserError(
+                f"evaluation.pass_at holds {bad[0]}, but samples_per_problem is {self.samples_per_problem}; "
+                "pass@k needs at least k samples"
+            )
+        if unknown := [mode for mode in self.modes if mode not in MODES]:
+            raise UserError(f"evaluation.modes holds {unknown[0]!r}; use {' and '.join(MODES)}")
+
+    @property
+    def writing(self) -> EngineSizes:
+        """Of the engine with which every model writes."""
+        return EngineSizes(
+            batch_size=self.batch_size,
+            max_prompt_tokens=self.max_prompt_tokens,
+            sampling=tuple(self.sampling(mode) for mode in self.modes),
+        )
+
+    def sampling(self, mode: Mode) -> SamplingParams:
+        return {THINKING: self.thinking, NON_THINKING: self.non_thinking}[mode]
+
+
+class Evaluator:
+    """Evaluates models of one architecture; the programs are compiled once and serve every stage."""
+
+    def __init__(self, evaluation: Evaluation, context: RunContext, model: Qwen3):
+        self._evaluation, self._context = evaluation, context
+        # The problems do not depend on the run's seed, so that runs of several seeds can be compared.
+        self._problems = context.tasks.problems("held_out", evaluation.problems, seed=0)
+        self._engine = context.engine(model, evaluation.writing)
+
+    def rows(self, name: str, model: Qwen3) -> list[EvaluationRow]:
+        """One row for each mode. Raises Interrupted between batches where the run was asked to stop."""
+        evaluation = self._evaluation
+        return [self._row(name, model, mode) for mode in evaluation.modes]
+
+    def _row(self, name: str, model: Qwen3, mode: Mode) -> EvaluationRow:
+        evaluation, context = self._evaluation, self._context
+        requests = [
+            Request(
+                prompt_ids=prompt_ids(problem, mode, context.tokenizer),
+                prompt_id=problem.problem_id,
+                sample_index=sample,
+                mode=mode,
+                params=evaluation.sampling(mode),
+            )
+            for problem in self._problems
+            for sample in range(evaluation.samples_per_problem)
+        ]
+        require_same(f"the requests that evaluate {name}", lambda: repr(requests).encode())
+        title = f"evaluating {name}, {mode.replace('_', '-')}"
+        with context.progress.task(title, len(requests), unit="responses") as bar:
+
+            def on_progress(rollouts: int, tokens: int) -> None:
+                bar.advance(rollouts, tokens=tokens)
+                if context.stop.agreed():
+                    raise Interrupted(f"evaluation of {name}: it starts again with the next run")
+
+            rollouts = self._engine.generate(
+                model, requests, seed=context.stage_seed("evaluation"), policy_step=0, on_progress=on_progress
+            )
+        by_id = {problem.problem_id: problem for problem in self._problems}
+        samples = [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
+        context.metrics.samples(0, samples[: evaluation.shown], stage=f"evaluation_{name}")
+        count = evaluation.samples_per_problem
+        correct = [
+            sum(bool(sample.correct) for sample in samples[first : first + count])
+            for first in range(0, len(samples), count)
+        ]
+        working = [sample.working_correct for sample in samples if sample.working_correct is not None]
+        return EvaluationRow(
+            model=name,
+            mode=mode,
+            pass_at_1=mean_pass_at_k(correct, count, 1),
+            pass_at_1_stderr=pass_at_1_standard_error(correct, count),
+            pass_at_k={k: mean_pass_at_k(correct, count, k) for k in evaluation.pass_at},
+            problems=len(self._problems),
+            samples_per_problem=count,
+            mean_response_tokens=sum(sample.response_tokens for sample in samples) / len(samples),
+            working_correct=sum(working) / len(samples) if mode == THINKING and working else None,
+        )
+
+
+def row_from_json(raw: Mapping[str, object]) -> EvaluationRow:
+    """The inverse of what `EvaluationRow` becomes in JSON, for evaluations that an earlier process has made."""
+    fields = dict(raw)
+    at_k = fields.pop("pass_at_k")
+    assert isinstance(at_k, dict)
+    return EvaluationRow(**fields, pass_at_k={int(k): value for k, value in at_k.items()})  # type: ignore[arg-type]

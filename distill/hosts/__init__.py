@@ -1,0 +1,1 @@
+"""Several processes that run one job, and what ends them together."""

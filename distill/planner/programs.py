@@ -1,0 +1,281 @@
+"""What an experiment compiles: its models as shapes, placed on a topology's devices, and the programs that run them.
+
+No weight is read or made. Each program is the function that the run calls, from the class that calls it, with abstract
+arguments placed as the run places them.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from distill.experiment import Experiment
+from distill.planner.program import EVALUATION, Program, Purpose, Role
+from distill.stages import OffPolicy, OnPolicy, Sft, Stage
+from distill.stages.context import EngineSizes, make_engine
+from distill.stages.loop import Training
+from distill.training.losses import Loss
+from distill.training.train_state import TrainState
+from distill.training.train_step import Batch, TrainStep
+from qwen3.checkpoint.quantisation import Quantisation, quantised
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
+from qwen3.sharding import placed_shapes
+from student.init import FromCheckpoint
+from teacher.scoring import head_sharding, hidden_program, packed_shape, sampled_program, top_k_program
+from teacher.targets import Hidden, Sampled, TopK, one_hot
+
+
+def programs(experiment: Experiment, devices: list[Any]) -> list[Program]:
+    """All programs of a run on `devices` (`kernels_pallas.topologies.devices`), in the order of its stages.
+
+    A step's update and, where it may have several, its later microbatches count once; the short programs of a run's
+    start and end are left out. Raises UserError where the devices do not make up the experiment's meshes, a size does
+    not divide, or an architecture is not known.
+    """
+    return list(_Planned(experiment, devices).programs())
+
+
+def architectures(experiment: Experiment) -> dict[str, tuple[ModelConfig, str]]:
+    """By role, the architecture and the folder that says so: the checkpoint's, or `planned_as` as long as it lacks a
+    config.json. Raises UserError where there is neither."""
+    student = experiment.student
+    if isinstance(student, FromCheckpoint):
+        found = {"student": _architecture(student.path, student.planned_as)}
+    else:
+        found = {"student": (student.model_config(), student.tokenizer)}
+    if experiment.teacher is not None:
+        found["teacher"] = _architecture(experiment.teacher.path, experiment.teacher.planned_as)
+    return found
+
+
+def _architecture(path: str, planned_as: str | None) -> tuple[ModelConfig, str]:
+    folder = planned_as if planned_as is not None and not (Path(path) / "config.json").exists() else path
+    return ModelConfig.from_folder(folder), folder
+
+
+def _fresh(config: ModelConfig, quantisation: Quantisation | None = None, **dtypes: Any) -> Qwen3:
+    def make() -> Qwen3:
+        model = Qwen3(config, jax.random.key(0), **dtypes)
+        return model if quantisation is None else quantised(model, quantisation)
+
+    return jax.eval_shape(make)
+
+
+@dataclasses.dataclass
+class _Tokens:
+    """Stands in for a tokenizer, of whose tokens only the number enters a program."""
+
+    eos_ids: tuple[int, ...] = (0,)
+    pad_id: int = 0
+    think_end_id: int | None = 0
+
+    @property
+    def stop_thinking_ids(self) -> tuple[int, ...]:
+        """As many as Qwen3's stop-thinking text has."""
+        return (0,) * 24
+
+
+class _Planned:
+    """The abstract models of an experiment, and the programs that run them."""
+
+    def __init__(self, experiment: Experiment, devices: list[Any]):
+        self._experiment = experiment
+        self._mesh, self._teacher_mesh = experiment.meshes(devices)
+        experiment.check_meshes(self._mesh, self._teacher_mesh)
+        known = architectures(experiment)
+        named = experiment.named_words
+        self._student = self._placed(self._fresh_student(known["student"][0]), self._mesh, named_words=named)
+        self._teacher: Qwen3 | None = None
+        if experiment.teacher is not None:
+            dtype = jnp.dtype(experiment.teacher.dtype)
+            teacher = _fresh(
+                known["teacher"][0], experiment.teacher.quantisation, param_dtype=dtype, compute_dtype=dtype
+            )
+            self._teacher = self._placed(teacher, self._teacher_mesh)
+
+    def _placed(self, model: Qwen3, mesh: Mesh, *, named_words: int = 0) -> Qwen3:
+        kernels = self._experiment.kernels
+        with jax.set_mesh(mesh):
+            kernels.check(model.config, model.compute_dtype, mesh, named_words=named_words)
+        model.kernels = kernels
+        return placed_shapes(model, mesh)
+
+    def _fresh_student(self, config: ModelConfig) -> Qwen3:
+        student, dtype = self._experiment.student, jnp.dtype(self._experiment.compute_dtype)
+        lora = student.lora if isinstance(student, FromCheckpoint) else None
+        if lora is None:
+            return _fresh(config, param_dtype=jnp.float32, compute_dtype=dtype)
+        lora.check(config)
+
+        def adapted() -> Qwen3:
+            model = Qwen3(config, jax.random.key(0), param_dtype=jnp.dtype(lora.base_dtype), compute_dtype=dtype)
+            lora.attach(model, jax.random.key(0), dtype=jnp.float32)
+            return model
+
+        return jax.eval_shape(adapted)
+
+    def programs(self) -> Iterator[Program]:
+        for name, stage in self._experiment.stages.items():
+            if isinstance(stage, OnPolicy):
+                yield from self._writes(name, "student", stage.writing)
+                yield self._scores(name, stage)
+            elif isinstance(stage, OffPolicy) and stage.targets_of is None:
+                yield from self._writes(name, "teacher", stage.writing)
+                yield self._scores(name, stage)
+            yield from self._trains(name, stage)
+        yield from self._writes(EVALUATION, "student", self._experiment.evaluation.writing)
+        if self._teacher is not None:
+            yield from self._writes(EVALUATION, "teacher", self._experiment.evaluation.writing)
+
+    def _writes(self, stage: str, role: Role, sizes: EngineSizes) -> Iterator[Program]:
+        model, mesh = self._model(role)
+        # A stage writes in both modes at once, an evaluation in one after the other: this is its first one.
+        together = sizes.sampling[:1] if stage == EVALUATION else sizes.sampling
+        programs = make_engine(model.config, _Tokens(), sizes).programs(model, together)
+        reads: Purpose = "teacher_reads" if role == "teacher" else "student_reads"
+        writes: Purpose = "teacher_writes" if role == "teacher" else "student_writes"
+        common: Any = {"stage": stage, "model": model.config, "mesh": mesh, "beside": self._beside(stage, writes)}
+        yield Program(
+            purpose=reads,
+            function=programs.read,
+            arguments=programs.read_arguments,
+            options=programs.read_options,
+            rows=programs.read_arguments[2].tokens.shape[1],
+            length=sizes.max_prompt_tokens,
+            **common,
+        )
+        yield Program(
+            purpose=writes,
+            function=programs.write,
+            arguments=programs.write_arguments,
+            options=programs.write_options,
+            rows=sizes.batch_size,
+            groups=sizes.batch_size // programs.write_arguments[4].token.shape[0],
+            length=sizes.longest_tokens,
+            **common,
+        )
+
+    def _scores(self, name: str, stage: OffPolicy | OnPolicy) -> Program:
+        model, mesh = self._model("teacher")
+        if isinstance(stage, OnPolicy):
+            rows, length = stage.training.rows, stage.training.row_length
+            program = hidden_program(model, mesh, rows=rows, length=length)
+        else:
+            rows, length = packed_shape(mesh, stage.batch_size, stage.longest_tokens)
+            if stage.draws is None:
+                program = top_k_program(model, mesh, rows=rows, length=length, k=stage.top_k)
+            else:
+                program = sampled_program(model, mesh, rows=rows, length=length, draws=stage.draws)
+        return Program(
+            stage=name,
+            purpose="teacher_scores",
+            model=model.config,
+            function=program.function,
+            arguments=program.arguments,
+            mesh=mesh,
+            rows=rows,
+            length=length,
+            beside=self._beside(name, "teacher_scores"),
+        )
+
+    def _trains(self, name: str, stage: Stage) -> Iterator[Program]:
+        training, loss = stage.training, Loss(name="forward_kl") if isinstance(stage, Sft) else stage.loss
+        state = self._state(training)
+        head: Any = None
+        if isinstance(stage, OnPolicy):
+            assert self._teacher is not None
+            shape = (self._teacher.config.vocab_size, self._teacher.config.hidden_size)
+            head = jax.ShapeDtypeStruct(shape, self._teacher.embed.get_value().dtype)
+            head = head.update(sharding=head_sharding(head, self._mesh))
+        step = TrainStep(
+            transformation=training.optimizer.transformation(training.steps or 1),
+            loss=loss,
+            mesh=self._mesh,
+            rematerialise=training.rematerialise,
+            teacher_head=head,
+        )
+        made = step.programs(state, self._batch(stage))
+        several = isinstance(stage, OnPolicy) or stage.microbatches_per_step > 1
+        purposes: dict[Purpose, tuple[Any, tuple[Any, ...]]] = {
+            "student_trains": made.more_gradients if several else made.first_gradients,
+            "student_updates": made.update,
+        }
+        for purpose, (function, arguments) in purposes.items():
+            yield Program(
+                stage=name,
+                purpose=purpose,
+                model=state.model.config,
+                function=function,
+                arguments=arguments,
+                mesh=self._mesh,
+                rows=training.rows,
+                length=training.row_length,
+                beside=self._beside(name, purpose),
+            )
+
+    def _batch(self, stage: Stage) -> Batch:
+        """A microbatch as the stage's data has it."""
+
+        def rows(dtype: Any, *last: int) -> Any:
+            return jax.ShapeDtypeStruct((stage.training.rows, stage.training.row_length, *last), dtype)
+
+        targets: Any
+        if isinstance(stage, OnPolicy):
+            assert self._teacher is not None
+            targets = Hidden(hidden=rows(self._teacher.compute_dtype, self._teacher.config.hidden_size))
+        elif isinstance(stage, Sft):
+            targets = jax.eval_shape(one_hot, rows(np.int32))
+        else:
+            source = stage if stage.targets_of is None else self._experiment.stages[stage.targets_of]
+            assert isinstance(source, OffPolicy)
+            several = rows(np.int32, source.draws or source.top_k), rows(np.float32, source.draws or source.top_k)
+            if source.draws is None:
+                targets = TopK(ids=several[0], logprobs=several[1], log_tail=rows(np.float32))
+            else:
+                targets = Sampled(ids=several[0], log_shares=several[1], entropy=rows(np.float32))
+        return Batch(
+            tokens=rows(np.int32),
+            positions=rows(np.int32),
+            segment_ids=rows(np.int32),
+            loss_mask=rows(np.bool_),
+            mode=rows(np.uint8),
+            targets=targets,
+        )
+
+    def _state(self, training: Training) -> TrainState:
+        # The schedule is no part of the state, and any number of steps gives the same program.
+        return TrainState.shapes(self._student, training.optimizer.transformation(training.steps or 1), self._mesh)
+
+    def _model(self, role: Role) -> tuple[Qwen3, Mesh]:
+        if role == "student":
+            return self._student, self._mesh
+        assert self._teacher is not None
+        return self._teacher, self._teacher_mesh
+
+    def _beside(self, stage_name: str, purpose: Purpose) -> dict[str, Any]:
+        """What a program finds on its devices beside its arguments: of the teacher, once it is loaded, the weights; of
+        the student those with which the stage began, and while it trains those that it changes and their moments."""
+        role: Role = "teacher" if purpose.startswith("teacher") else "student"
+        stage = self._experiment.stages.get(stage_name)
+        held: dict[str, Any] = {}
+        if self._teacher is not None and role != "teacher" and self._mesh == self._teacher_mesh:
+            held["teacher"] = self._teacher
+        if role == "teacher" and self._mesh != self._teacher_mesh:
+            return held
+        if stage is None:
+            return held | ({"student": self._student} if role == "teacher" else {})
+        if isinstance(stage, OffPolicy) and role == "teacher":
+            return held | {"student": self._student}
+        state = self._state(stage.training)
+        held["student at the stage's start"] = state.split()[0].model
+        if purpose != "student_updates":
+            held["optimizer"] = state.optimizer
+        if role == "teacher":
+            held["student"] = state.model
+        return held

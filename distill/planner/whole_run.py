@@ -1,0 +1,183 @@
+"""How often a run calls each of its programs, and what it moves from teacher to student, under stated assumptions."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from distill.experiment import Experiment
+from distill.planner.program import EVALUATION, Program, Purpose
+from distill.stages import OffPolicy, OnPolicy, Sft
+from distill.tasks.requests import ModeMix
+from distill.training.flops import forward_flops, training_flops
+from qwen3.generation.sampling import SamplingParams
+from qwen3.rollout import THINKING
+
+_STORED_BYTES = 8
+"""Of an entry in a store: an id and a log-probability, before compression."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What a plan cannot know, as shares of what is known."""
+
+    efficiency: float = 0.5
+    """Share of a program's roof that is reached, by programs that do not decode."""
+    decoding_efficiency: float = 0.25
+    """Share of the roof that is reached by programs that decode, a token of every sequence at a time."""
+    response_share: float = 0.25
+    """Mean response, as a share of the stage's max_new_tokens."""
+    prompt_share: float = 0.25
+    """Mean prompt, as a share of max_prompt_tokens."""
+    filled_share: float = 0.9
+    """Tokens in a packed row, as a share of its length."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A teacher that scores on devices of its own while the student works."""
+
+    steps: float
+    microbatches: float
+    """Of a step; the student trains on one while the teacher scores those after it."""
+    ahead: bool
+    """Rollouts are written ahead (max_staleness), and scored while the student writes and trains."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """A stage's calls of each program, by purpose."""
+
+    stage: str
+    calls: Mapping[Purpose, float]
+    tokens_moved: float = 0.0
+    """That the student learns from and the teacher has scored."""
+    bytes_moved: float = 0.0
+    """Of the targets, from teacher to student."""
+    pipeline: Pipeline | None = None
+    """None where one program follows the other."""
+
+    def elapsed_seconds(self, seconds: Mapping[Purpose, float]) -> float:
+        """Of the whole stage, from what its programs take by purpose.
+
+        Within a step, all of the slower one's microbatches and one of the other's, before the first or after the last.
+        Written ahead, what the student does in all, or the teacher with the first rollouts before and the last
+        microbatch and update after it.
+        """
+        total, pipeline = sum(seconds.values()), self.pipeline
+        if pipeline is None:
+            return total
+        scores, trains = seconds["teacher_scores"], seconds["student_trains"]
+        if not pipeline.ahead:
+            return total - min(scores, trains) * (1 - 1 / pipeline.microbatches)
+        writes = seconds["student_reads"] + seconds["student_writes"]
+        ends = writes + trains / pipeline.microbatches + seconds["student_updates"]
+        return max(total - scores, scores + ends / pipeline.steps)
+
+
+def stage_plans(experiment: Experiment, programs: Sequence[Program], assumed: Assumptions) -> list[StagePlan]:
+    """Every stage, then all evaluations together."""
+    run = _Run(experiment, programs, assumed)
+    return [run.stage(name) for name in experiment.stages] + [run.evaluation()]
+
+
+class _Run:
+    def __init__(self, experiment: Experiment, programs: Sequence[Program], assumed: Assumptions):
+        self._experiment, self._assumed = experiment, assumed
+        self._programs = {(program.stage, program.purpose): program for program in programs}
+
+    def stage(self, name: str) -> StagePlan:
+        stage = self._experiment.stages[name]
+        if isinstance(stage, Sft):
+            return StagePlan(stage=name, calls=self._updates(stage.training.steps or 0, stage.microbatches_per_step))
+        if isinstance(stage, OnPolicy):
+            return self._on_policy(name, stage)
+        calls: dict[Purpose, float] = {}
+        moved = 0.0
+        if stage.targets_of is None:
+            response = self._response(stage.modes, stage.thinking, stage.non_thinking)
+            prompt = self._assumed.prompt_share * stage.max_prompt_tokens
+            calls |= self._writing(name, "teacher", stage.prompts, response, refilled=True)
+            calls["teacher_scores"] = stage.prompts * (prompt + response) / self._row_tokens(name, "teacher_scores")
+            moved = stage.prompts * response
+        steps = stage.training.steps or self._affordable(name, stage, moved)
+        entries = stage.draws or stage.top_k
+        return StagePlan(
+            stage=name,
+            calls=calls | self._updates(steps, stage.microbatches_per_step),
+            tokens_moved=moved,
+            bytes_moved=moved * (_STORED_BYTES * entries + 4),
+        )
+
+    def _on_policy(self, name: str, stage: OnPolicy) -> StagePlan:
+        assert stage.training.steps is not None
+        sequences = stage.prompts_per_step * stage.samples_per_prompt
+        response = self._response(stage.modes, stage.thinking, stage.non_thinking)
+        tokens = sequences * (self._assumed.prompt_share * stage.max_prompt_tokens + response)
+        microbatches = max(1, math.ceil(tokens / self._row_tokens(name, "student_trains")))
+        steps = stage.training.steps
+        one_step = self._writing(name, "student", sequences, response, refilled=False)
+        scores = self._programs[name, "teacher_scores"]
+        positions = steps * microbatches * stage.training.rows * stage.training.row_length
+        width = 2 if self._experiment.teacher and self._experiment.teacher.dtype == "bfloat16" else 4
+        return StagePlan(
+            stage=name,
+            calls={purpose: count * steps for purpose, count in one_step.items()}
+            | {"teacher_scores": float(steps * microbatches)}
+            | self._updates(steps, microbatches),
+            tokens_moved=steps * tokens,
+            bytes_moved=float(positions * scores.model.hidden_size * width),
+            pipeline=None
+            if scores.mesh == self._programs[name, "student_trains"].mesh
+            else Pipeline(steps=steps, microbatches=microbatches, ahead=stage.max_staleness > 0),
+        )
+
+    def evaluation(self) -> StagePlan:
+        asked = self._experiment.evaluation
+        calls: dict[Purpose, float] = {}
+        for mode in asked.modes:
+            params = asked.thinking if mode == THINKING else asked.non_thinking
+            response = self._assumed.response_share * params.max_new_tokens
+            count = asked.problems * asked.samples_per_problem
+            for role, times in (("student", 1 + len(self._experiment.stages)), ("teacher", 1)):
+                if role == "teacher" and self._experiment.teacher is None:
+                    continue
+                for purpose, calls_once in self._writing(EVALUATION, role, count, response, refilled=True).items():
+                    calls[purpose] = calls.get(purpose, 0.0) + times * calls_once
+        return StagePlan(stage=EVALUATION, calls=calls)
+
+    def _writing(
+        self, stage: str, role: str, sequences: float, response: float, *, refilled: bool
+    ) -> dict[Purpose, float]:
+        """Calls that write so many sequences: slots that are refilled stay full, others wait for the longest."""
+        reads: Purpose = "teacher_reads" if role == "teacher" else "student_reads"
+        writes: Purpose = "teacher_writes" if role == "teacher" else "student_writes"
+        reader, writer = self._programs[stage, reads], self._programs[stage, writes]
+        longest = writer.length - reader.length
+        tokens = max(sequences * response / writer.rows, response) if refilled else longest
+        return {reads: math.ceil(sequences / reader.rows), writes: tokens}
+
+    def _updates(self, steps: float, microbatches: float) -> dict[Purpose, float]:
+        return {"student_trains": float(steps * microbatches), "student_updates": float(steps)}
+
+    def _row_tokens(self, stage: str, purpose: Purpose) -> float:
+        program = self._programs[stage, purpose]
+        return program.rows * program.length * self._assumed.filled_share
+
+    def _response(self, modes: ModeMix, thinking: SamplingParams, non_thinking: SamplingParams) -> float:
+        share = modes.thinking_fraction
+        mean = share * thinking.max_new_tokens + (1 - share) * non_thinking.max_new_tokens
+        return self._assumed.response_share * mean
+
+    def _affordable(self, name: str, stage: OffPolicy, written_tokens: float) -> float:
+        """Steps that the FLOPs of the stage `flops_of` pay for, teacher included."""
+        assert stage.flops_of is not None
+        other = self.stage(stage.flops_of)
+        student = self._programs[name, "student_trains"]
+        tokens = student.rows * student.length * self._assumed.filled_share
+        adapters = student.adapter_parameters
+        microbatch = training_flops(student.model, adapters).per_token * tokens
+        teacher = next((p.model for p in self._programs.values() if p.purpose.startswith("teacher")), student.model)
+        written = forward_flops(teacher).per_token + forward_flops(student.model, adapters).per_token
+        budget = other.calls["student_trains"] * microbatch + other.tokens_moved * written
+        budget -= 2 * written_tokens * forward_flops(teacher).per_token
+        return max(1.0, budget // (microbatch * stage.microbatches_per_step))

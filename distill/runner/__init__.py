@@ -1,0 +1,1 @@
+"""What the command `distill.run` does, from a file and its overrides to a finished run directory."""

@@ -1,0 +1,229 @@
+"""A run from first check to export, as a list of steps; each is skipped where an earlier process has done it."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from distill.evaluation.evaluate import Evaluator
+from distill.experiment import Experiment
+from distill.hosts.processes import first_says, is_first
+from distill.monitor.metrics import MetricsWriter, NoMetrics
+from distill.monitor.progress import Progress
+from distill.report.report import Report, StageCost, write_report
+from distill.report.results import STUDENT_INITIAL, TEACHER, EvaluationRow, record_json
+from distill.runner import selftest
+from distill.runner.preflight import preflight
+from distill.runner.run_directory import RunDirectory
+from distill.stages import Stage
+from distill.stages.context import RunContext, StopRequest, TeacherModel
+from distill.stages.loop import Spent, trained_model
+from distill.tasks.mixture import TaskMixture
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.checkpoint import hf
+from qwen3.checkpoint.quantisation import saved_bytes
+from qwen3.decoder.adapter import adapter_parameters
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
+from student.export import export
+from teacher.fingerprint import fingerprint
+
+
+def execute(experiment: Experiment, directory: Path, progress: Progress, stop: StopRequest) -> Report:
+    """Run `experiment` in `directory`, or what is left of it, and return the report that it has written.
+
+    Raises UserError for what the user can mend and Interrupted where the run was asked to stop and has saved.
+    """
+    started = time.monotonic()
+    with RunDirectory.claim(directory, experiment) as run, contextlib.ExitStack() as opened:
+        mesh, teacher_mesh = experiment.meshes()
+        teacher_tokenizer = ChatTokenizer.from_folder(
+            experiment.teacher.path if experiment.teacher else experiment.student.tokenizer_folder
+        )
+        tasks = TaskMixture(experiment.tasks)
+        agreements = _agreements(experiment, teacher_tokenizer)
+        finished = [name for name in experiment.stages if run.cost(name) is not None]
+        preflight(experiment, mesh, teacher_mesh, teacher_tokenizer, tasks, progress, finished)
+        student = _student(experiment, teacher_tokenizer, mesh)
+        agreements += selftest.check_numerics(student, teacher_tokenizer, experiment.evaluation.modes[0], mesh)
+        for agreement in agreements:
+            progress.print(f"self-test  {agreement.check}: {agreement.finding}")
+
+        run.begin()
+        if experiment.adapted_base is not None:
+            run.check_base(fingerprint(experiment.adapted_base))
+        metrics = opened.enter_context(_metrics(directory))
+        metrics.config(experiment.to_json())
+        costs: dict[str, StageCost] = {}
+        context = RunContext(
+            directory=directory,
+            run_id=run.run_id,
+            seed=experiment.seed,
+            mesh=mesh,
+            tokenizer=teacher_tokenizer,
+            tasks=tasks,
+            load_teacher=functools.cache(lambda: _teacher(experiment, teacher_mesh, progress)),
+            metrics=metrics,
+            progress=progress,
+            stop=stop,
+            costs=costs,
+        )
+        evaluator = Evaluator(experiment.evaluation, context, student)
+        rows = _evaluated(STUDENT_INITIAL, student, evaluator, run)
+        models: dict[str | None, Qwen3] = {None: student}
+        for name, stage in experiment.stages.items():
+            start = models[experiment.start_of(name)]
+            models[name], costs[name] = _stage(name, stage, start, context, run)
+            rows += _evaluated(name, models[name], evaluator, run)
+            _forget_unneeded(experiment, name, models)
+        if experiment.teacher is not None:
+            teacher = context.load_teacher().model
+            known = run.evaluation(TEACHER)
+            rows += known or _evaluated(TEACHER, teacher, Evaluator(experiment.evaluation, context, teacher), run)
+        context.require_directory()
+        _export(experiment, models[experiment.lineage()[-1]], context)
+        seconds = first_says(lambda: _wall_seconds(directory, time.monotonic() - started))
+        report = Report(
+            experiment=experiment.name,
+            description=experiment.description,
+            rows=rows,
+            stages=list(costs.values()),
+            lineage=experiment.lineage(),
+            student_parameters=_parameters(student.config),
+            adapter_parameters=adapter_parameters(student) or None,
+            teacher_parameters=_parameters(context.load_teacher().model.config) if experiment.teacher else None,
+            wall_seconds=seconds,
+            provenance={"seed": experiment.seed, "teacher": experiment.teacher.path if experiment.teacher else None},
+        )
+        if is_first():
+            write_report(directory, report)
+        return report
+
+
+def _metrics(directory: Path) -> MetricsWriter:
+    return MetricsWriter(directory) if is_first() else NoMetrics()
+
+
+def _student(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh) -> Qwen3:
+    key = jax.random.key(experiment.seed)
+    model = experiment.student.build(key, mesh, jnp.float32, jnp.dtype(experiment.compute_dtype))
+    # The student ends as the teacher does, and says so in the exported config.json.
+    eos = tokenizer.eos_ids[0] if len(tokenizer.eos_ids) == 1 else tokenizer.eos_ids
+    model.config = dataclasses.replace(model.config, eos_token_id=eos, pad_token_id=tokenizer.pad_id)
+    model.kernels = experiment.kernels
+    return model
+
+
+def _teacher(experiment: Experiment, mesh: Mesh, progress: Progress) -> TeacherModel:
+    assert experiment.teacher is not None
+    path, dtype, kind = experiment.teacher.path, jnp.dtype(experiment.teacher.dtype), experiment.teacher.quantisation
+    with progress.reading("loading the teacher") as on_read:
+        model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh, on_read=on_read, quantisation=kind)
+    model.kernels = experiment.kernels
+    known_as = fingerprint(path)
+    if kind is not None:
+        known_as += f" {kind}"
+        kept, saved = (f"{count / 1e6:,.1f} MB" for count in (_bytes(model), saved_bytes(model, dtype)))
+        progress.print(f"teacher    its weights take {kept} with {kind}, {saved} less than in {dtype.name} alone")
+    return TeacherModel(model=model, mesh=mesh, fingerprint=known_as)
+
+
+def _agreements(experiment: Experiment, tokenizer: ChatTokenizer) -> list[selftest.Agreement]:
+    """What student and teacher, whose tokenizer is given, agree upon."""
+    if experiment.teacher is None:
+        return []
+    return selftest.check_tokenizers(
+        ChatTokenizer.from_folder(experiment.student.tokenizer_folder),
+        experiment.student.model_config(),
+        tokenizer,
+        ModelConfig.from_folder(experiment.teacher.path),
+        list(experiment.evaluation.modes),
+    )
+
+
+def _stage(name: str, stage: Stage, start: Qwen3, context: RunContext, run: RunDirectory) -> tuple[Qwen3, StageCost]:
+    done = run.cost(name)
+    if done is not None:
+        return trained_model(name, start, stage.training, context), done
+    model, spent = stage.run(name, start, context)
+    cost = _cost(name, stage, spent, jax.device_count())
+    run.keep_cost(name, record_json(cost))
+    return model, cost
+
+
+def _cost(name: str, stage: Stage, spent: Spent, devices: int) -> StageCost:
+    seconds = {field: getattr(spent, field) or None for field in _SECONDS}
+    return StageCost(
+        name=name,
+        kind=stage.kind,
+        steps=spent.steps,
+        tokens_trained=spent.tokens_trained,
+        tokens_sampled=spent.tokens_sampled,
+        student_train_flops=spent.student_train_flops,
+        student_sample_flops=spent.student_sample_flops,
+        teacher_flops=spent.teacher_flops,
+        device_seconds=spent.seconds * devices,
+        **seconds,
+    )
+
+
+_SECONDS = ("student_train_seconds", "student_sample_seconds", "teacher_write_seconds", "teacher_score_seconds")
+
+
+def _evaluated(name: str, model: Qwen3, evaluator: Evaluator, run: RunDirectory) -> list[EvaluationRow]:
+    known = run.evaluation(name)
+    if known is not None:
+        return known
+    rows = evaluator.rows(name, model)
+    run.keep_evaluation(name, [record_json(row) for row in rows])
+    return rows
+
+
+def _forget_unneeded(experiment: Experiment, name: str, models: dict[str | None, Qwen3]) -> None:
+    """Free the students that no later stage and no export will ask for."""
+    names = list(experiment.stages)
+    later = names[names.index(name) + 1 :]
+    needed = {experiment.start_of(other) for other in later} | {experiment.lineage()[-1]}
+    for held in [held for held in models if held not in needed]:
+        del models[held]
+
+
+def _export(experiment: Experiment, model: Qwen3, context: RunContext) -> None:
+    sampling = experiment.evaluation.thinking
+    # What says nothing is left out: transformers warns of filters beside greedy decoding.
+    generation: dict[str, Any] = {"do_sample": not sampling.greedy}
+    if not sampling.greedy:
+        generation |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        generation |= {"min_p": sampling.min_p} if sampling.min_p else {}
+    export(
+        context.directory / "export",
+        model,
+        context.tokenizer,
+        generation,
+        dtype=jnp.dtype(experiment.export_dtype),
+        adapters_of=experiment.adapted_base if experiment.export_adapter else None,
+    )
+
+
+def _parameters(config: ModelConfig) -> int:
+    """Of the model itself: adapters are counted apart, and scales of quantised weights are none."""
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: Qwen3(config, jax.random.key(0)))))
+
+
+def _bytes(model: Qwen3) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+
+
+def _wall_seconds(directory: Path, seconds: float) -> float:
+    """This process's time and that of the processes before it that were stopped."""
+    file = directory / "wall_seconds.json"
+    total = seconds + (json.loads(file.read_text()) if file.exists() else 0.0)
+    file.write_text(json.dumps(total))
+    return total

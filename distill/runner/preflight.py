@@ -1,0 +1,197 @@
+"""What can be known to fail before a run spends anything: from fields, file headers and prompts, without a weight.
+
+Otherwise it would fail once a stage comes to it, after hours of the teacher's time.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
+
+from jax.sharding import Mesh
+
+from distill.evaluation.evaluate import Evaluation
+from distill.experiment import Experiment
+from distill.monitor.progress import Progress
+from distill.monitor.progress import Task as Bar
+from distill.stages import OffPolicy, OnPolicy, Sft, Stage
+from distill.stages.context import stage_seed
+from distill.tasks import Problem, Split
+from distill.tasks.mixture import TaskMixture
+from distill.tasks.requests import prompt_ids, raw_document, worked_document
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.checkpoint import hf
+from qwen3.decoder.config import ModelConfig
+from qwen3.errors import UserError
+from qwen3.generation.sampling import SamplingParams
+from qwen3.rollout import Mode
+from qwen3.sharding import partition_spec
+from student.init import FromCheckpoint
+
+_SHOWN_CHARACTERS = 60
+_PROMPTS_AT_ONCE = 256
+
+
+def preflight(
+    experiment: Experiment,
+    mesh: Mesh,
+    teacher_mesh: Mesh,
+    tokenizer: ChatTokenizer,
+    tasks: TaskMixture,
+    progress: Progress,
+    finished: Collection[str] = (),
+) -> None:
+    """Refuses, naming field, value and remedy, what the stages that are not `finished` or an evaluation would refuse.
+
+    Takes about a quarter of a second for a thousand prompts, nearly all of it for their tokens. Raises UserError.
+    """
+    stages = {name: stage for name, stage in experiment.stages.items() if name not in finished}
+    experiment.check_meshes(mesh, teacher_mesh)
+    models = _checked_models(experiment, teacher_mesh)
+    experiment.kernels.check(models["student"], experiment.compute_dtype, mesh, named_words=experiment.named_words)
+    if experiment.teacher is not None:
+        experiment.kernels.check(models["teacher"], experiment.teacher.dtype, teacher_mesh)
+    if teacher_mesh != mesh and any(isinstance(stage, OnPolicy) for stage in stages.values()):
+        # On-policy, the teacher's head goes to the student's devices.
+        partition_spec(("embed",), (models["teacher"].hidden_size,), mesh)
+    _check_evaluation_lengths(experiment.evaluation, models)
+    for name, stage in stages.items():
+        _check_stage_lengths(f"stages.{name}", stage, models)
+    asked = [_of_evaluation(experiment.evaluation, tasks)]
+    for name, stage in stages.items():
+        of_stage = _of_stage(f"stages.{name}", stage, stage_seed(experiment.seed, name), tasks)
+        asked += [of_stage] if of_stage else []
+    with progress.task("checking prompts", sum(len(one.prompts) for one in asked), unit="prompts") as bar:
+        for one in asked:
+            _check_asked(one, tokenizer, models, bar)
+
+
+def _checked_models(experiment: Experiment, teacher_mesh: Mesh) -> dict[str, ModelConfig]:
+    """The architectures by role, after a look at the headers of all weight files."""
+    models = {"student": experiment.student.model_config()}
+    if isinstance(experiment.student, FromCheckpoint):
+        hf.check(experiment.student.path)
+    if experiment.teacher is not None:
+        models["teacher"] = hf.check(experiment.teacher.path, teacher_mesh)
+    return models
+
+
+def _check_evaluation_lengths(evaluation: Evaluation, models: Mapping[str, ModelConfig]) -> None:
+    sampling = [evaluation.sampling(mode) for mode in evaluation.modes]
+    _check_positions("evaluation", evaluation.max_prompt_tokens, sampling, models)
+
+
+def _check_stage_lengths(field: str, stage: Stage, models: Mapping[str, ModelConfig]) -> None:
+    if isinstance(stage, Sft) or (isinstance(stage, OffPolicy) and stage.targets_of is not None):
+        return
+    _check_positions(field, stage.max_prompt_tokens, [stage.thinking, stage.non_thinking], models)
+    if isinstance(stage, OffPolicy) and stage.draws is None and stage.top_k > models["teacher"].vocab_size:
+        raise UserError(
+            f"{field}.top_k is {stage.top_k}, but the teacher's vocabulary has {models['teacher'].vocab_size} entries; "
+            "lower it"
+        )
+
+
+def _check_positions(
+    field: str, max_prompt_tokens: int, sampling: Sequence[SamplingParams], models: Mapping[str, ModelConfig]
+) -> None:
+    longest = max_prompt_tokens + max(params.max_new_tokens for params in sampling)
+    for role, config in models.items():
+        if longest > config.longest_context:
+            raise UserError(
+                f"{field}: prompt and response may have {longest} tokens, but the {role}'s positions end at "
+                f"{config.longest_context} (max_position_embeddings); lower max_prompt_tokens or max_new_tokens"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """Prompts, or for supervised stages whole documents, that must fit a limit."""
+
+    field: str
+    limit: str
+    """The field of the limit."""
+    limit_tokens: int
+    prompts: Sequence[tuple[Problem, Mode]]
+    flag_fraction: float = 0.0
+    documents: Literal["chat", "raw"] | None = None
+    """Their form; None where only the prompts are there yet."""
+
+    def tokens(self, problem: Problem, mode: Mode, tokenizer: ChatTokenizer) -> int:
+        if self.documents == "raw":
+            return len(raw_document(problem, tokenizer).tokens)
+        if self.documents == "chat":
+            return len(worked_document(problem, mode, tokenizer, flag_fraction=self.flag_fraction).tokens)
+        return len(prompt_ids(problem, mode, tokenizer, flag_fraction=self.flag_fraction))
+
+
+def _of_evaluation(evaluation: Evaluation, tasks: TaskMixture) -> _Asked:
+    problems = _drawn(tasks, "held_out", "evaluation.problems", evaluation.problems, seed=0)
+    return _Asked(
+        field="evaluation",
+        limit="max_prompt_tokens",
+        limit_tokens=evaluation.max_prompt_tokens,
+        prompts=[(problem, mode) for mode in evaluation.modes for problem in problems],
+    )
+
+
+def _of_stage(field: str, stage: Stage, seed: int, tasks: TaskMixture) -> _Asked | None:
+    """What a stage will ask its policy, or train on; None where it reads another stage's targets."""
+    if isinstance(stage, Sft):
+        problems = _drawn(tasks, "train", f"{field}.problems", stage.problems, seed)
+        return _Asked(
+            field=field,
+            limit="training.row_length",
+            limit_tokens=stage.training.row_length,
+            prompts=list(stage.modes.assign(problems)),
+            flag_fraction=stage.modes.flag_fraction,
+            documents=stage.form,
+        )
+    if isinstance(stage, OnPolicy):
+        assert stage.training.steps is not None
+        each, count = stage.prompts_per_step, stage.prompts_per_step * stage.training.steps
+        problems = _drawn(tasks, "train", f"{field}.prompts_per_step × steps", count, seed, repeat=True)
+        asked = (pair for first in range(0, count, each) for pair in stage.modes.assign(problems[first : first + each]))
+        prompts = list({(problem.problem_id, mode): (problem, mode) for problem, mode in asked}.values())
+    elif stage.targets_of is None:
+        prompts = list(stage.modes.assign(_drawn(tasks, "train", f"{field}.prompts", stage.prompts, seed)))
+    else:
+        return None
+    return _Asked(
+        field=field,
+        limit="max_prompt_tokens",
+        limit_tokens=stage.max_prompt_tokens,
+        prompts=prompts,
+        flag_fraction=stage.modes.flag_fraction,
+    )
+
+
+def _drawn(
+    tasks: TaskMixture, split: Split, field: str, count: int, seed: int, *, repeat: bool = False
+) -> list[Problem]:
+    try:
+        return tasks.problems(split, count, seed, repeat=repeat)
+    except UserError as error:
+        raise UserError(f"{field} is {count}, but {error}") from None
+
+
+def _check_asked(asked: _Asked, tokenizer: ChatTokenizer, models: Mapping[str, ModelConfig], bar: Bar) -> None:
+    most, longest = 0, ""
+    for number, (problem, mode) in enumerate(asked.prompts, start=1):
+        tokens = asked.tokens(problem, mode, tokenizer)
+        if tokens > most:
+            most, longest = tokens, problem.prompt
+        if number % _PROMPTS_AT_ONCE == 0:
+            bar.advance(_PROMPTS_AT_ONCE)
+    bar.advance(len(asked.prompts) % _PROMPTS_AT_ONCE)
+    what = "prompt" if asked.documents is None else "document"
+    shown = longest if len(longest) <= _SHOWN_CHARACTERS else f"{longest[:_SHOWN_CHARACTERS]}…"
+    if most > asked.limit_tokens:
+        raise UserError(
+            f"{asked.field}.{asked.limit} is {asked.limit_tokens}, but the longest {what}, of {shown!r}, has {most} "
+            "tokens; raise it, or leave that problem out"
+        )
+    if asked.documents is not None and most > models["student"].longest_context:
+        raise UserError(
+            f"{asked.field}: the longest {what}, of {shown!r}, has {most} tokens, but the student's positions end at "
+            f"{models['student'].longest_context} (max_position_embeddings); leave that problem out"
+        )

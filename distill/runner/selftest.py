@@ -1,0 +1,114 @@
+"""What is checked before a run spends anything: the agreements between teacher, student, tokenizer and template on
+which every target rests. Peers' users lose days to each of these."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from distill.training.losses import Loss, distillation_loss
+from kernels_pallas.linear_kl import DivergenceName
+from qwen3.chat.chat import ChatTokenizer, check_same_vocabulary, check_vocabulary
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
+from qwen3.errors import UserError
+from qwen3.rollout import Mode
+from qwen3.sharding import row_shares
+from teacher.targets import Hidden, Targets, one_hot, top_k_targets
+
+_PROBE = "What is 17 + 25?"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """One thing that was found to hold, or was made to hold."""
+
+    check: str
+    finding: str
+
+
+def check_tokenizers(
+    student: ChatTokenizer,
+    student_config: ModelConfig,
+    teacher: ChatTokenizer,
+    teacher_config: ModelConfig,
+    modes: list[Mode],
+) -> list[Agreement]:
+    """Vocabulary, template and end tokens. Raises UserError where they cannot be reconciled.
+
+    A student with another template or other end tokens than the teacher's is asked, stopped and exported the
+    teacher's way: what it learns from is written that way.
+    """
+    check_vocabulary(student, student_config.vocab_size)
+    check_vocabulary(teacher, teacher_config.vocab_size)
+    check_same_vocabulary(teacher, student)
+    found = [Agreement(check="vocabulary", finding=f"{teacher.vocab_size:,} entries, the same for both")]
+    if student_config.vocab_size != teacher_config.vocab_size:
+        raise UserError(
+            f"the student's vocab_size is {student_config.vocab_size}, the teacher's {teacher_config.vocab_size}: a "
+            "divergence needs one vocabulary; pad the smaller embedding to the larger size"
+        )
+    messages = [{"role": "user", "content": _PROBE}]
+    same = all(teacher.prompt_ids(messages, mode) == student.prompt_ids(messages, mode) for mode in modes)
+    finding = "the same for both" if same else "the student's differs; both are asked in the teacher's"
+    found.append(Agreement(check="chat template", finding=finding))
+    finding = f"{list(teacher.eos_ids)}, the same for both"
+    if set(student.eos_ids) != set(teacher.eos_ids):
+        finding = f"the student's are {list(student.eos_ids)}; it is stopped at the teacher's {list(teacher.eos_ids)}"
+    if teacher.turn_end_id not in teacher.eos_ids:
+        raise UserError(
+            f"the teacher's template ends a turn with token {teacher.turn_end_id}, which is none of its end tokens "
+            f"{list(teacher.eos_ids)}: responses would never stop; add it to eos_token_id in generation_config.json"
+        )
+    found.append(Agreement(check="end tokens", finding=finding))
+    return found
+
+
+def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mesh) -> list[Agreement]:
+    """A model on its mesh against itself, by the kernels that it trains with: KL 0 over every kind of target, and
+    targets at the predicting position.
+
+    Raises UserError where either does not hold, which would be an error of this program on this platform.
+    """
+    ids = tokenizer.prompt_ids([{"role": "user", "content": _PROBE}], mode)
+    length = -(-len(ids) // 16) * 16
+    # As many rows as devices share.
+    whole = (row_shares(mesh), length)
+    tokens = jnp.broadcast_to(np.pad(np.asarray(ids, np.int32), (0, length - len(ids))), whole)
+    positions = jnp.broadcast_to(jnp.arange(length), whole)
+    real = positions < len(ids)
+
+    def measure(model: Qwen3) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hidden = model.hidden(tokens, positions, real.astype(jnp.int32), mesh)
+        weights = (real / jnp.sum(real)).astype(jnp.float32)
+
+        def divergence(targets: Targets, weights: jax.Array, name: DivergenceName, **more: Any) -> jax.Array:
+            how: Any = {"implementation": model.kernels.linear_kl, "mesh": mesh}
+            return distillation_loss(hidden, model.head, targets, weights, Loss(name=name), **how, **more)[0]
+
+        full = divergence(Hidden(hidden=hidden), weights, "reverse_kl", teacher_head=model.head)
+        head = model.head.astype(hidden.dtype)
+        targets = top_k_targets(hidden, head, min(8, model.config.vocab_size))
+        top = divergence(targets, weights, "forward_kl")
+        # Cross-entropy by the loss against the log-probability of the next token, written out without it.
+        inner = weights.at[:, len(ids) - 1].set(0)
+        entropy = divergence(one_hot(tokens), inner, "forward_kl")
+        logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+        return full, top, entropy + jnp.sum(inner[:, :-1] * chosen)
+
+    full, top, shift = (float(value) for value in jax.jit(measure)(model))
+    # float32 sums over a vocabulary of 151,936 leave about 1e-5 nats; bfloat16 hidden states are the same on both
+    # sides and leave no more. A target one position off is wrong by whole nats.
+    for what, value in (("full vocabulary", full), ("top-8 and tail", top)):
+        if not abs(value) < 1e-3:
+            raise UserError(f"self-test: KL of the student to itself over {what} is {value:.3g} nats, not 0")
+    if not abs(shift) < 1e-2:
+        raise UserError(f"self-test: targets are not at the predicting position (off by {shift:.3g} nats)")
+    return [
+        Agreement(check="KL of the student to itself", finding=f"{full:.1e} nats (full), {top:.1e} (top-8 and tail)"),
+        Agreement(check="target shift", finding="targets speak about the next token"),
+    ]

@@ -1,0 +1,26 @@
+"""A rollout as people read it: decoded, split into thinking and answer, and judged."""
+
+from distill.monitor.metrics import RolloutSample
+from distill.tasks import Problem
+from distill.tasks.mixture import TaskMixture
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.rollout import Rollout
+
+
+def judge(rollout: Rollout, problem: Problem, tokenizer: ChatTokenizer, tasks: TaskMixture) -> RolloutSample:
+    """Decode `rollout` and let the problem's task say whether answer and working are right."""
+    thinking, answer = tokenizer.split_response_ids(rollout.response.tolist(), rollout.mode)
+    correct = rollout.finished and tasks.verify(problem, answer)
+    return RolloutSample(
+        mode=rollout.mode,
+        prompt=problem.prompt,
+        thinking=thinking or "",
+        answer=answer,
+        expected=problem.answer or None,
+        correct=correct,
+        working_correct=(tasks.working_is_correct(problem, thinking) and correct) if thinking else None,
+        response_tokens=len(rollout.response),
+        finished=rollout.finished,
+        prompt_id=rollout.prompt_id,
+        sample_index=rollout.sample_index,
+    )

@@ -1,0 +1,1 @@
+"""One update: packed rows, loss, gradients, optimiser, and the checkpoints between them."""

@@ -1,0 +1,207 @@
+"""One update, the same for every stage: gradients of microbatches are summed, then applied once.
+
+Every microbatch divides by the same global denominator, the number of trained positions in the whole step, which is
+known before the first one runs. So the update is the same however a step is cut into microbatches or spread over
+devices.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from distill.training.host_memory import Growth
+from distill.training.losses import Loss, distillation_loss
+from distill.training.train_state import TrainState
+from qwen3.decoder.adapter import joined
+from qwen3.decoder.model import Qwen3
+from qwen3.decoder.moe import load_balancing_loss
+from qwen3.rollout import NON_THINKING, THINKING
+from qwen3.sharding import TOKENS, batch_sharding, place, placed_shapes, row_shapes, shardings, to_pieces
+
+MODE_CODES = {THINKING: 1, NON_THINKING: 0}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Packed rows and what the teacher says about them, at the predicting positions."""
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+    mode: UInt8[Array, "B T"]
+    targets: Any
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any], targets: Any) -> "Batch":
+        """From the arrays that packing makes; other entries are left where they are."""
+        names = ("tokens", "positions", "segment_ids", "loss_mask", "mode")
+        return cls(**{name: arrays[name] for name in names}, targets=targets)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one update measured."""
+
+    metrics: Mapping[str, float]
+    """Means over the trained positions; what could not be measured is absent."""
+    trained_positions: int
+    tokens: int
+    """Tokens that went through the student, padding not counted."""
+    padding_fraction: float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """Running sums over the microbatches of one step."""
+
+    gradients: Any
+    metrics: Mapping[str, Float[Array, ""]]
+
+
+class TrainStep:
+    """Compiled gradient and update programs for one loss, one optimiser and one batch shape."""
+
+    def __init__(
+        self,
+        *,
+        transformation: optax.GradientTransformation,
+        loss: Loss,
+        mesh: Mesh,
+        rematerialise: bool = False,
+        teacher_head: Float[Array, "V D"] | None = None,
+    ):
+        """`teacher_head` is needed where targets are the teacher's hidden states."""
+        self._mesh = mesh
+        self._teacher_head = teacher_head
+        self._accumulate = _gradient_program(loss, mesh, rematerialise)
+        self._growth = Growth()
+
+        def apply(state: TrainState, sums: _Sums) -> tuple[TrainState, dict[str, Array]]:
+            updates, optimizer = transformation.update(sums.gradients, state.optimizer, state.model)
+            model = optax.apply_updates(state.model, updates)
+            metrics = dict(sums.metrics) | {"gradient_norm": optax.global_norm(sums.gradients)}
+            new = TrainState(step=state.step + 1, model=model, optimizer=optimizer)
+            return jax.lax.with_sharding_constraint(new, shardings(new, mesh)), metrics
+
+        self._apply = jax.jit(apply, donate_argnums=0)
+
+    def __call__(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, StepResult]:
+        """Update `state` on `batches`, all of one shape; all its buffers but those of frozen weights are given away.
+
+        Whether `loss` and `gradient_norm` are finite is for the caller to judge. Raises ValueError where nothing
+        is trained.
+        """
+        trained = int(sum(np.sum(batch.loss_mask) for batch in batches))
+        if not trained:
+            raise ValueError("no position of the step is trained: loss_mask is False everywhere")
+        real = int(sum(np.sum(batch.segment_ids != 0) for batch in batches))
+        places = sum(batch.tokens.size for batch in batches)
+        denominator = np.float32(trained)
+        sums = None
+        trained_state, frozen = state.split()
+        for batch in batches:
+            sums = self._accumulate(
+                trained_state.model, frozen, sums, self._place(batch), denominator, self._teacher_head
+            )
+        trained_state, measured = self._apply(trained_state, sums)
+        metrics = _means({name: float(value) for name, value in jax.device_get(measured).items()})
+        self._growth.give_back()
+        return trained_state.joined(frozen), StepResult(
+            metrics=metrics, trained_positions=trained, tokens=real, padding_fraction=1 - real / places
+        )
+
+    def programs(self, state: TrainState, batch: Batch) -> "TrainPrograms":
+        """What a step runs, for an abstract state and an abstract microbatch on this step's mesh."""
+        trained, frozen = state.split()
+        placed = row_shapes(batch, self._mesh, TOKENS)
+        denominator = jax.ShapeDtypeStruct((), np.float32)
+        first = trained.model, frozen, None, placed, denominator, self._teacher_head
+        with jax.set_mesh(self._mesh):
+            sums = jax.eval_shape(self._accumulate, *first)
+        sums = placed_shapes(sums, self._mesh)
+        more = trained.model, frozen, sums, placed, denominator, self._teacher_head
+        return TrainPrograms(
+            first_gradients=(self._accumulate, first),
+            more_gradients=(self._accumulate, more),
+            update=(self._apply, (trained, sums)),
+        )
+
+    def _place(self, batch: Batch) -> Batch:
+        return place(batch, batch_sharding(self._mesh))
+
+
+class TrainPrograms(NamedTuple):
+    """The programs of a step, each with its arguments."""
+
+    first_gradients: tuple[Any, tuple[Any, ...]]
+    """Of a step's first microbatch."""
+    more_gradients: tuple[Any, tuple[Any, ...]]
+    """Of every other one, added to those before."""
+    update: tuple[Any, tuple[Any, ...]]
+
+
+@functools.cache
+def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool) -> Callable[..., _Sums]:
+    """Adds one microbatch's gradients and metrics to the sums; shared by all stages with this loss."""
+
+    def objective(
+        trained: Qwen3, frozen: Qwen3, batch: Batch, denominator: Array, head: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
+        model = joined(trained, frozen)
+        out = model(batch.tokens, batch.positions, batch.segment_ids, rematerialise=rematerialise, mesh=mesh)
+        hidden, batch = to_pieces((out.hidden, batch), mesh)
+        weights = batch.loss_mask.astype(jnp.float32) / denominator
+        how: Any = {"implementation": model.kernels.linear_kl, "mesh": mesh}
+        total, stats = distillation_loss(hidden, model.head, batch.targets, weights, loss, teacher_head=head, **how)
+        metrics = _by_mode(stats, batch) | {"loss": total}
+        if out.router is not None and model.config.router_aux_loss_coef:
+            # The share of the step's tokens in this microbatch makes the balance a mean over the step.
+            balance = load_balancing_loss(out.router) * jnp.sum(weights)
+            metrics["load_balance"] = balance
+            total = total + model.config.router_aux_loss_coef * balance
+        return total, metrics
+
+    def accumulate(
+        trained: Qwen3, frozen: Qwen3, sums: _Sums | None, batch: Batch, denominator: Array, head: Array | None
+    ) -> _Sums:
+        (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(trained, frozen, batch, denominator, head)
+        gradients = jax.lax.with_sharding_constraint(gradients, shardings(gradients, mesh))
+        new = _Sums(gradients=gradients, metrics=metrics)
+        return new if sums is None else jax.tree.map(jnp.add, sums, new)
+
+    return jax.jit(accumulate, donate_argnums=2)
+
+
+def _by_mode(stats: Mapping[str, Float[Array, "B T"]], batch: Batch) -> dict[str, Array]:
+    """Sums of every statistic over trained positions, whole and by mode, with the counts to divide by."""
+    sums: dict[str, Array] = {}
+    masks = {"all": batch.loss_mask} | {
+        mode: batch.loss_mask & (batch.mode == code) for mode, code in MODE_CODES.items()
+    }
+    for mode, mask in masks.items():
+        sums[f"count/{mode}"] = jnp.sum(mask)
+        for name, values in stats.items():
+            sums[f"{name}/{mode}"] = jnp.sum(jnp.where(mask, values, 0))
+    return sums
+
+
+def _means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Divide each sum by the count of its mode; a mode that did not occur has no metrics."""
+    counts = {name.removeprefix("count/"): value for name, value in sums.items() if name.startswith("count/")}
+    means = {name: value for name, value in sums.items() if "/" not in name}
+    for name, value in sums.items():
+        statistic, _, mode = name.partition("/")
+        if mode and statistic != "count" and counts[mode]:
+            means[statistic if mode == "all" else name] = value / counts[mode]
+    return means

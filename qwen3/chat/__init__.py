@@ -1,0 +1,1 @@
+"""Conversations as tokens: tokenizer, chat templates, the two modes."""

@@ -1,0 +1,307 @@
+"""How Qwen3 is talked to: chat text and token ids, thinking and non-thinking mode, thinking apart from the answer.
+
+Everything that knows a chat marker or a mode's prefix is here, so that the engine, the data pipelines and the graders
+never spell one out.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from qwen3.chat.template import ChatTemplate, Message
+from qwen3.chat.tokenizer import TokenizerFiles, read_tokenizer, stop_ids_of_generation
+from qwen3.errors import UserError
+from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode
+
+Flag = Literal["think", "no_think"]
+MODE_FLAGS: Final[Mapping[Mode, Flag]] = {THINKING: "think", NON_THINKING: "no_think"}
+
+THINK_START: Final = "<think>"
+THINK_END: Final = "</think>"
+STOP_THINKING_TEXT: Final = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
+    "\n</think>\n\n"
+)
+"""Inserted where a thinking budget is spent; Qwen's documentation, exact to the line ends."""
+
+# A flag stands alone or before punctuation: paths such as a/think/b and words such as /thinking are not flags.
+_FLAG = re.compile(r"(?<![\w/])/(no_think|think)(?![\w/-])")
+
+
+class ChatTokenizer:
+    """A checkpoint's tokenizer with its chat template and stop tokens.
+
+    Attributes:
+        vocab_size: Rows that an embedding needs: the highest id plus one.
+        eos_ids: Tokens that end a response; the tokenizer's own end token first.
+        pad_id: Fills up batches. The end token where the checkpoint names none: padding is masked everywhere.
+        think_start_id: `<think>` as one token, or None where the vocabulary has none.
+        think_end_id: `</think>` likewise.
+    """
+
+    def __init__(self, files: TokenizerFiles, stop_ids: Sequence[int] = ()):
+        self._files = files
+        self._tokenizer = files.tokenizer
+        self._templates = {
+            name: ChatTemplate(source, str(files.folder)) for name, source in sorted(files.templates.items())
+        }
+        self.vocab_size = max(self.tokens_by_id()) + 1
+        eos_id = self._special_id("eos_token")
+        self.eos_ids = tuple(dict.fromkeys([*([] if eos_id is None else [eos_id]), *stop_ids]))
+        if not self.eos_ids:
+            raise UserError(f"{files.folder}: no end token; name eos_token in tokenizer_config.json")
+        pad_id = self._special_id("pad_token")
+        self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
+        self.think_start_id = self._tokenizer.token_to_id(THINK_START)
+        self.think_end_id = self._tokenizer.token_to_id(THINK_END)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "ChatTokenizer":
+        """Reads a Hugging Face folder: tokenizer, template, and the stop tokens of generation_config.json.
+
+        Raises:
+            UserError: A file is missing or malformed, or no end token is named.
+        """
+        return cls(read_tokenizer(folder), stop_ids_of_generation(folder))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the files that this was read from, byte for byte (not generation_config.json).
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
+        self._files.save(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as it stands: nothing is added, and markers such as `<think>` become their own tokens."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of `ids`. Think and tool markers are content and stay; ids beyond the vocabulary have no text."""
+        return self._tokenizer.decode([int(one) for one in ids], skip_special_tokens=skip_special_tokens)
+
+    def tokens_by_id(self) -> dict[int, str]:
+        """The whole vocabulary, added tokens included, in the tokenizer's own byte spelling."""
+        return {token_id: token for token, token_id in self._tokenizer.get_vocab(with_added_tokens=True).items()}
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool = True,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The conversation as the checkpoint's template writes it; the text equals transformers' apply_chat_template.
+
+        Qwen3's template drops the thinking of every assistant turn before the last user question. A whole multi-turn
+        conversation rendered at once therefore supervises the thinking of its last turn only: to train on earlier
+        thinking, render one prefix a turn.
+
+        Raises:
+            UserError: The checkpoint has no template, or the template cannot render a message.
+        """
+        return self._template(tools).render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            variables={**self._files.special_tokens, "enable_thinking": enable_thinking},
+        )
+
+    def prompt_ids(
+        self, messages: Sequence[Message], mode: Mode, *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Ids of the conversation up to where the assistant starts to write in `mode`.
+
+        In Qwen3's non-thinking mode that includes an empty think block.
+
+        Raises:
+            UserError: The checkpoint cannot do the mode (`check_mode`), or as in `render`.
+        """
+        self.check_mode(mode)
+        return self.encode(
+            self.render(messages, tools=tools, enable_thinking=mode == THINKING, add_generation_prompt=True)
+        )
+
+    def response_ids(self, thinking: str | None, answer: str, mode: Mode) -> list[int]:
+        """Ids that continue `prompt_ids` as an ideal response, end of turn included.
+
+        Args:
+            thinking: The worked thinking in thinking mode ("" for an empty block, the answer to /no_think); None in
+                non-thinking mode, whose prompt holds the block.
+            answer: The text after the thinking.
+            mode: The prompt's mode.
+
+        Raises:
+            ValueError: Thinking is given in non-thinking mode, or missing in thinking mode.
+        """
+        if (thinking is None) != (mode == NON_THINKING):
+            raise ValueError(
+                f"thinking: {thinking!r} in {mode} mode; pass text, possibly empty, in thinking mode and None otherwise"
+            )
+        text = join_response(thinking, answer)
+        if self.starts_in_thinking(mode):
+            text = text.removeprefix(THINK_START + "\n")
+        return [*self.encode(text), self.turn_end_id]
+
+    def split_response_ids(self, ids: Sequence[int], mode: Mode) -> tuple[str | None, str]:
+        """`split_response` for sampled ids: stop and other special tokens are dropped first."""
+        return split_response(
+            self.decode(ids, skip_special_tokens=True), started_in_thinking=self.starts_in_thinking(mode)
+        )
+
+    @functools.cached_property
+    def turn_end_id(self) -> int:
+        """The token that the template writes after an assistant's answer.
+
+        Not always the end token: Qwen3's base checkpoints stop at `<|endoftext|>` and chat with `<|im_end|>`.
+
+        Raises:
+            UserError: The template does not end a turn with one special token.
+        """
+        answer = "ANSWER"
+        conversation = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
+        after = self.encode(self.render(conversation).rpartition(answer)[2])
+        added = self._tokenizer.get_added_tokens_decoder()
+        if not after or after[0] not in added:
+            raise UserError(f"{self._files.folder}: the chat template ends no turn with a special token; use another")
+        return after[0]
+
+    @functools.cached_property
+    def stop_thinking_ids(self) -> tuple[int, ...]:
+        """Ids of `STOP_THINKING_TEXT`.
+
+        Raises:
+            UserError: The vocabulary has no thinking tokens.
+        """
+        self._require_think_tokens("a thinking budget")
+        return tuple(self.encode(STOP_THINKING_TEXT))
+
+    def starts_in_thinking(self, mode: Mode) -> bool:
+        """Whether the prompt of `mode` ends inside an open think block, as in thinking-only checkpoints."""
+        return mode in self._modes_started_in_thinking
+
+    @functools.cached_property
+    def _modes_started_in_thinking(self) -> frozenset[Mode]:
+        question = "QUESTION"
+        started: set[Mode] = set()
+        for mode in MODES:
+            prompt = self.render(
+                [{"role": "user", "content": question}], enable_thinking=mode == THINKING, add_generation_prompt=True
+            )
+            opening = prompt.rpartition(question)[2]
+            if opening.rfind(THINK_START) > opening.rfind(THINK_END):
+                started.add(mode)
+        return frozenset(started)
+
+    def check_mode(self, mode: Mode) -> None:
+        """Refuses a mode that tokenizer and template cannot express.
+
+        Raises:
+            UserError: Thinking without `<think>` and `</think>` tokens; non-thinking with a thinking-only template.
+        """
+        if mode == THINKING:
+            self._require_think_tokens("thinking mode")
+        elif mode != NON_THINKING:
+            raise UserError(f"mode {mode!r}: unknown; use {THINKING!r} or {NON_THINKING!r}")
+        elif self.starts_in_thinking(NON_THINKING):
+            raise UserError(
+                f"{self._files.folder}: the chat template always opens a think block, so non_thinking mode is not "
+                "possible; leave that mode out or use a checkpoint with both"
+            )
+
+    def _require_think_tokens(self, purpose: str) -> None:
+        if self.think_start_id is None or self.think_end_id is None:
+            raise UserError(
+                f"{self._files.folder}: {purpose} needs {THINK_START} and {THINK_END} as tokens and the vocabulary "
+                "lacks them; use a Qwen3 tokenizer or non_thinking mode only"
+            )
+
+    def _special_id(self, role: str) -> int | None:
+        text = self._files.special_tokens.get(role)
+        token_id = None if text is None else self._tokenizer.token_to_id(text)
+        if text is not None and token_id is None:
+            raise UserError(
+                f"{self._files.folder}: {role} {text!r} is not in tokenizer.json; take both files from one checkpoint"
+            )
+        return token_id
+
+    def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise UserError(
+                f"{self._files.folder}: no chat template; add chat_template.jinja or the chat_template entry of "
+                "tokenizer_config.json from the instruction-tuned checkpoint"
+            )
+        return self._templates[name]
+
+
+def check_vocabulary(tokenizer: ChatTokenizer, model_vocab_size: int) -> None:
+    """Refuses a tokenizer with ids that the model has no embedding for; a larger, padded model is as it should be.
+
+    Raises:
+        UserError: The highest id is not below `model_vocab_size`.
+    """
+    if tokenizer.vocab_size > model_vocab_size:
+        raise UserError(
+            f"tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {model_vocab_size}; "
+            "take tokenizer and weights from the same checkpoint"
+        )
+
+
+def check_same_vocabulary(teacher: ChatTokenizer, student: ChatTokenizer) -> None:
+    """Refuses two tokenizers that mean different text by the same id: token-level targets would be wrong.
+
+    Raises:
+        UserError: The vocabularies differ; names the first id that does.
+    """
+    theirs, ours = teacher.tokens_by_id(), student.tokens_by_id()
+    for one in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(one) != ours.get(one):
+            raise UserError(
+                f"tokenizers disagree: id {one} is {theirs.get(one)!r} to the teacher, {ours.get(one)!r} to the "
+                "student; give the student the teacher's tokenizer"
+            )
+
+
+def split_response(text: str, *, started_in_thinking: bool = False) -> tuple[str | None, str]:
+    """Thinking and answer of a response.
+
+    Thinking is None where there is no think block and "" where it is empty. A block that never closes is all thinking
+    and the answer "". With several `</think>` the last one counts, so that the answer holds none.
+
+    Args:
+        text: What the assistant wrote, without the stop token.
+        started_in_thinking: Whether the prompt had already opened the block.
+    """
+    before, end, after = text.rpartition(THINK_END)
+    if end:
+        return before.lstrip().removeprefix(THINK_START).strip("\n"), after.lstrip("\n")
+    if started_in_thinking or text.lstrip().startswith(THINK_START):
+        return text.lstrip().removeprefix(THINK_START).strip("\n"), ""
+    return None, text
+
+
+def join_response(thinking: str | None, answer: str) -> str:
+    """What an assistant writes for `thinking` and `answer`: the inverse of `split_response`, in Qwen3's layout."""
+    if thinking is None:
+        return answer
+    return f"{THINK_START}\n{thinking}\n{THINK_END}\n\n{answer}"
+
+
+def with_flag(query: str, flag: Flag) -> str:
+    """The query with a soft switch, in the form of Qwen3's training data. Where there are several the last one wins."""
+    return f"{query} /{flag}"
+
+
+def last_flag(messages: Sequence[Message]) -> Flag | None:
+    """The soft switch in force: the last /think or /no_think in a user or system turn, None where there is none."""
+    for message in reversed(messages):
+        content = message.get("content")
+        if message.get("role") in ("user", "system") and isinstance(content, str):
+            flags = _FLAG.findall(content)
+            if flags:
+                return flags[-1]
+    return None

@@ -1,0 +1,1 @@
+"""Folders in Hugging Face format: reading them in pieces, writing them, eight-bit weights."""

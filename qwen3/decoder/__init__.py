@@ -1,0 +1,1 @@
+"""The decoder: its configuration, layers and parameters, dense or mixture of experts."""

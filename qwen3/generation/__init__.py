@@ -1,0 +1,1 @@
+"""Generating from a decoder: paged caches, slots, sampling and the engine over them."""

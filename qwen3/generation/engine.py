@@ -1,0 +1,379 @@
+"""Writes rollouts: one compiled prefill and one compiled decoding loop for teacher and student alike.
+
+Continuous batching over a paged cache: `batch_size` slots write at once, each with pages of its own, and a slot whose
+sequence ends takes the next request. Several tokens are written in one dispatch, after which the host looks once.
+Shapes are fixed by the engine, so a loop of training and sampling never compiles again. A rollout depends only on
+the weights and on (seed, policy step, prompt, sample index): every token has a random key of its own.
+
+On CPU the slots are divided into one group a core, each with requests, pages and a thread of its own: XLA computes
+the small products of a decoding step on one core alone, but several programs side by side.
+
+What is held beside the weights: the pages, and during a dispatch a copy of the slots' own ones side by side, as long
+as the longest sequence by then. A pool smaller than its default therefore saves at most half. There is no such copy
+where `qwen3.decoder.kernels.Kernels.paged_attention` reads pages in place.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from kernels_pallas.platforms import platform
+from qwen3.cores import usable_cores
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.kernels import PAGE_SIZE
+from qwen3.decoder.model import UNROLL_LAYERS, Layer, Qwen3
+from qwen3.errors import UserError
+from qwen3.generation.cache import Pages, layers_of, make_pages, page_shapes, prefill
+from qwen3.generation.decoding import Decoder
+from qwen3.generation.pages import PagePool
+from qwen3.generation.sampling import Plan, SamplingParams
+from qwen3.generation.slots import Prompts, Request, Slots, State, Written
+from qwen3.rollout import THINKING, Rollout
+from qwen3.sharding import BATCH, check_rows, fetch, place, placed_shapes, row_shapes, row_shares
+
+__all__ = ["Engine", "OnProgress", "Request"]
+
+_PREFILL_TOKENS = 256
+_STOP_WIDTH = 8
+_GROUP_ROWS = 4
+_NEVER = np.iinfo(np.int32).max
+OnProgress = Callable[[int, int], None]
+"""Called with the rollouts that ended and the tokens in them since the last call."""
+
+
+@dataclasses.dataclass
+class _Group:
+    """Slots that are written together, in one dispatch after the other."""
+
+    requests: list[int]
+    """Indices of the requests that these slots write."""
+    slots: Slots
+    pages: Pages
+
+
+class EnginePrograms(NamedTuple):
+    """The two programs of an engine with what they are compiled for: abstract arguments and static options."""
+
+    read: Any
+    """Reads prompts into pages."""
+    read_arguments: tuple[Any, ...]
+    read_options: Mapping[str, Any]
+    write: Any
+    """Writes tokens, one dispatch."""
+    write_arguments: tuple[Any, ...]
+    write_options: Mapping[str, Any]
+
+
+class Engine:
+    """Samples from any weights of one architecture.
+
+    Args:
+        config: Architecture of the models that `generate` will be given.
+        batch_size: Slots, the sequences written at once; requests beyond it wait for one.
+        max_prompt_tokens: Longest prompt.
+        max_new_tokens: Most tokens after the prompt.
+        stop_ids: Tokens that end a sequence, unless its own `SamplingParams.stop_ids` say otherwise.
+        pad_id: Fills unused places; never seen by the model's attention.
+        stop_thinking_ids: The text forced where a thinking budget ends; it must hold `think_end_id`.
+        think_end_id: The token that closes thinking, None where the vocabulary has none.
+        unroll_layers: Deepest model whose layers are unrolled in the decoding loop; see `qwen3.generation.cache`.
+        page_size: Tokens a page.
+        pages: Pages in the pool; None for what `batch_size` sequences of the longest kind need. With fewer, a request
+            waits until its prompt and all its `max_new_tokens` fit, less the pages that it shares: none is cut short.
+            Groups have equal parts of it.
+        tokens_per_dispatch: Most tokens that each slot writes before the host looks again. It looks earlier where
+            requests wait and an eighth of the slots have ended.
+
+    Raises:
+        UserError: A size below 1, a token outside the vocabulary, a stop-thinking text that does not stop thinking,
+            pages that the longest sequence does not fit.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        stop_thinking_ids: Sequence[int] = (),
+        think_end_id: int | None = None,
+        unroll_layers: int = UNROLL_LAYERS,
+        page_size: int = PAGE_SIZE,
+        pages: int | None = None,
+        tokens_per_dispatch: int = 256,
+    ):
+        sizes = {
+            "batch_size": batch_size,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_new_tokens": max_new_tokens,
+            "page_size": page_size,
+            "tokens_per_dispatch": tokens_per_dispatch,
+        }
+        for field, value in sizes.items():
+            if value < 1:
+                raise UserError(f"{field} is {value}; it must be at least 1")
+        ids = {
+            "stop_ids": stop_ids,
+            "pad_id": [pad_id],
+            "stop_thinking_ids": stop_thinking_ids,
+            "think_end_id": [] if think_end_id is None else [think_end_id],
+        }
+        for field, values in ids.items():
+            if bad := [i for i in values if not 0 <= i < config.vocab_size]:
+                raise UserError(
+                    f"{field} holds {bad[0]}, outside the vocabulary of {config.vocab_size}; use its tokenizer"
+                )
+        if stop_thinking_ids and think_end_id not in stop_thinking_ids:
+            raise UserError(f"stop_thinking_ids lack think_end_id {think_end_id}; thinking would never end")
+        self.config = config
+        self.batch_size = batch_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_new_tokens = max_new_tokens
+        self.stop_ids = tuple(stop_ids)
+        self.stop_thinking_ids = tuple(stop_thinking_ids)
+        self.pad_id = pad_id
+        self.page_size = page_size
+        self.unroll = config.num_hidden_layers <= unroll_layers
+        self._decoder = Decoder(
+            config=config,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            pad_id=pad_id,
+            stop_thinking_ids=self.stop_thinking_ids,
+            think_end_id=think_end_id,
+            unroll=self.unroll,
+            page_size=page_size,
+            tokens_per_dispatch=min(tokens_per_dispatch, max_new_tokens),
+        )
+        # The last token that is written is never read.
+        self._table_pages = self._decoder.pages_for(max_prompt_tokens + max_new_tokens - 1)
+        self.pages = batch_size * self._table_pages if pages is None else pages
+        self._check_pages(1)
+        self._compiling = threading.Lock()
+        self._layers = jax.jit(layers_of)
+        self._read = jax.jit(self._read_prompts, static_argnames="mesh", donate_argnames="pages")
+        self._decode = jax.jit(self._decoder.write, static_argnames=("plan", "mesh"), donate_argnames="pages")
+
+    def generate(
+        self,
+        model: Qwen3,
+        requests: Sequence[Request],
+        *,
+        seed: int,
+        policy_step: int,
+        on_progress: OnProgress | None = None,
+    ) -> list[Rollout]:
+        """Write one rollout a request, in their order.
+
+        Args:
+            model: Weights, used where they lie; sharded weights spread the rows over the data axes of their mesh.
+            requests: Any number of any modes and parameters.
+            seed: Seed of the run.
+            policy_step: Optimiser step of `model`, part of every random key.
+            on_progress: Called whenever rollouts have ended.
+
+        Raises:
+            UserError: A request that the engine's sizes cannot hold, naming its prompt; sharded weights over whose
+                mesh `batch_size` or `pages` cannot be spread; a model with Dual Chunk Attention whose
+                `kernels.paged_attention` is named.
+            ValueError: A model of another architecture, or a seed or step that is no unsigned 32-bit number.
+        """
+        mesh, shares = self._placement(model)
+        for field, value in (("seed", seed), ("policy_step", policy_step)):
+            if not 0 <= value < 2**32:
+                raise ValueError(f"{field} is {value}; it must be in 0..{2**32 - 1}")
+        for request in requests:
+            self._check(request)
+        if not requests:
+            return []
+        plan = Plan.of([request.params for request in requests], self.config.vocab_size)
+        numbers = np.uint32(seed), np.uint32(policy_step)
+        layers = self._layers(model) if self.unroll else tuple(model.stacks)
+        groups = self._groups(requests, shares, model.compute_dtype, mesh)
+        rollouts: dict[int, Rollout] = {}
+        with ThreadPoolExecutor(len(groups)) as threads:
+
+            def write(group: _Group) -> Future[tuple[State, Written]]:
+                return threads.submit(self._write, model, layers, group, numbers, plan, mesh)
+
+            writing = {write(group): group for group in groups}
+            while writing:
+                for future in wait(writing, return_when=FIRST_COMPLETED).done:
+                    group = writing.pop(future)
+                    done = group.slots.collect(*future.result(), policy_step)
+                    rollouts.update((group.requests[index], rollout) for index, rollout in done)
+                    if done and on_progress is not None:
+                        on_progress(len(done), sum(len(rollout.response) for _, rollout in done))
+                    if group.slots.writing or group.slots.waiting:
+                        writing[write(group)] = group
+        return [rollouts[index] for index in range(len(requests))]
+
+    def programs(self, model: Qwen3, sampling: Sequence[SamplingParams]) -> "EnginePrograms":
+        """What `generate` runs, in every group alike, for requests that are sampled in these ways.
+
+        `model` may be abstract (`qwen3.sharding.placed_shapes`); where its mesh's devices are, the programs are for.
+        """
+        prompt = [self.pad_id] * self.max_prompt_tokens
+        requests = [
+            Request(prompt_ids=prompt, prompt_id=str(number), sample_index=0, mode=THINKING, params=params)
+            for number, params in enumerate(sampling)
+        ]
+        mesh, shares = self._placement(model)
+        devices = model.embed.get_value().sharding.mesh
+        layers = placed_shapes(jax.eval_shape(layers_of, model), devices) if self.unroll else tuple(model.stacks)
+        with jax.set_mesh(devices):
+            group = self._groups(requests, shares, model.compute_dtype, mesh, page_shapes)[0]
+        admitted = group.slots.admit()
+        assert admitted is not None
+        prompts = row_shapes(admitted[0], mesh, PartitionSpec(None, *BATCH))
+        fixed, state = row_shapes((group.slots.fixed, group.slots.state), mesh)
+        number, count = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((), np.int32)
+        return EnginePrograms(
+            read=self._read,
+            read_arguments=(model, group.pages, prompts, count),
+            read_options={"mesh": mesh},
+            write=self._decode,
+            write_arguments=(model, layers, group.pages, fixed, state, count, number, number),
+            write_options={"plan": Plan.of(sampling, self.config.vocab_size), "mesh": mesh},
+        )
+
+    def _write(
+        self,
+        model: Qwen3,
+        layers: tuple[Layer, ...],
+        group: _Group,
+        numbers: tuple[np.uint32, np.uint32],
+        plan: Plan,
+        mesh: Mesh | None,
+    ) -> tuple[State, Written]:
+        """Fill the free slots of a group and write in all of them until enough have ended."""
+        slots = group.slots
+        # Groups run the same programs: one compiles them, the others wait for it.
+        with self._compiling:
+            if (admitted := slots.admit()) is not None:
+                prompts, chunks = admitted
+                placed = _place(prompts, PartitionSpec(None, *BATCH), mesh)
+                group.pages = self._read(model, group.pages, placed, np.int32(chunks), mesh=mesh)
+            # Where none waits, nothing is gained by ending a dispatch before its last slot has ended.
+            leave = max(0, slots.writing - -(-slots.size // 8)) if slots.waiting else 0
+            fixed, state = _place((slots.fixed, slots.state), BATCH, mesh)
+            state, group.pages, written = self._decode(
+                model, layers, group.pages, fixed, state, np.int32(leave), *numbers, plan=plan, mesh=mesh
+            )
+        return fetch((state, written))
+
+    def _placement(self, model: Qwen3) -> tuple[Mesh | None, int]:
+        """The mesh of several devices that holds the weights, if one does, and its shares of the rows."""
+        if model.config != self.config:
+            raise ValueError("model.config differs from the engine's; make an engine for each architecture")
+        model.kernels.check_pages(self.config)
+        mesh = _mesh(model)
+        if mesh is not None:
+            check_rows("batch_size", self.batch_size, mesh)
+        shares = row_shares(mesh)
+        self._check_pages(shares)
+        return mesh, shares
+
+    def _check_pages(self, shares: int) -> None:
+        if self.pages // shares < self._table_pages:
+            raise UserError(
+                f"pages is {self.pages}"
+                + (f", spread over {shares} devices" if shares > 1 else "")
+                + f", but the longest sequence needs {self._table_pages} of {self.page_size} tokens; "
+                f"use at least {shares * self._table_pages}"
+            )
+
+    def _check(self, request: Request) -> None:
+        where = f"prompt {request.prompt_id!r}"
+        length, new = len(request.prompt_ids), request.params.max_new_tokens
+        if not 1 <= length <= self.max_prompt_tokens:
+            raise UserError(
+                f"{where} has {length} tokens, but max_prompt_tokens is {self.max_prompt_tokens}; "
+                "raise that or leave the prompt out"
+            )
+        if new > self.max_new_tokens:
+            raise UserError(
+                f"{where} asks for {new} new tokens, but max_new_tokens is {self.max_new_tokens}; raise that"
+            )
+        if self._budget(request) != _NEVER and not self.stop_thinking_ids:
+            raise UserError(
+                f"{where} has a thinking budget, but the engine has no stop_thinking_ids; "
+                "use a tokenizer with thinking tokens or set thinking_budget to None"
+            )
+
+    def _stop_ids(self, request: Request) -> tuple[int, ...]:
+        return self.stop_ids if request.params.stop_ids is None else request.params.stop_ids
+
+    def _budget(self, request: Request) -> int:
+        budget = request.params.thinking_budget
+        return _NEVER if budget is None or request.mode != THINKING else budget
+
+    def _groups(
+        self,
+        requests: Sequence[Request],
+        shares: int,
+        dtype: Any,
+        mesh: Mesh | None,
+        make: Callable[..., Pages] = make_pages,
+    ) -> list[_Group]:
+        stop_ids = [self._stop_ids(request) for request in requests]
+        count = self._most_groups if mesh is None else 1
+        rows, pages = self.batch_size // count, self.pages // count
+        prefill_rows = min(rows // shares, max(1, _PREFILL_TOKENS // self.max_prompt_tokens))
+        groups = []
+        for indices in np.array_split(np.arange(len(requests)), min(count, len(requests))):
+            slots = Slots(
+                [requests[i] for i in indices],
+                [stop_ids[i] for i in indices],
+                [self._budget(requests[i]) for i in indices],
+                batch_size=rows,
+                pools=[PagePool(pages // shares, self.page_size) for _ in range(shares)],
+                prefill_rows=shares * prefill_rows,
+                prompt_tokens=self.max_prompt_tokens,
+                prompt_pages=self._decoder.pages_for(self.max_prompt_tokens),
+                table_pages=self._table_pages,
+                stop_width=-(-max(map(len, stop_ids)) // _STOP_WIDTH) * _STOP_WIDTH,
+                pad_id=self.pad_id,
+            )
+            size = shares * (pages // shares + 1)
+            empty = make(self.config, dtype, pages=size, page_size=self.page_size, mesh=mesh)
+            groups.append(_Group(indices.tolist(), slots, empty))
+        return groups
+
+    @property
+    def _most_groups(self) -> int:
+        """One a core on CPU, else one in all; each has at least `_GROUP_ROWS` slots and pages for one sequence."""
+        if platform() != "cpu":
+            return 1
+        most = min(usable_cores(), self.batch_size // _GROUP_ROWS, self.pages // self._table_pages)
+        return max((n for n in range(1, most + 1) if self.batch_size % n == 0), default=1)
+
+    def _read_prompts(self, model: Qwen3, pages: Pages, prompts: Prompts, chunks: Array, *, mesh: Mesh | None) -> Pages:
+        def read(chunk: Array, pages: Pages) -> Pages:
+            part = Prompts(*(x[chunk] for x in prompts))
+            return prefill(model, pages, part.tokens, part.lengths, part.page_table, mesh=mesh)
+
+        return jax.lax.fori_loop(0, chunks, read, pages)
+
+
+def _mesh(model: Qwen3) -> Mesh | None:
+    """The mesh of several devices that holds the weights, if one does."""
+    sharding = model.embed.get_value().sharding
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh) or sharding.mesh.size == 1:
+        return None
+    return sharding.mesh
+
+
+def _place(tree: Any, spec: PartitionSpec, mesh: Mesh | None) -> Any:
+    """Host arrays spread as `spec` says. Without a mesh the compiled program takes them as they are."""
+    return tree if mesh is None else place(tree, NamedSharding(mesh, spec))

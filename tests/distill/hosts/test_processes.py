@@ -1,0 +1,370 @@
+"""Two processes with two devices each do what one process with four does, stop together and die together."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from distill.hosts.lifelines import Lifelines
+from distill.hosts.processes import Cluster
+from qwen3.errors import UserError
+from teacher.store import TargetStore
+from tests.distill import miniature
+from tests.distill.taught import STUDENT_MESHES, losses
+
+# The mesh puts halves of every matrix into different processes, and experts on different devices of one. One layer is
+# enough for that: nearly all of the time is compiling, three times over.
+EXPERIMENT = """
+import dataclasses
+
+from qwen3.sharding import MeshShape
+from student.init import FromScratch
+from tests.distill import miniature
+
+
+def shorter(stage, steps):
+    return dataclasses.replace(stage, training=dataclasses.replace(stage.training, steps=steps))
+
+
+def config():
+    teacher = {teacher!r}
+    whole = miniature.experiment(teacher)
+    return dataclasses.replace(
+        whole,
+        student=FromScratch(architecture=miniature.DENSE | {{"num_hidden_layers": 1}}, tokenizer=teacher),
+        stages={{
+            "off_policy": shorter(whole.stages["off_policy"], 3),
+            "on_policy": shorter(whole.stages["on_policy"], 2),
+        }},
+        evaluation=dataclasses.replace(whole.evaluation, modes=("thinking",), problems=4),
+        mesh=MeshShape(fsdp=2, expert=2),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def experiment_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    file = folder / "my_experiment.py"
+    file.write_text(EXPERIMENT.format(teacher=miniature.make_teacher(folder, miniature.MOE | {"num_hidden_layers": 1})))
+    return file
+
+
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def launch_two(file: Path, runs: Path, **signalled: Any) -> list[tuple[int, str, str]]:
+    """Status, output and errors of processes 0 and 1; `signalled` says what happens to process 1."""
+    address, launched = free_address(), []
+    for process, how in enumerate(({}, signalled)):
+        cluster = ("--coordinator", address, "--processes", "2", "--process", str(process))
+        command, environment = miniature.launch_command(file, runs, *cluster, devices=2, **how)
+        launched.append(
+            subprocess.Popen(
+                command, cwd=file.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    outputs: dict[int, tuple[str, str]] = {}
+    readers = [
+        threading.Thread(target=lambda i=i, p=p: outputs.update({i: p.communicate()})) for i, p in enumerate(launched)
+    ]
+    for reader in readers:
+        reader.start()
+    try:
+        while len([process for process in launched if process.poll() is None]) == 2:
+            time.sleep(0.1)
+        # Whatever ended the first of them, the other must not be left waiting.
+        for reader in readers:
+            reader.join(timeout=30)
+        assert all(process.poll() is not None for process in launched), "one process outlived the other by 30 s"
+    finally:
+        for process in launched:
+            process.kill()
+    return [(process.returncode, *outputs[i]) for i, process in enumerate(launched)]
+
+
+def scalars(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {
+        (record["stage"], record["step"]): {
+            name: value for name, value in record["scalars"].items() if not name.endswith("_tokens_per_second")
+        }
+        for record in records
+    }
+
+
+def test_two_processes_killed_and_started_again_match_one_process(experiment_file: Path, tmp_path: Path) -> None:
+    command, environment = miniature.launch_command(experiment_file, tmp_path / "one", devices=4)
+    alone = subprocess.run(
+        command, cwd=experiment_file.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert alone.returncode == 0, alone.stderr
+    two = tmp_path / "two"
+
+    # One dies without a word; the other ends too, and says so in one line.
+    (status, _, errors), (killed, _, _) = launch_two(experiment_file, two, kill_after=3)
+    assert killed == -signal.SIGKILL
+    assert status == 1, errors
+    # XLA's own warnings about the mesh may come before it, an abort's stack trace must not come after.
+    assert re.match(r"error \(process 0 of 2\): process 1 has ended", errors.splitlines()[-1])
+    assert "JAX distributed service detected fatal errors" not in errors
+
+    for status, _, errors in launch_two(experiment_file, two):
+        assert status == 0, errors
+    one, resumed = tmp_path / "one" / "miniature", two / "miniature"
+
+    stores = [TargetStore.open(folder / "targets" / "off_policy") for folder in (one, resumed)]
+    assert all(np.array_equal(a.rollout.tokens, b.rollout.tokens) for a, b in zip(*stores, strict=True))
+    assert (one / "rollouts.jsonl").read_bytes() == (resumed / "rollouts.jsonl").read_bytes()
+    ours, theirs = scalars(resumed), scalars(one)
+    assert ours.keys() == theirs.keys()
+    for step, values in theirs.items():
+        # Between processes sums are added in another order; divergences near 0 are differences of such sums.
+        assert ours[step] == pytest.approx(values, rel=1e-5, abs=1e-6), step
+    weights = [load_file(folder / "export" / "model.safetensors") for folder in (one, resumed)]
+    for name, tensor in weights[0].items():
+        # Adam divides by the gradient's size, so an update of 1e-3 may feel the last bits of a tiny gradient.
+        np.testing.assert_allclose(weights[1][name], tensor, atol=1e-4, err_msg=name)
+    rows = [json.loads((folder / "report.json").read_text())["rows"] for folder in (one, resumed)]
+    assert rows[0] == rows[1]
+    assert json.loads((resumed / "environment.json").read_text())["processes"] == 2
+    assert (resumed / "report.html").is_file()
+
+
+TAUGHT = """
+import json, sys
+from distill.hosts import processes
+from tests.distill.taught import losses
+
+
+def work():
+    print(json.dumps(losses(sys.argv[3])), file=sys.stderr)
+    return 0
+
+
+sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
+"""
+
+
+@pytest.mark.parametrize("share", STUDENT_MESHES)
+def test_a_teacher_with_devices_of_both_processes_teaches_as_in_one_process(share: str, tmp_path: Path) -> None:
+    expected = losses(share)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+    for status, errors in run_two(TAUGHT, tmp_path, share, devices=4):
+        assert status == 0, errors
+        said = next(json.loads(line) for line in errors.splitlines() if line.startswith("[{"))
+        for ours, theirs in zip(said, expected, strict=True):
+            # Between processes sums are added in another order.
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+MOVING = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from distill.hosts import processes
+from qwen3.errors import UserError
+from qwen3.sharding import MeshShape, batch_sharding, place
+from teacher.placement import own_mesh
+from teacher.transfer import moved
+
+EXPECTED = np.arange(12 * 8, dtype=np.float32).reshape(12, 8)
+
+
+def require_moved(x, onto):
+    for shard in moved(x, onto).addressable_shards:
+        np.testing.assert_array_equal(shard.data, EXPECTED[shard.index])
+
+
+def work():
+    for teacher, student in (
+        ({"data": 3, "expert": 2}, {"fsdp": 2}),  # other cuts, but each process has its rows
+        ({"data": 4}, {"data": 1, "tensor": 4}),  # each process wants rows of the other
+        ({"data": 1, "tensor": 4}, {"data": 2, "fsdp": 2}),
+    ):
+        of_teacher, of_student = own_mesh(MeshShape(**teacher), MeshShape(**student))
+        for mesh in (of_teacher, of_student):
+            assert len({device.process_index for device in mesh.devices.flat}) == 2
+        require_moved(place(EXPECTED, batch_sharding(of_teacher)), batch_sharding(of_student))
+        both_ways = PartitionSpec("tensor", "fsdp")
+        require_moved(place(EXPECTED, NamedSharding(of_teacher, both_ways)), NamedSharding(of_student, both_ways))
+    try:
+        own_mesh(MeshShape(data=5), MeshShape(data=3))
+    except UserError as error:
+        assert "2 processes with 4, 4 devices cannot give equally many to teacher.mesh, which has 5" in str(error)
+    else:
+        raise AssertionError("5 + 3 devices of two processes were accepted")
+    return 0
+
+
+sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
+"""
+
+
+def test_processes_move_arrays_between_meshes_that_they_share(tmp_path: Path) -> None:
+    for status, errors in run_two(MOVING, tmp_path, devices=4):
+        assert status == 0, errors
+
+
+PRIMITIVES = """
+import os, signal, sys
+from distill.hosts import processes
+from distill.stages.context import StopRequest
+from qwen3.errors import UserError
+
+
+def refused(work):
+    try:
+        work()
+    except UserError as error:
+        return str(error)
+
+
+def work():
+    me = "first" if processes.is_first() else "second"
+    assert processes.first_says(lambda: {"who": me, "long": "x" * 5000}) == {"who": "first", "long": "x" * 5000}
+
+    def disk_full():
+        raise UserError(f"{me}: the disk is full")
+
+    assert refused(lambda: processes.first_says(disk_full)) == "first: the disk is full"
+    processes.require_same("prompts", b"the same".title)
+    assert "prompts in process 1 differ" in refused(lambda: processes.require_same("prompts", me.encode))
+    with StopRequest().listening() as stop:
+        assert not stop.agreed()
+        if not processes.is_first():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed()
+    return 0
+
+
+sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
+"""
+
+
+DYING = """
+import os, signal, sys
+from distill.hosts import processes
+
+
+def work():
+    processes.any_process(False)
+    if sys.argv[2] == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    processes.any_process(False)
+    return 0
+
+
+sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
+"""
+
+
+def run_two(program: str, folder: Path, *arguments: str, devices: int = 1) -> list[tuple[int, str]]:
+    """Status and errors of two processes of `program`, given an address, their number and `arguments`."""
+    _, environment = miniature.launch_command(folder, folder, devices=devices)
+    address = free_address()
+    launched = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, address, str(process), *arguments],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in launched]
+    return [(process.returncode, error) for process, error in zip(launched, errors, strict=True)]
+
+
+def test_processes_agree(tmp_path: Path) -> None:
+    for status, errors in run_two(PRIMITIVES, tmp_path):
+        assert status == 0, errors
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_whichever_dies_the_other_says_so_and_ends(tmp_path: Path, dying: int) -> None:
+    ended = run_two(DYING, tmp_path, str(dying))
+    assert ended[dying][0] == -signal.SIGKILL
+    status, errors = ended[1 - dying]
+    assert status == 1, errors
+    said = f"error (process {1 - dying} of 2): process {dying} has ended, and the run with it"
+    aborted = "JAX distributed service detected fatal errors" in errors
+    # With the first process goes jax's coordination service, and jax may be the first to notice.
+    assert [line for line in errors.splitlines() if line.startswith(said)] or (dying == 0 and aborted), errors
+    assert dying == 0 or not aborted
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # in sbatch, outside srun
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "slice-0-0.distill,slice-0-1.distill"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_launchers_are_recognised(environment: dict[str, str], several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_STEP_NUM_TASKS", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Cluster.named(None, None, None) == (Cluster() if several else None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((None, 2, 0), "need --coordinator"),
+        (("host:8000", None, 0), "needs --processes N and --process I"),
+        (("host", 2, 0), "must be HOST:PORT"),
+        (("host:8000", 2, 2), "must lie in 0..1"),
+    ],
+)
+def test_cluster_options_that_do_not_make_sense(options: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Cluster.named(*options)
+
+
+def test_options_of_a_single_process_join_nothing() -> None:
+    assert Cluster.named("host:8000", 1, 0) is None
+
+
+def test_lifelines_tell_of_a_death_but_not_of_a_farewell() -> None:
+    lines = [Lifelines(process, 3) for process in range(3)]
+    port = lines[0].listen()
+    deaths: list[tuple[int, int]] = []
+    told = threading.Event()
+
+    def on_death(watcher: Lifelines, which: int) -> None:
+        deaths.append((lines.index(watcher), which))
+        told.set()
+
+    threads = [threading.Thread(target=line.tie, args=("127.0.0.1", port, on_death)) for line in lines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    lines[2].unwatch()
+    lines[1].hang_up()
+    assert told.wait(timeout=10)
+    lines[0].hang_up()
+    time.sleep(0.2)
+    # Process 2 has said that it is done with watching, and hears nothing of process 0.
+    assert (0, 1) in deaths
+    assert 2 not in [watcher for watcher, _ in deaths]

@@ -1,0 +1,274 @@
+import dataclasses
+import html.parser
+import io
+import json
+import math
+import re
+
+import pytest
+from rich.console import Console
+
+from distill.monitor.metrics import MetricsWriter, RolloutSample
+from distill.report import report as reports
+from distill.report.curves import panels
+from distill.report.results import headline
+from qwen3.errors import UserError
+
+OFF_POLICY = reports.StageCost(
+    name="off_policy",
+    kind="OffPolicy",
+    steps=150,
+    tokens_trained=1_228_800,
+    tokens_sampled=24_576,
+    student_train_flops=9.6e11,
+    student_sample_flops=0,
+    teacher_flops=3.6e11,
+    device_seconds=48.0,
+    student_train_seconds=36.0,
+    teacher_write_seconds=12.0,
+)
+ON_POLICY = dataclasses.replace(
+    OFF_POLICY,
+    name="on_policy",
+    kind="OnPolicy",
+    student_train_seconds=None,
+    teacher_write_seconds=None,
+)
+
+
+def row(model, pass_at_1, mode="thinking", **fields):
+    defaults = {"pass_at_k": {8: min(1, 1.2 * pass_at_1)}, "problems": 256, "samples_per_problem": 8}
+    return reports.EvaluationRow(
+        model=model, mode=mode, pass_at_1=pass_at_1, mean_response_tokens=31.4, **defaults | fields
+    )
+
+
+REPORT = reports.Report(
+    experiment="quickstart",
+    rows=[
+        row("student_initial", 0.031),
+        row("off_policy", 0.491, pass_at_1_stderr=0.031, working_correct=0.45),
+        row("off_policy", 0.22, mode="non_thinking"),
+        row("on_policy", 0.962),
+        row("teacher", 0.995),
+    ],
+    stages=[OFF_POLICY, ON_POLICY],
+    student_parameters=131_200,
+    teacher_parameters=722_000,
+)
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a browser would see: tags that are open wrongly, texts, and addresses."""
+
+    VOID = ("meta", "br", "path", "use")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.texts = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("href", "src", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data.strip())
+
+
+def page(run_dir, report=REPORT):
+    return Page(reports.write_report(run_dir, report).read_text(encoding="utf-8"))
+
+
+def test_json_has_exactly_the_promised_keys(tmp_path):
+    reports.write_report(tmp_path, dataclasses.replace(REPORT, rows=[row("teacher", 0.5)], stages=[ON_POLICY]))
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert {"experiment", "rows", "stages"} <= data.keys()
+    assert data["rows"] == [
+        {
+            "model": "teacher",
+            "mode": "thinking",
+            "pass_at_1": 0.5,
+            "pass_at_k": {"8": 0.6},
+            "problems": 256,
+            "samples_per_problem": 8,
+            "mean_response_tokens": 31.4,
+        }
+    ]
+    assert data["stages"] == [
+        {
+            "name": "on_policy",
+            "kind": "OnPolicy",
+            "steps": 150,
+            "tokens_trained": 1_228_800,
+            "tokens_sampled": 24_576,
+            "student_train_flops": 9.6e11,
+            "student_sample_flops": 0,
+            "teacher_flops": 3.6e11,
+            "device_seconds": 48.0,
+        }
+    ]
+
+
+def test_optional_figures_are_absent_or_present_never_zero(tmp_path):
+    data = REPORT.to_json()
+    assert data["rows"][1]["pass_at_1_stderr"] == 0.031
+    assert "pass_at_1_stderr" not in data["rows"][0]
+    assert data["stages"][0]["teacher_write_seconds"] == 12.0
+    assert "teacher_score_seconds" not in data["stages"][0]
+    assert "wall_seconds" not in data
+    assert "provenance" not in data
+
+
+@pytest.mark.parametrize("field", [{"pass_at_1": 96.2}, {"pass_at_1": math.nan}, {"pass_at_k": {8: -0.1}}])
+def test_share_out_of_range_is_refused(field):
+    with pytest.raises(ValueError, match="not a share"):
+        row("on_policy", **{"pass_at_1": 0.5} | field)
+
+
+def test_headline_is_computed_from_the_rows():
+    assert headline(REPORT) == (
+        "0.13M student: 49.1 % after off_policy → 96.2 % after on_policy (0.72M teacher: 99.5 %)."
+    )
+    one_stage = dataclasses.replace(REPORT, rows=[REPORT.rows[0], REPORT.rows[3]], student_parameters=8_200_000_000)
+    assert headline(one_stage) == "8.2B student: 3.1 % before training → 96.2 % after on_policy."
+    only_teacher = dataclasses.replace(REPORT, rows=[row("teacher", 0.85, mode="non_thinking")])
+    assert headline(only_teacher) == "0.72M teacher: 85.0 %."
+    unknown_sizes = dataclasses.replace(REPORT, student_parameters=None, teacher_parameters=None)
+    assert headline(unknown_sizes).startswith("Student: 49.1 %")
+    assert headline(dataclasses.replace(REPORT, rows=[])) == "Nothing was evaluated."
+
+
+def test_a_stage_beside_the_exported_students_line_is_called_a_comparison(tmp_path):
+    told = dataclasses.replace(REPORT, rows=[*REPORT.rows, row("more_of_the_same", 0.6)])
+    shown = page(tmp_path, dataclasses.replace(told, lineage=["off_policy", "on_policy"])).texts
+    assert {"after off_policy", "after on_policy", "comparison: more_of_the_same"} <= set(shown)
+    assert "after more_of_the_same" in page(tmp_path, told).texts, "without a line nothing is known to be beside it"
+
+
+def test_page_stands_alone(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 4):
+            writer.scalars(step, {"loss": 1 / step, "kl/thinking": 0.1, "kl/non_thinking": 0.2}, stage="off_policy")
+    shown = page(tmp_path)
+    assert "script" not in shown.tags
+    assert "link" not in shown.tags
+    assert all(address.startswith("#") for address in shown.addresses)
+    # One bar chart, and a panel each for loss and KL.
+    assert shown.tags.count("svg") == 3
+    text = (tmp_path / "report.html").read_text()
+    assert re.search(r"url\((?!#)|@import", text) is None
+    assert set(re.findall(r"https?://[^\"' ]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_page_shows_the_measured_figures(tmp_path):
+    texts = " ".join(page(tmp_path).texts)
+    for figure in (
+        "49.1",
+        "± 3.1",
+        "45.0 %",
+        "256 × 8",
+        "1.32 T",
+        "48 s",
+        "student trains 36 s",
+        "teacher writes 12 s",
+    ):
+        assert figure in texts
+
+
+def test_what_models_and_users_wrote_is_inert(tmp_path):
+    attack = "<script>alert(1)</script>"
+    with MetricsWriter(tmp_path) as writer:
+        writer.scalars(1, {f"{attack}/{attack}": 1.0, "loss": 1.0}, stage="off_policy")
+        writer.samples(
+            1,
+            [
+                RolloutSample(
+                    mode="thinking",
+                    prompt=attack,
+                    thinking=f"</pre>{attack}",
+                    answer="</details>",
+                    expected=attack,
+                    correct=False,
+                    response_tokens=3,
+                    finished=True,
+                    prompt_id="a",
+                )
+            ],
+            stage="off_policy",
+        )
+    (tmp_path / "config.json").write_text(json.dumps({"name": attack}))
+    stage = dataclasses.replace(OFF_POLICY, name=f"{attack} $x_{{")
+    report = dataclasses.replace(
+        REPORT, experiment=attack, rows=[row(attack, 0.5)], stages=[stage], provenance={"command": attack}
+    )
+    shown = page(tmp_path, report)
+    assert "script" not in shown.tags
+    assert shown.texts.count(attack) >= 4
+    assert f"</pre>{attack}" in shown.texts
+
+
+def test_page_from_an_empty_run(tmp_path):
+    shown = page(tmp_path, reports.Report(experiment="nothing", rows=[], stages=[]))
+    assert "Nothing was evaluated." in shown.texts
+    assert "svg" not in shown.tags
+
+
+def test_curves_take_gaps_one_point_and_steps_written_twice(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.scalars(5, {"loss": float("nan"), "pass_at_1/thinking": 0.2}, stage="off_policy")
+        writer.scalars(5, {"pass_at_1/thinking": 0.4}, stage="off_policy")
+        writer.scalars(0, {"unheard_of": 0.0}, stage="evaluation")
+    shown = page(tmp_path)
+    assert "unheard of" in shown.texts
+    assert shown.tags.count("svg") == 4
+
+
+def test_metrics_of_one_group_share_a_panel():
+    scalars = {"divergence": 0.2, "divergence/thinking": 0.1, "student_entropy": 1.0, "teacher_entropy": 0.9, "new": 1}
+    metrics = [{"stage": stage, "step": 4, "scalars": scalars} for stage in ("on_policy", "off_policy")]
+    shown = panels(metrics, ["off_policy", "on_policy"])
+    assert [panel.title for panel in shown] == ["Divergence by mode", "Entropy", "new"]
+    assert shown[0].legend == [("all", "--student"), ("thinking", "--thinking")]
+    assert shown[1].legend == [("student", "--student"), ("teacher", "--teacher")]
+    assert shown[2].legend == []
+    # The stages follow the report's order, each with a point where it ends.
+    assert shown[2].svg.index(">off_policy<") < shown[2].svg.index(">on_policy<")
+
+
+def test_page_is_reproducible(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 100):
+            writer.scalars(step, {"loss": 1 / step}, stage="off_policy")
+    first = reports.write_report(tmp_path, REPORT).read_bytes()
+    assert reports.write_report(tmp_path, REPORT).read_bytes() == first
+
+
+def test_damaged_metrics_are_named_and_the_report_json_stays(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("oops\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1"):
+        reports.write_report(tmp_path, REPORT)
+    assert json.loads((tmp_path / "report.json").read_text())["experiment"] == "quickstart"
+
+
+def test_terminal_table_fits_eighty_columns():
+    output = io.StringIO()
+    Console(file=output, width=80).print(reports.terminal_table(REPORT))
+    lines = output.getvalue().splitlines()
+    assert "…" not in output.getvalue()
+    (line,) = [line for line in lines if "off_policy" in line and "thinking" in line]
+    assert line.split() == ["off_policy", "thinking", "49.1", "±", "3.1", "58.9", "%", "45.0", "%", "31.4"]
+    assert "256 problems × 8 samples" in output.getvalue()

@@ -1,0 +1,283 @@
+"""The whole of it in miniature: from the command line to the report, and killed in every stage."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill.run import _keep_compiled
+from distill.training.checkpoint import Checkpointer
+from distill.training.train_state import TrainState, abstract_state
+from qwen3.checkpoint import hf
+from qwen3.decoder.model import Qwen3
+from qwen3.rollout import rollouts_from_json
+from qwen3.sharding import MeshShape, make_mesh
+from student.init import FromScratch
+from tests.distill import faults, miniature
+from tests.distill.faults import Kill, launch, scalars
+
+
+@pytest.fixture(scope="module")
+def experiment_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return faults.make_experiment(tmp_path_factory.mktemp("miniature"))
+
+
+@pytest.fixture(scope="module")
+def finished(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of one uninterrupted run of the command itself."""
+    runs = tmp_path_factory.mktemp("uninterrupted")
+    command, environment = miniature.launch_command(experiment_file, runs, devices=1)
+    done = subprocess.run(
+        command, cwd=experiment_file.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "self-test  KL of the student to itself" in done.stdout
+    assert "report" in done.stdout
+    return runs / "miniature"
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to damage."""
+    return shutil.copytree(finished, tmp_path / "miniature")
+
+
+def test_report_has_a_row_for_every_model_and_mode(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    models = ["student_initial", "pretraining", "off_policy", "on_policy", "same_outputs", "ahead", "teacher"]
+    assert [(row["model"], row["mode"]) for row in report["rows"]] == [
+        (model, mode) for model in models for mode in ("thinking", "non_thinking")
+    ]
+    assert all(
+        {"pass_at_1", "mean_response_tokens"} <= row.keys() and "2" in row["pass_at_k"] for row in report["rows"]
+    )
+    costs = {stage["name"]: stage for stage in report["stages"]}
+    assert costs["pretraining"]["teacher_flops"] == 0
+    assert costs["off_policy"]["tokens_sampled"] > 0
+    assert costs["on_policy"]["student_sample_flops"] > 0
+    total = [
+        sum(costs[name][field] for field in ("student_train_flops", "student_sample_flops", "teacher_flops"))
+        for name in ("on_policy", "same_outputs")
+    ]
+    # The comparison may spend what the on-policy stage has spent, to within its last step.
+    assert total[0] * 0.5 < total[1] <= total[0] * 1.25
+
+
+def test_run_directory_holds_what_people_look_for(finished: Path) -> None:
+    for name in ("config.json", "environment.json", "report.html", "rollouts.jsonl", "export/model.safetensors"):
+        assert (finished / name).stat().st_size > 0, name
+    assert list((finished / "tensorboard").rglob("events.*"))
+    assert (finished / "targets" / "off_policy" / "index.json").exists()
+    assert "<script" not in (finished / "report.html").read_text()
+
+
+def test_export_loads_in_transformers_and_holds_the_students_last_weights(
+    experiment_file: Path, finished: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(finished / "export")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "export")
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    teacher_folder = str(experiment_file.parent / "teacher")
+    thinking = miniature.experiment(teacher_folder).evaluation.thinking
+    for name in ("temperature", "top_p", "top_k", "min_p"):
+        assert getattr(model.generation_config, name) == getattr(thinking, name), name
+    assert model.generation_config.do_sample
+    last, _ = _saved(finished, teacher_folder, "on_policy", 5)
+    for ours, theirs in zip(jax.tree.leaves(hf.load(finished / "export")), jax.tree.leaves(last), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def _saved(run: Path, teacher_folder: str, stage: str, step: int) -> tuple[Qwen3, dict]:
+    """The student and the metadata of a checkpoint."""
+    blank = FromScratch(architecture=miniature.DENSE, tokenizer=teacher_folder).build(jax.random.key(0))
+    optimizer = miniature.experiment(teacher_folder).stages[stage].training.optimizer
+    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    like = abstract_state(TrainState.start(blank, optimizer.transformation(1), mesh))
+    with Checkpointer(run / "checkpoints" / stage) as checkpoints:
+        state, metadata = checkpoints.restore(like, step)
+    return state.model, metadata
+
+
+def test_every_stage_says_how_much_of_its_rows_is_padding(finished: Path) -> None:
+    recorded = scalars(finished)
+    assert {stage for stage, _ in recorded} == {"pretraining", "off_policy", "on_policy", "same_outputs", "ahead"}
+    assert all(0 < values["padding_fraction"] < 1 for values in recorded.values())
+
+
+def test_the_lag_of_rollouts_is_the_one_asked_for_and_recorded(finished: Path) -> None:
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lags = [record["scalars"]["staleness"] for record in records if record["stage"] == "ahead"]
+    assert lags == [0, 1, 2, 2, 2]
+    waits = [record["scalars"]["rollout_wait_seconds"] for record in records if record["stage"] == "ahead"]
+    assert all(wait >= 0 for wait in waits)
+    assert not any("staleness" in record["scalars"] for record in records if record["stage"] != "ahead")
+
+
+def test_the_loss_on_stale_rollouts_is_that_of_the_current_student(experiment_file: Path, finished: Path) -> None:
+    teacher_folder = str(experiment_file.parent / "teacher")
+    teacher = hf.load(teacher_folder, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    current, metadata = _saved(finished, teacher_folder, "ahead", 4)
+    initial, _ = _saved(finished, teacher_folder, "off_policy", 4)
+    data = metadata["data"]
+    assert [len(data["ahead"]), data["ahead"][0]["records"][0]["policy_step"]] == [1, 2]
+    rollouts = rollouts_from_json(data["ahead"][0])
+    longest = max(len(rollout.tokens) for rollout in rollouts)
+    tokens = np.stack([np.pad(rollout.tokens, (0, longest - len(rollout.tokens))) for rollout in rollouts])
+    mask = np.stack([np.pad(rollout.loss_mask, (0, longest - len(rollout.tokens))) for rollout in rollouts])
+    positions = np.broadcast_to(np.arange(longest), tokens.shape)
+    said = jax.nn.log_softmax(teacher.logits(tokens, positions, np.ones_like(tokens)))
+
+    def reverse_kl(student: Qwen3) -> float:
+        own = jax.nn.log_softmax(student.logits(tokens, positions, np.ones_like(tokens)))
+        return float(jnp.sum(jnp.sum(jnp.exp(own) * (own - said), -1) * mask) / mask.sum())
+
+    recorded = scalars(finished)["ahead", 5]["loss"]
+    # Two orders of summation in float32; the weights that wrote the rollouts, let alone older ones, differ by more.
+    assert reverse_kl(current) == pytest.approx(recorded, rel=1e-4)
+    assert reverse_kl(initial) != pytest.approx(recorded, rel=1e-2)
+
+
+def test_killed_in_every_stage_it_ends_in_the_same_losses_and_weights(
+    experiment_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    random_state = random.Random(os.urandom(8))
+    phases = ["pretraining", "off_policy: teacher writes", "on_policy", "ahead", "evaluating ahead, thinking"]
+    kills = [Kill(phase=phase, delay_seconds=random_state.uniform(0, 1)) for phase in phases]
+    for kill, met in faults.killed_run(experiment_file, tmp_path, kills):
+        print(kill, "met it in", met)
+    faults.require_same_end(tmp_path / "miniature", finished)
+
+
+def test_sigterm_saves_and_exits_with_0(experiment_file: Path, finished: Path, tmp_path: Path) -> None:
+    stopped = launch(experiment_file, tmp_path, kill=Kill(phase="pretraining", number=signal.SIGTERM))
+    assert stopped.status == 0, stopped.output
+    assert "saved after step 1 of 3" in " ".join(stopped.output.split())
+    # Checkpoints come every second step; this one is there because of the signal.
+    assert (tmp_path / "miniature" / "checkpoints" / "pretraining" / "1").is_dir()
+
+
+def test_sigterm_saves_what_was_written_ahead(experiment_file: Path, finished: Path, copied: Path) -> None:
+    _forget(copied, "ahead")
+    stopped = launch(experiment_file, copied.parent, kill=Kill(phase="ahead", number=signal.SIGTERM))
+    assert stopped.status == 0, stopped.output
+    # One step, the rollouts of the next two, and a save: that is all that a stop may wait for.
+    assert "saved after step 1 of 5" in " ".join(stopped.output.split())
+    assert launch(experiment_file, copied.parent).status == 0
+    faults.require_same_end(copied, finished)
+
+
+def _forget(run: Path, stage: str, *checkpoints: int) -> None:
+    """Let a copied run have stopped before `stage` had finished, or right after the first of its `checkpoints`."""
+    (run / "stages" / f"{stage}.json").unlink()
+    for kept in [*(run / "evaluations").glob(f"{stage}.json"), run / "report.json"]:
+        kept.unlink()
+    for folder in (run / "checkpoints" / stage).iterdir():
+        if int(folder.name) not in checkpoints:
+            shutil.rmtree(folder)
+
+
+def _small_files_only() -> None:
+    # What a full disk is to a checkpoint, and to nothing before it: metrics and logs are smaller. Orbax divides arrays
+    # among files by their timing, so the limit lies below the largest single one (the embedding, 38 kB compressed).
+    resource.setrlimit(resource.RLIMIT_FSIZE, (35_000, resource.RLIM_INFINITY))
+
+
+def _error(ended: faults.Ended) -> str:
+    """The one line of an error that ends with status 2."""
+    assert ended.status == 2, ended.output
+    assert "Traceback" not in ended.output, ended.output
+    return ended.output[ended.output.index("\nerror") :].strip()
+
+
+def test_damaged_checkpoint_and_full_disk_leave_what_was_saved_before(
+    experiment_file: Path, finished: Path, copied: Path
+) -> None:
+    _forget(copied, "ahead", 4, 5)
+    latest = copied / "checkpoints" / "ahead" / "5"
+    data = max(latest.glob("arrays/**/d/*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:1000])
+    line = _error(launch(experiment_file, copied.parent))
+    assert f"checkpoint {latest} is damaged" in line
+    assert "delete this folder to resume from the one before" in line
+    assert "\n" not in line
+
+    shutil.rmtree(latest)
+    line = _error(launch(experiment_file, copied.parent, before=_small_files_only))
+    assert "cannot be written" in line
+    assert str(latest.parent) in line
+    assert "\n" not in line
+    assert [path.name for path in latest.parent.iterdir() if path.name.isdigit()] == ["4"]
+
+    assert launch(experiment_file, copied.parent).status == 0
+    faults.require_same_end(copied, finished)
+
+
+def test_a_truncated_store_is_named(experiment_file: Path, copied: Path) -> None:
+    _forget(copied, "off_policy")
+    shard = copied / "targets" / "off_policy" / "targets-00001.arrayrecord"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    line = _error(launch(experiment_file, copied.parent))
+    assert f"target store shard {shard} has" in line
+    assert "restore it or delete" in line
+    assert "\n" not in line
+
+
+def test_a_checkpoint_of_another_run_is_refused(experiment_file: Path, copied: Path) -> None:
+    _forget(copied, "ahead", 4)
+    (copied / "run_id").write_text("0123456789abcdef")
+    line = _error(launch(experiment_file, copied.parent))
+    assert "is another run's; delete" in line
+    assert "\n" not in line
+
+
+def test_a_run_whose_directory_is_replaced_stops_and_writes_nothing_there(
+    experiment_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    ended = []
+    running = threading.Thread(target=lambda: ended.append(launch(experiment_file, tmp_path)))
+    running.start()
+    own, deadline = tmp_path / "miniature", time.monotonic() + 60
+    while not (own / "evaluations" / "student_initial.json").exists():
+        assert time.monotonic() < deadline, "the run did not begin"
+        time.sleep(0.02)
+    own.rename(tmp_path / "away")
+    own.mkdir()
+    (own / "run_id").write_text("0123456789abcdef")
+    running.join()
+    assert "miniature was deleted or replaced while this run was writing to it" in _error(ended[0])
+    assert not list(own.glob("checkpoints/*/[0-9]*"))
+    assert not (own / "export").exists()
+
+
+def test_the_same_command_again_changes_nothing(experiment_file: Path, finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    again = launch(experiment_file, finished.parent)
+    assert again.status == 0, again.output
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(experiment_file: Path, finished: Path) -> None:
+    other = launch(experiment_file, finished.parent, "--stages.on-policy.training.steps", "7", "--seed", "3")
+    line = _error(other)
+    assert "stages.on_policy.training.steps: 5 → 7" in line
+    assert "seed: 0 → 3" in line
+    assert "\n" not in line
+
+
+def test_compiled_programs_are_kept_beside_the_runs_unless_jax_was_told_where(tmp_path: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", None)
+    _keep_compiled(tmp_path)
+    _keep_compiled(tmp_path / "other")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".compiled")

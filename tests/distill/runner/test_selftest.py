@@ -1,0 +1,102 @@
+"""The self-test lets agreeing models through and stops the others, naming what to do."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from distill.runner import selftest
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.checkpoint import hf
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.kernels import Kernels
+from qwen3.errors import UserError
+from qwen3.sharding import MeshShape, make_mesh
+from tests.distill import miniature
+
+MODES = ["thinking", "non_thinking"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(miniature.make_teacher(tmp_path_factory.mktemp("teacher")))
+
+
+def edited(folder: Path, target: Path, name: str, **fields: object) -> Path:
+    """A copy of the tokenizer's files with some JSON fields replaced."""
+    target.mkdir()
+    for file in folder.glob("*.json"):
+        (target / file.name).write_bytes(file.read_bytes())
+    raw = json.loads((target / name).read_text())
+    (target / name).write_text(json.dumps(raw | fields))
+    return target
+
+
+def test_a_student_like_its_teacher_passes(teacher: Path) -> None:
+    tokenizer, config = ChatTokenizer.from_folder(teacher), ModelConfig.from_folder(teacher)
+    found = selftest.check_tokenizers(tokenizer, config, tokenizer, config, MODES)
+    assert [agreement.check for agreement in found] == ["vocabulary", "chat template", "end tokens"]
+    assert all("same for both" in agreement.finding for agreement in found)
+
+
+def test_other_end_tokens_and_templates_are_reconciled_to_the_teachers(teacher: Path, tmp_path: Path) -> None:
+    tokenizer, config = ChatTokenizer.from_folder(teacher), ModelConfig.from_folder(teacher)
+    base = edited(teacher, tmp_path / "base", "tokenizer_config.json", eos_token="<|endoftext|>")
+    (base / "generation_config.json").unlink()
+    found = selftest.check_tokenizers(ChatTokenizer.from_folder(base), config, tokenizer, config, MODES)
+    end = next(agreement for agreement in found if agreement.check == "end tokens")
+    assert f"stopped at the teacher's {list(tokenizer.eos_ids)}" in end.finding
+    other = edited(
+        teacher,
+        tmp_path / "template",
+        "tokenizer_config.json",
+        chat_template="{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+    )
+    (other / "chat_template.jinja").unlink(missing_ok=True)
+    found = selftest.check_tokenizers(ChatTokenizer.from_folder(other), config, tokenizer, config, MODES)
+    assert "asked in the teacher's" in next(a.finding for a in found if a.check == "chat template")
+
+
+def test_a_teacher_whose_turns_never_end_is_refused(teacher: Path, tmp_path: Path) -> None:
+    config = ModelConfig.from_folder(teacher)
+    folder = edited(teacher, tmp_path / "endless", "tokenizer_config.json", eos_token="<|endoftext|>")
+    (folder / "generation_config.json").unlink()
+    endless = ChatTokenizer.from_folder(folder)
+    with pytest.raises(UserError, match="would never stop"):
+        selftest.check_tokenizers(endless, config, endless, config, MODES)
+
+
+def test_vocabularies_must_be_one(teacher: Path) -> None:
+    tokenizer, config = ChatTokenizer.from_folder(teacher), ModelConfig.from_folder(teacher)
+    padded = dataclasses.replace(config, vocab_size=config.vocab_size + 128)
+    with pytest.raises(UserError, match="pad the smaller embedding"):
+        selftest.check_tokenizers(tokenizer, padded, tokenizer, config, MODES)
+    with pytest.raises(UserError, match="same checkpoint"):
+        selftest.check_tokenizers(tokenizer, dataclasses.replace(config, vocab_size=100), tokenizer, config, MODES)
+
+
+def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = make_mesh(MeshShape(data=4, fsdp=2))
+    model, tokenizer = hf.load(teacher, mesh=mesh), ChatTokenizer.from_folder(teacher)
+    model = jax.tree.map(lambda leaf: leaf * 20, model)  # far from the uniform distribution of fresh weights
+    assert len(selftest.check_numerics(model, tokenizer, "thinking", mesh)) == 2
+
+    def shifted(tokens: jax.Array) -> object:
+        return one_hot(jax.numpy.roll(tokens, 1, axis=1))
+
+    one_hot = selftest.one_hot
+    monkeypatch.setattr(selftest, "one_hot", shifted)
+    with pytest.raises(UserError, match="not at the predicting position"):
+        selftest.check_numerics(model, tokenizer, "thinking", mesh)
+
+
+def test_numerics_are_those_of_the_kernels_that_train(teacher: Path) -> None:
+    mesh = make_mesh(MeshShape(data=2, fsdp=2), jax.devices()[:4])
+    model, tokenizer = hf.load(teacher, mesh=mesh), ChatTokenizer.from_folder(teacher)
+    model.kernels = Kernels(linear_kl="tpu")
+    with pytest.raises(ValueError, match="'tpu' of linear_kl needs TPU"):
+        selftest.check_numerics(model, tokenizer, "thinking", mesh)
+    model.kernels = Kernels(linear_kl="xla")
+    assert len(selftest.check_numerics(model, tokenizer, "thinking", mesh)) == 2
