@@ -1,8 +1,6 @@
 """What the quickstart's teacher was made for and its student learns, and how both are judged."""
 
-from distill.evaluation.evaluate import Evaluation
-from distill.tasks import Arithmetic, ChainSum, Products
-from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
+from distill import Arithmetic, ChainSum, Evaluation, Products, SamplingParams, non_thinking_params, thinking_params
 
 MAX_PROMPT_TOKENS = 64
 THINKING_TOKENS = 72

@@ -9,13 +9,8 @@ The result stands in experiments/quickstart_teacher/README.md.
 
 from pathlib import Path
 
-from distill.experiment import Experiment
-from distill.stages import Sft
-from distill.stages.loop import Training
-from distill.tasks.requests import ModeMix
-from distill.training.optimizer import Optimizer
+from distill import Experiment, FromScratch, ModeMix, Optimizer, Sft, Training
 from experiments.quickstart_task import arithmetic, evaluation
-from student.init import FromScratch
 
 ARCHITECTURE = {
     "architectures": ["Qwen3MoeForCausalLM"],

@@ -12,7 +12,7 @@ Hours by the plan: v5p:4x4x4 37 h, 2,390 chip-hours; v6e:8x8 64 h, 4,071 chip-ho
 h200:8x8 21 h, 1,370 chip-hours. Two thirds of them the teacher writes.
 """
 
-from distill.experiment import Experiment
+from distill import Experiment
 from experiments.qwen3_strong_to_weak import strong_to_weak
 
 

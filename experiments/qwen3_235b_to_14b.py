@@ -12,7 +12,7 @@ Hours by the plan: v5p:4x4x4 61 h, 3,925 chip-hours; v6e:8x8 103 h, 6,604 chip-h
 h200:8x8 35 h, 2,244 chip-hours. The student writes longer than the teacher does.
 """
 
-from distill.experiment import Experiment
+from distill import Experiment
 from experiments.qwen3_strong_to_weak import strong_to_weak
 
 

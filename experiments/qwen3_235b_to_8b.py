@@ -20,7 +20,7 @@ To expect, from table 21 of arXiv 2505.09388 (theirs, thinking mode, after a bet
 gives): AIME'24 55.0 after the off-policy stage, 74.4 after the on-policy one, 1,800 GPU hours for the latter.
 """
 
-from distill.experiment import Experiment
+from distill import Experiment
 from experiments.qwen3_strong_to_weak import strong_to_weak
 
 

@@ -14,7 +14,7 @@ Hours by the plan: v5p:4x4x4 43 h, 2,729 chip-hours; v6e:8x8 72 h, 4,621 chip-ho
 h200:8x8 24 h, 1,561 chip-hours. Well over half of them the teacher writes.
 """
 
-from distill.experiment import Experiment
+from distill import Experiment
 from experiments.qwen3_strong_to_weak import strong_to_weak
 
 

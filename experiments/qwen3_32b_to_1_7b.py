@@ -13,9 +13,8 @@ Hours by the plan: v5p:2x2x2 181 h, 1,452 chip-hours; h100:1x8 147 h, 1,180 chip
 Four fifths of them the teacher writes, 16 sequences at a time.
 """
 
-from distill.experiment import Experiment
+from distill import Experiment, MeshShape
 from experiments.qwen3_strong_to_weak import strong_to_weak
-from qwen3.sharding import MeshShape
 
 
 def config() -> Experiment:

@@ -26,16 +26,22 @@ qwen3_235b_to_8b on v5p:4x4x4, and 10 % on h100:8x8, whose hosts are joined by a
 
 from pathlib import Path
 
-from distill.evaluation.evaluate import Evaluation
-from distill.experiment import Experiment, Teacher
-from distill.stages import OffPolicy, OnPolicy
-from distill.stages.loop import Training
-from distill.tasks import PromptFile
-from distill.training.losses import Loss
-from distill.training.optimizer import Optimizer
-from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
-from qwen3.sharding import MeshShape
-from student.init import FromCheckpoint
+from distill import (
+    Evaluation,
+    Experiment,
+    FromCheckpoint,
+    Loss,
+    MeshShape,
+    OffPolicy,
+    OnPolicy,
+    Optimizer,
+    PromptFile,
+    SamplingParams,
+    Teacher,
+    Training,
+    non_thinking_params,
+    thinking_params,
+)
 
 ROW_TOKENS = 32_768
 PROMPT_TOKENS = 2_048

@@ -12,7 +12,7 @@ same prompts in it.
 
 import dataclasses
 
-from distill.experiment import Experiment
+from distill import Experiment
 from experiments import quickstart
 
 
