@@ -112,9 +112,9 @@ class Experiment:
             source = self.stages[stage.targets_of]
             if not isinstance(source, OffPolicy) or source.targets_of is not None:
                 raise UserError(f"stages.{name}.targets_of is {stage.targets_of!r}, which writes no targets of its own")
-            if source.draws is not None and stage.loss.name != "forward_kl":
+            if source.sampled_tokens is not None and stage.loss.name != "forward_kl":
                 raise UserError(
-                    f"stages.{name}.loss is {stage.loss.name}, but {stage.targets_of} keeps drawn words, which give "
+                    f"stages.{name}.loss is {stage.loss.name}, but {stage.targets_of} keeps sampled tokens, which give "
                     "only forward_kl"
                 )
             if source.longest_tokens > stage.training.row_length:
@@ -124,10 +124,10 @@ class Experiment:
                 )
 
     @property
-    def named_words(self) -> int:
+    def tokens_per_target(self) -> int:
         """The most that the teacher's stored targets name at a position; 0 where none are stored."""
         writing = [s for s in self.stages.values() if isinstance(s, OffPolicy) and s.targets_of is None]
-        return max((stage.draws or stage.top_k for stage in writing), default=0)
+        return max((stage.sampled_tokens or stage.top_k for stage in writing), default=0)
 
     @property
     def adapted_base(self) -> str | None:

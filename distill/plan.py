@@ -132,10 +132,10 @@ def _parser() -> argparse.ArgumentParser:
         help="compilers side by side, of 3 GB each (default: one a core, as memory lasts)",
     )
     defaults = Assumptions()
-    for name, words in _ASSUMED.items():
+    for name, text in _ASSUMED.items():
         default = getattr(defaults, name)
         parser.add_argument(
-            f"--{name.replace('_', '-')}", metavar="X", type=float, default=default, help=f"{words} (default {default})"
+            f"--{name.replace('_', '-')}", metavar="X", type=float, default=default, help=f"{text} (default {default})"
         )
     return parser
 

@@ -4,7 +4,7 @@
 
 A Qwen3-MoE teacher that the repository carries solves sums, differences and products step by step. A dense student,
 several times smaller and so far only a base model (experiments/quickstart_student.py), first learns from what the
-teacher wrote (off-policy), then from its own attempts, judged by the teacher token by token (on-policy).
+teacher generated (off-policy), then from its own attempts, judged by the teacher token by token (on-policy).
 
 Two comparisons start from the same off-policy student and may spend what the on-policy stage has cost in FLOPs,
 teacher included: `same_outputs` trains on with the outputs that it has, `fresh_outputs` on new teacher outputs for as
@@ -43,7 +43,7 @@ def config() -> Experiment:
             "off_policy": OffPolicy(
                 prompts=512,
                 top_k=16,
-                **_teacher_writes(),
+                **_teacher_generates(),
                 training=_training(steps=100, learning_rate=2e-3),
             ),
             "on_policy": OnPolicy(
@@ -56,7 +56,7 @@ def config() -> Experiment:
             ),
             "same_outputs": OffPolicy(
                 top_k=16,
-                **_teacher_writes(),
+                **_teacher_generates(),
                 training=_training(steps=None, learning_rate=2e-3),
                 start_from="off_policy",
                 targets_of="off_policy",
@@ -65,7 +65,7 @@ def config() -> Experiment:
             "fresh_outputs": OffPolicy(
                 prompts=PROMPTS_PER_STEP * ON_POLICY_STEPS,
                 top_k=16,
-                **_teacher_writes(),
+                **_teacher_generates(),
                 training=_training(steps=None, learning_rate=2e-3),
                 start_from="off_policy",
                 flops_of="on_policy",
@@ -78,7 +78,7 @@ def config() -> Experiment:
     )
 
 
-def _teacher_writes() -> dict[str, Any]:
+def _teacher_generates() -> dict[str, Any]:
     return {
         "thinking": qwen3_thinking(),
         "non_thinking": qwen3_non_thinking(),

@@ -9,7 +9,7 @@ Devices: 64, as in qwen3_235b_to_8b.py. A student this small follows a 32B teach
 with qwen3_32b_to_1_7b.py before renting 64 devices.
 
 Hours by the plan: v5p:4x4x4 37 h, 2,390 chip-hours; v6e:8x8 64 h, 4,071 chip-hours; h100:8x8 31 h, 1,952 chip-hours;
-h200:8x8 21 h, 1,370 chip-hours. Two thirds of them the teacher writes.
+h200:8x8 21 h, 1,370 chip-hours. Two thirds of them the teacher generates.
 """
 
 from distill import Experiment

@@ -9,7 +9,7 @@ Devices: 64, as in qwen3_235b_to_8b.py; the student's weights, those it began wi
 gradients take 5.2 GiB of each.
 
 Hours by the plan: v5p:4x4x4 61 h, 3,925 chip-hours; v6e:8x8 103 h, 6,604 chip-hours; h100:8x8 50 h, 3,184 chip-hours;
-h200:8x8 35 h, 2,244 chip-hours. The student writes longer than the teacher does.
+h200:8x8 35 h, 2,244 chip-hours. The student generates longer than the teacher does.
 """
 
 from distill import Experiment

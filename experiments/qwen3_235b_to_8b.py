@@ -14,7 +14,7 @@ of 140 GiB:
         --stages.off-policy.batch-size 16 --stages.on-policy.training.rows 2 --stages.on-policy.prompts-per-step 16
 
 Hours by the plan: v5p:4x4x4 51 h, 3,237 chip-hours; v6e:8x8 85 h, 5,469 chip-hours; h100:8x8 41 h, 2,632 chip-hours;
-h200:8x8 29 h, 1,852 chip-hours. Half of them the teacher writes, nearly all others the student.
+h200:8x8 29 h, 1,852 chip-hours. Half of them the teacher generates, nearly all others the student.
 
 To expect, from table 21 of arXiv 2505.09388 (theirs, thinking mode, after a better off-policy stage than this data
 gives): AIME'24 55.0 after the off-policy stage, 74.4 after the on-policy one, 1,800 GPU hours for the latter.

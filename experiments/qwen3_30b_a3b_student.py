@@ -11,7 +11,7 @@ Both models' experts are spread alike, and no token is dropped in either; the st
 loss that its config.json asks for (router_aux_loss_coef).
 
 Hours by the plan: v5p:4x4x4 43 h, 2,729 chip-hours; v6e:8x8 72 h, 4,621 chip-hours; h100:8x8 35 h, 2,216 chip-hours;
-h200:8x8 24 h, 1,561 chip-hours. Well over half of them the teacher writes.
+h200:8x8 24 h, 1,561 chip-hours. Well over half of them the teacher generates.
 """
 
 from distill import Experiment

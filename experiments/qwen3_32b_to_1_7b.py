@@ -10,7 +10,7 @@ over 4, each row's tokens over 2. With `--teacher.placement own_mesh --teacher.m
 --mesh.tensor 4 --mesh.context 1` each has four of its own, and the teacher scores while the student trains.
 
 Hours by the plan: v5p:2x2x2 181 h, 1,452 chip-hours; h100:1x8 147 h, 1,180 chip-hours; h200:1x8 104 h, 831 chip-hours.
-Four fifths of them the teacher writes, 16 sequences at a time.
+Four fifths of them the teacher generates, 16 sequences at a time.
 """
 
 from distill import Experiment, MeshShape

@@ -1,7 +1,7 @@
 """What the experiments with the published Qwen3 checkpoints share: data, lengths, modes, stages, learning rates, mesh.
 
-The recipe is Qwen3's own (arXiv 2505.09388, section 4.5): first the teacher writes in both modes and the student learns
-what it said (off-policy), then the student writes and the teacher judges every token (on-policy).
+The recipe is Qwen3's own (arXiv 2505.09388, section 4.5): first the teacher generates in both modes and the student
+learns what it said (off-policy), then the student generates and the teacher judges every token (on-policy).
 
 What the report does not tell is taken from the open reproduction with the same models (tinker-cookbook,
 recipes/distillation: DeepMath prompts, of full fine-tuning a learning rate of 1e-4 off-policy and 5e-5 on-policy, found
@@ -71,7 +71,8 @@ def strong_to_weak(
     Args:
       rows: of ROW_TOKENS in a microbatch; as many as, or a multiple of, mesh.data × fsdp × expert.
       microbatches_per_step: of the off-policy stage; 4 of 8 rows make a million tokens a step.
-      sequences: that a model writes at once, and prompts of an on-policy step. A 235B teacher's cache of one takes 6 GB
+      sequences: that a model generates at once, and prompts of an on-policy step. A 235B teacher's cache of one takes 6
+      GB
         at full length, and as much again while a dispatch writes.
     """
     return Experiment(

@@ -1,4 +1,4 @@
-"""What a policy wrote, on the host: the one record that the engine returns, stores keep and trainers read."""
+"""What a policy generated, on the host: the one record that the engine returns, stores keep and trainers read."""
 
 import base64
 import dataclasses
@@ -16,7 +16,7 @@ MODES: Final[tuple[Mode, ...]] = (THINKING, NON_THINKING)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """Prompt and continuation of one sequence of T tokens, with who wrote each token.
+    """Prompt and continuation of one sequence of T tokens, with who generated each token.
 
     Entry t of `loss_mask` and `sampler_logprobs` is about token t + 1, as everywhere in this project; the last
     entry of a sequence is therefore False and 0.
@@ -32,7 +32,7 @@ class Rollout:
     prompt_id: str
     sample_index: int
     policy_step: int
-    """Optimiser step of the weights that wrote this."""
+    """Optimiser step of the weights that generated this."""
     finished: bool
     """Whether a stop token ended it (otherwise the length limit did)."""
 

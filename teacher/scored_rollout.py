@@ -35,7 +35,8 @@ def empty_targets(entries: int) -> EmptyTargets:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoredRollout:
-    """A rollout of T tokens and the teacher's J top entries, or J words drawn from it, at each position, on the host.
+    """A rollout of T tokens and the teacher's J top entries, or J tokens sampled from it, at each position, on the
+    host.
 
     Row t speaks about token t + 1. Rows where the rollout's loss mask is False carry no information: the store does
     not keep them and gives `empty_targets` back.
@@ -46,9 +47,9 @@ class ScoredRollout:
     logprobs: Float32[np.ndarray, "T J"]
     """Log-probabilities over the whole vocabulary, never renormalised over the J entries."""
     log_tail: Float32[np.ndarray, "T"]
-    """Logarithm of the mass on all other words."""
+    """Logarithm of the mass on all other tokens."""
     entropy: Float32[np.ndarray, "T"] | None = None
-    """The teacher's, given where the entries are drawn words: ids without duplicates (-1: absent), logprobs the
+    """The teacher's, given where the entries are sampled tokens: ids without duplicates (-1: absent), logprobs the
     logarithms of their shares, log_tail -inf. None: they are its top entries."""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The teacher reads rows and says what it would have said: the online source of targets.
+"""The teacher scores rows and says what it would have said: the online source of targets.
 
 Rows go through the model and become hidden states; only from a few positions at a time are logits made of them, so
 [tokens, V] exists for no kind of target.
@@ -71,7 +71,7 @@ class Scorer:
         segment_ids: Int[np.ndarray, "B T"],
         k: int,
     ) -> TopK:
-        """The k most likely words at every position and the mass of all others."""
+        """The k most likely tokens at every position and the mass of all others."""
         return self._moved(_top_k(self._model, *self._placed(tokens, positions, segment_ids), k, self._mesh))
 
     def at_ids(
@@ -81,13 +81,13 @@ class Scorer:
         segment_ids: Int[np.ndarray, "B T"],
         ids: Int[np.ndarray | Array, "B T J"],
     ) -> AtIds:
-        """Log-probabilities at the words that the student asks for, such as its own most likely ones."""
+        """Log-probabilities at the tokens that the student asks for, such as its own most likely ones."""
         return self._moved(_at_ids(self._model, *self._placed(tokens, positions, segment_ids, ids), self._mesh))
 
     def score_rollouts(
         self, rollouts: list[Rollout], *, k: int, rows: int, length: int, pad_id: int
     ) -> list[ScoredRollout]:
-        """The k most likely words at every position of each rollout, on the host.
+        """The k most likely tokens at every position of each rollout, on the host.
 
         Rollouts are packed into rows of `length` tokens, of which at most `rows`, and about `TOKENS_AT_ONCE` of every
         share of the rows, go through the model together: one shape for any rollouts. Raises ValueError for a rollout
@@ -104,17 +104,26 @@ class Scorer:
         ]
 
     def sample_rollouts(
-        self, rollouts: list[Rollout], *, draws: int, seed: int, number: int, rows: int, length: int, pad_id: int
+        self,
+        rollouts: list[Rollout],
+        *,
+        sampled_tokens: int,
+        seed: int,
+        number: int,
+        rows: int,
+        length: int,
+        pad_id: int,
     ) -> list[ScoredRollout]:
-        """`draws` words drawn from the teacher at every position, for small stores; else as `score_rollouts`.
+        """`sampled_tokens` tokens sampled from the teacher at every position, for small stores; else as
+        `score_rollouts`.
 
-        What is drawn depends on `seed`, on `number`, of which each batch has its own, on the place in the batch, and
+        What is sampled depends on `seed`, on `number`, of which each batch has its own, on the place in the batch, and
         on how the mesh splits rows and how many it scores at once.
         """
 
         def draw(placed: tuple[Array, ...], first_row: int) -> Sampled:
             key = np.uint32(seed), np.uint32(number), np.uint32(first_row)
-            return _sampled(self._model, *placed, *key, draws, self._mesh)
+            return _sampled(self._model, *placed, *key, sampled_tokens, self._mesh)
 
         return [
             ScoredRollout(
@@ -197,10 +206,12 @@ def top_k_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, k: int) -
     return ScoringProgram(_top_k, (model, *_row_shapes(mesh, rows, length), k, mesh))
 
 
-def sampled_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, draws: int) -> ScoringProgram:
+def sampled_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, sampled_tokens: int) -> ScoringProgram:
     """What `Scorer.sample_rollouts` runs on rows of a `packed_shape`."""
     number = jax.ShapeDtypeStruct((), np.uint32)
-    return ScoringProgram(_sampled, (model, *_row_shapes(mesh, rows, length), number, number, number, draws, mesh))
+    return ScoringProgram(
+        _sampled, (model, *_row_shapes(mesh, rows, length), number, number, number, sampled_tokens, mesh)
+    )
 
 
 def _row_shapes(mesh: Mesh, rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -209,7 +220,8 @@ def _row_shapes(mesh: Mesh, rows: int, length: int) -> tuple[jax.ShapeDtypeStruc
 
 
 def _head(model: Qwen3, mesh: Mesh) -> Float[Array, "V D"]:
-    """The head, split by words alone: gathered once, where otherwise each block of tokens would gather it again."""
+    """The head, split by the vocabulary alone: gathered once, where otherwise each block of tokens would gather it
+    again."""
     place = NamedSharding(mesh, partition_spec(("vocab", None), model.head.shape, mesh))
     return jax.lax.with_sharding_constraint(model.head, place)
 
@@ -245,10 +257,10 @@ def _sampled(
     seed: Array,
     number: Array,
     first_row: Array,
-    draws: int,
+    sampled_tokens: int,
     mesh: Mesh,
 ) -> Sampled:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), first_row)
     hidden = to_pieces(model.hidden(tokens, positions, segment_ids, mesh), mesh)
-    targets = sampled_targets(hidden, _head(model, mesh), draws, key, block_tokens=_block_tokens(mesh))
+    targets = sampled_targets(hidden, _head(model, mesh), sampled_tokens, key, block_tokens=_block_tokens(mesh))
     return to_rows(targets, mesh)

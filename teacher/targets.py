@@ -1,6 +1,6 @@
-"""What a teacher says about the next word at each position: the one schema between teachers, stores and losses.
+"""What a teacher says about the next token at each position: the one schema between teachers, stores and losses.
 
-Every target is stored at the predicting position t and speaks about the word at t + 1. Log-probabilities are the
+Every target is stored at the predicting position t and is about the token at t + 1. Log-probabilities are the
 teacher's own over its whole vocabulary, never renormalised over what was kept, so the mass that was left out is known
 and counts as one more bucket.
 """
@@ -20,7 +20,7 @@ from kernels_pallas.linear_kl import split_at_ids
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopK:
-    """The teacher's J most likely words, most likely first."""
+    """The teacher's J most likely tokens, most likely first."""
 
     ids: Int[Array, "*batch J"]
     logprobs: Float[Array, "*batch J"]
@@ -30,7 +30,7 @@ class TopK:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AtIds:
-    """Log-probabilities at words that somebody asked for, without duplicates; id -1, log-probability -inf: absent."""
+    """Log-probabilities at tokens that somebody asked for, without duplicates; id -1, log-probability -inf: absent."""
 
     ids: Int[Array, "*batch J"]
     logprobs: Float[Array, "*batch J"]
@@ -48,16 +48,15 @@ class Hidden:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """Words drawn from the teacher, for small stores: unlike `TopK`, right on average about its whole vocabulary.
+    """Tokens sampled from the teacher, for small stores: unlike `TopK`, right on average about its whole vocabulary.
 
-    Of N draws from p, the share of each word drawn stands for its probability. That is a distribution p̂ with E[p̂] = p,
-    so the gradient of the forward KL from it, q - p̂, is on average that from p; the k most likely words alone, however
-    their tail is counted, leave the student nothing to learn the tail from. Random sampling knowledge distillation
-    (arXiv 2503.16870), at proposal temperature 1, where all importance weights are 1.
-    """
+    Of N samples from p, the share of each sampled token stands for its probability. That is a distribution p̂ with
+    E[p̂] = p, so the gradient of the forward KL from it, q - p̂, is on average that from p; the k most likely tokens
+    alone, however their tail is counted, leave the student nothing to learn the tail from. Random sampling knowledge
+    distillation (arXiv 2503.16870), at proposal temperature 1, where all importance weights are 1."""
 
     ids: Int[Array, "*batch N"]
-    """The words drawn, without duplicates; id -1, share -inf: absent."""
+    """The sampled tokens, without duplicates; id -1, share -inf: absent."""
     log_shares: Float[Array, "*batch N"]
     entropy: Float[Array, "*batch"]
     """The teacher's own, over its whole vocabulary, in nats: with it the divergence too is right on average."""
@@ -70,7 +69,7 @@ BLOCK_TOKENS = 128
 
 
 def one_hot(tokens: Int[Array, "B T"]) -> AtIds:
-    """The data itself as a teacher, certain of the word that follows; the forward KL to it is the cross-entropy.
+    """The data itself as a teacher, certain of the token that follows; the forward KL to it is the cross-entropy.
 
     The last position, which nothing follows, has no entry and all its mass in the tail: mask it.
     """
@@ -86,12 +85,12 @@ def one_hot(tokens: Int[Array, "B T"]) -> AtIds:
 def top_k_targets(
     hidden: Float[Array, "B T D"], head: Float[Array, "V D"], k: int, *, block_tokens: int = BLOCK_TOKENS
 ) -> TopK:
-    """The k most likely words of softmax(hidden · headᵀ) and the exact log-mass of all others.
+    """The k most likely tokens of softmax(hidden · headᵀ) and the exact log-mass of all others.
 
     Memory: about 2 · block_tokens · V · 4 bytes beside the result. Raises ValueError for k outside [1, V].
     """
     if not 1 <= k <= head.shape[0]:
-        raise ValueError(f"k {k} must lie between 1 and the vocabulary's {head.shape[0]} words")
+        raise ValueError(f"k {k} must lie between 1 and the vocabulary's {head.shape[0]} tokens")
 
     def block(logits, start):
         del start
@@ -109,7 +108,7 @@ def at_ids_targets(
     *,
     block_tokens: int = BLOCK_TOKENS,
 ) -> AtIds:
-    """The teacher's log-probabilities at `ids` and the exact log-mass of all other words.
+    """The teacher's log-probabilities at `ids` and the exact log-mass of all other tokens.
 
     Repeated ids and ids below 0 become absent entries. Memory as `top_k_targets`.
     """
@@ -125,30 +124,30 @@ def at_ids_targets(
 def sampled_targets(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"],
-    draws: int,
+    sampled_tokens: int,
     key: Array,
     *,
     block_tokens: int = BLOCK_TOKENS,
 ) -> Sampled:
-    """`draws` words of softmax(hidden · headᵀ) at every position, with replacement, and its exact entropy.
+    """`sampled_tokens` tokens of softmax(hidden · headᵀ) at every position, with replacement, and its exact entropy.
 
-    Memory as `top_k_targets`. Raises ValueError for draws below 1.
+    Memory as `top_k_targets`. Raises ValueError for sampled_tokens below 1.
     """
-    if draws < 1:
-        raise ValueError(f"draws {draws} must be at least 1")
-    uniform = jax.random.uniform(key, (*hidden.shape[:2], draws))
+    if sampled_tokens < 1:
+        raise ValueError(f"sampled_tokens {sampled_tokens} must be at least 1")
+    uniform = jax.random.uniform(key, (*hidden.shape[:2], sampled_tokens))
 
     def block(logits, start):
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         probabilities = jnp.exp(logprobs)
         reached = jnp.cumsum(probabilities, axis=-1)
-        # A word of no mass has nothing between what is reached before it and at it, so none is ever drawn.
+        # A token of no mass has nothing between what is reached before it and at it, so none is ever sampled.
         points = lax.dynamic_slice_in_dim(uniform, start, logits.shape[1], 1) * reached[..., -1:]
         search = jnp.vectorize(functools.partial(jnp.searchsorted, side="right"), signature="(v),(n)->(n)")
         drawn = jnp.minimum(search(reached, points), logits.shape[-1] - 1)
         ids = unique_ids(drawn)
         times = jnp.sum(ids[..., :, None] == drawn[..., None, :], axis=-1)
-        log_shares = jnp.where(ids < 0, -jnp.inf, jnp.log(jnp.maximum(times, 1) / draws))
+        log_shares = jnp.where(ids < 0, -jnp.inf, jnp.log(jnp.maximum(times, 1) / sampled_tokens))
         return ids, log_shares, -jnp.sum(probabilities * jnp.where(probabilities > 0, logprobs, 0), axis=-1)
 
     ids, log_shares, entropy = _by_token_blocks(hidden, head, block, block_tokens)

@@ -35,7 +35,7 @@ class Evaluation:
     max_prompt_tokens: int = 2_048
     """Most tokens of a prompt, the chat template's own included; a longer one is refused, not cut."""
     batch_size: int = 128
-    """Sequences written at once."""
+    """Sequences generated at once."""
     shown: int = 4
     """Responses of each model and mode that are kept for people to read."""
 
@@ -52,8 +52,8 @@ class Evaluation:
             raise UserError(f"evaluation.modes holds {unknown[0]!r}; use {' and '.join(MODES)}")
 
     @property
-    def writing(self) -> EngineSizes:
-        """Of the engine with which every model writes."""
+    def generation(self) -> EngineSizes:
+        """Of the engine with which every model generates."""
         return EngineSizes(
             batch_size=self.batch_size,
             max_prompt_tokens=self.max_prompt_tokens,
@@ -71,7 +71,7 @@ class Evaluator:
         self._evaluation, self._context = evaluation, context
         # The problems do not depend on the run's seed, so that runs of several seeds can be compared.
         self._problems = context.tasks.problems("held_out", evaluation.problems, seed=0)
-        self._engine = context.engine(model, evaluation.writing)
+        self._engine = context.engine(model, evaluation.generation)
 
     def rows(self, name: str, model: Qwen3) -> list[EvaluationRow]:
         """One row for each mode. Raises Interrupted between batches where the run was asked to stop."""

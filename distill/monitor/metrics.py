@@ -61,7 +61,7 @@ class RolloutSample:
         return "right answer, wrong working" if self.working_correct is False else "right"
 
     def to_markdown(self) -> str:
-        """For TensorBoard's text page. Everything that a model wrote is fenced: it may hold tags and markup."""
+        """For TensorBoard's text page. Everything that a model generated is fenced: it may hold tags and markup."""
         length = f"{self.response_tokens} tokens" + ("" if self.finished else ", cut off by the length limit")
         expected = "" if self.expected is None else f" · expected `{self.expected}`"
         parts = [

@@ -14,8 +14,8 @@ from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
 
 Purpose = Literal[
-    "teacher_reads", "teacher_writes", "teacher_scores", "student_reads", "student_writes", "student_trains",
-    "student_updates",
+    "teacher_prefills", "teacher_generates", "teacher_scores",
+    "student_prefills", "student_generates", "student_trains", "student_updates",
 ]  # fmt: skip
 """Prompts into the cache, tokens out of it, targets of rows, gradients of a microbatch, the optimiser's update."""
 Role = Literal["student", "teacher"]
@@ -43,7 +43,8 @@ class Program:
     groups: int = 1
     """That these rows are written in side by side, as on CPU: each reads the weights for itself."""
     length: int
-    """Tokens of a row: of the longest prompt where prompts are read, of the longest sequence where it is written."""
+    """Tokens of a row: of the longest prompt where prompts are prefilled, of the longest sequence where it is
+    generated."""
     beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What lies on the same devices meanwhile without being an argument, by name: weights, optimiser state."""
 

@@ -89,8 +89,8 @@ class _Planned:
         self._mesh, self._teacher_mesh = experiment.meshes(devices)
         experiment.check_meshes(self._mesh, self._teacher_mesh)
         known = architectures(experiment)
-        named = experiment.named_words
-        self._student = self._placed(self._fresh_student(known["student"][0]), self._mesh, named_words=named)
+        named = experiment.tokens_per_target
+        self._student = self._placed(self._fresh_student(known["student"][0]), self._mesh, tokens_per_target=named)
         self._teacher: Qwen3 | None = None
         if experiment.teacher is not None:
             dtype = jnp.dtype(experiment.teacher.dtype)
@@ -99,10 +99,10 @@ class _Planned:
             )
             self._teacher = self._placed(teacher, self._teacher_mesh)
 
-    def _placed(self, model: Qwen3, mesh: Mesh, *, named_words: int = 0) -> Qwen3:
+    def _placed(self, model: Qwen3, mesh: Mesh, *, tokens_per_target: int = 0) -> Qwen3:
         kernels = self._experiment.kernels
         with jax.set_mesh(mesh):
-            kernels.check(model.config, model.compute_dtype, mesh, named_words=named_words)
+            kernels.check(model.config, model.compute_dtype, mesh, tokens_per_target=tokens_per_target)
         model.kernels = kernels
         return placed_shapes(model, mesh)
 
@@ -123,40 +123,40 @@ class _Planned:
     def programs(self) -> Iterator[Program]:
         for name, stage in self._experiment.stages.items():
             if isinstance(stage, OnPolicy):
-                yield from self._writes(name, "student", stage.writing)
+                yield from self._generates(name, "student", stage.generation)
                 yield self._scores(name, stage)
             elif isinstance(stage, OffPolicy) and stage.targets_of is None:
-                yield from self._writes(name, "teacher", stage.writing)
+                yield from self._generates(name, "teacher", stage.generation)
                 yield self._scores(name, stage)
             yield from self._trains(name, stage)
-        yield from self._writes(EVALUATION, "student", self._experiment.evaluation.writing)
+        yield from self._generates(EVALUATION, "student", self._experiment.evaluation.generation)
         if self._teacher is not None:
-            yield from self._writes(EVALUATION, "teacher", self._experiment.evaluation.writing)
+            yield from self._generates(EVALUATION, "teacher", self._experiment.evaluation.generation)
 
-    def _writes(self, stage: str, role: Role, sizes: EngineSizes) -> Iterator[Program]:
+    def _generates(self, stage: str, role: Role, sizes: EngineSizes) -> Iterator[Program]:
         model, mesh = self._model(role)
         # A stage writes in both modes at once, an evaluation in one after the other: this is its first one.
         together = sizes.sampling[:1] if stage == EVALUATION else sizes.sampling
         programs = make_engine(model.config, _Tokens(), sizes).programs(model, together)
-        reads: Purpose = "teacher_reads" if role == "teacher" else "student_reads"
-        writes: Purpose = "teacher_writes" if role == "teacher" else "student_writes"
+        reads: Purpose = "teacher_prefills" if role == "teacher" else "student_prefills"
+        writes: Purpose = "teacher_generates" if role == "teacher" else "student_generates"
         common: Any = {"stage": stage, "model": model.config, "mesh": mesh, "beside": self._beside(stage, writes)}
         yield Program(
             purpose=reads,
-            function=programs.read,
-            arguments=programs.read_arguments,
-            options=programs.read_options,
-            rows=programs.read_arguments[2].tokens.shape[1],
+            function=programs.prefill,
+            arguments=programs.prefill_arguments,
+            options=programs.prefill_options,
+            rows=programs.prefill_arguments[2].tokens.shape[1],
             length=sizes.max_prompt_tokens,
             **common,
         )
         yield Program(
             purpose=writes,
-            function=programs.write,
-            arguments=programs.write_arguments,
-            options=programs.write_options,
+            function=programs.decode,
+            arguments=programs.decode_arguments,
+            options=programs.decode_options,
             rows=sizes.batch_size,
-            groups=sizes.batch_size // programs.write_arguments[4].token.shape[0],
+            groups=sizes.batch_size // programs.decode_arguments[4].token.shape[0],
             length=sizes.longest_tokens,
             **common,
         )
@@ -168,10 +168,10 @@ class _Planned:
             program = hidden_program(model, mesh, rows=rows, length=length)
         else:
             rows, length = packed_shape(mesh, stage.batch_size, stage.longest_tokens)
-            if stage.draws is None:
+            if stage.sampled_tokens is None:
                 program = top_k_program(model, mesh, rows=rows, length=length, k=stage.top_k)
             else:
-                program = sampled_program(model, mesh, rows=rows, length=length, draws=stage.draws)
+                program = sampled_program(model, mesh, rows=rows, length=length, sampled_tokens=stage.sampled_tokens)
         return Program(
             stage=name,
             purpose="teacher_scores",
@@ -234,8 +234,11 @@ class _Planned:
         else:
             source = stage if stage.targets_of is None else self._experiment.stages[stage.targets_of]
             assert isinstance(source, OffPolicy)
-            several = rows(np.int32, source.draws or source.top_k), rows(np.float32, source.draws or source.top_k)
-            if source.draws is None:
+            several = (
+                rows(np.int32, source.sampled_tokens or source.top_k),
+                rows(np.float32, source.sampled_tokens or source.top_k),
+            )
+            if source.sampled_tokens is None:
                 targets = TopK(ids=several[0], logprobs=several[1], log_tail=rows(np.float32))
             else:
                 targets = Sampled(ids=several[0], log_shares=several[1], entropy=rows(np.float32))

@@ -86,10 +86,10 @@ def work_of(program: Program, experiment: Experiment) -> Work:
             flops = rows * (forward.executed(length, _row_pairs(program)) - (length * head if on_policy else 0))
             moved = traffic.weights(1) + traffic.activations(1) + (0 if on_policy else traffic.logits(1))
             return Work(flops=flops, device_bytes=moved, tokens=rows * length)
-        case "teacher_reads" | "student_reads":
+        case "teacher_prefills" | "student_prefills":
             flops = rows * (forward.executed(length, _row_pairs(program)) - length * head)
             return Work(flops=flops, device_bytes=traffic.weights(1) + traffic.activations(1), tokens=rows * length)
-        case "teacher_writes" | "student_writes":
+        case "teacher_generates" | "student_generates":
             flops = rows * forward.executed(1, decoded_pairs(config, length))
             moved = traffic.weights(program.groups) + traffic.cache() + traffic.logits(1)
             return Work(flops=flops, device_bytes=moved, tokens=rows)
@@ -175,7 +175,7 @@ class _MemoryTraffic:
         model = next(one for one in program.models if one.embed is not None)
         self._stored = model.embed.get_value().dtype.itemsize
         self._computed = 4 if model.compute_dtype == "float32" else 2
-        self._writes = program.purpose.endswith("writes")
+        self._generates = program.purpose.endswith("writes")
         self._shares = math.prod(self._shape[axis] for axis in ("data", "fsdp", "expert", "context"))
 
     def weights(self, passes: int) -> float:
@@ -184,7 +184,7 @@ class _MemoryTraffic:
         left out, by programs that write."""
         config, shape = self._config, self._shape
         experts = _expert_parameters(config) / shape["tensor"] / shape["expert"]
-        if self._writes and config.num_experts:
+        if self._generates and config.num_experts:
             # A few tokens do not reach all experts.
             seen = self._program.rows / self._program.groups / (self._shares / shape["expert"])
             experts *= 1 - (1 - config.num_experts_per_tok / config.num_experts) ** seen
@@ -193,7 +193,7 @@ class _MemoryTraffic:
         if self._shares == 1:
             read = self._stored
         else:
-            read = self._computed if self._writes else self._stored + 2 * self._computed
+            read = self._computed if self._generates else self._stored + 2 * self._computed
         return passes * (dense + experts) * read
 
     def activations(self, passes: int) -> float:
@@ -207,7 +207,7 @@ class _MemoryTraffic:
         return passes * 2 * self._computed * entries * self._program.rows * self._program.length / self._shares
 
     def logits(self, passes: int) -> float:
-        tokens = self._program.rows * (1 if self._writes else self._program.length) / self._shares
+        tokens = self._program.rows * (1 if self._generates else self._program.length) / self._shares
         return passes * _SOFTMAX_PASSES * 4 * tokens * self._config.vocab_size / self._shape["tensor"]
 
     def cache(self) -> float:

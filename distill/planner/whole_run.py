@@ -40,7 +40,7 @@ class Pipeline:
     microbatches: float
     """Of a step; the student trains on one while the teacher scores those after it."""
     ahead: bool
-    """Rollouts are written ahead (max_staleness), and scored while the student writes and trains."""
+    """Rollouts are generated ahead (max_staleness), and scored while the student generates and trains."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class StagePlan:
         """Of the whole stage, from what its programs take by purpose.
 
         Within a step, all of the slower one's microbatches and one of the other's, before the first or after the last.
-        Written ahead, what the student does in all, or the teacher with the first rollouts before and the last
+        Generated ahead, what the student does in all, or the teacher with the first rollouts before and the last
         microbatch and update after it.
         """
         total, pipeline = sum(seconds.values()), self.pipeline
@@ -69,7 +69,7 @@ class StagePlan:
         scores, trains = seconds["teacher_scores"], seconds["student_trains"]
         if not pipeline.ahead:
             return total - min(scores, trains) * (1 - 1 / pipeline.microbatches)
-        writes = seconds["student_reads"] + seconds["student_writes"]
+        writes = seconds["student_prefills"] + seconds["student_generates"]
         ends = writes + trains / pipeline.microbatches + seconds["student_updates"]
         return max(total - scores, scores + ends / pipeline.steps)
 
@@ -96,11 +96,11 @@ class _Run:
         if stage.targets_of is None:
             response = self._response(stage.modes, stage.thinking, stage.non_thinking)
             prompt = self._assumed.prompt_share * stage.max_prompt_tokens
-            calls |= self._writing(name, "teacher", stage.prompts, response, refilled=True)
+            calls |= self._generation(name, "teacher", stage.prompts, response, refilled=True)
             calls["teacher_scores"] = stage.prompts * (prompt + response) / self._row_tokens(name, "teacher_scores")
             moved = stage.prompts * response
         steps = stage.training.steps or self._affordable(name, stage, moved)
-        entries = stage.draws or stage.top_k
+        entries = stage.sampled_tokens or stage.top_k
         return StagePlan(
             stage=name,
             calls=calls | self._updates(steps, stage.microbatches_per_step),
@@ -115,7 +115,7 @@ class _Run:
         tokens = sequences * (self._assumed.prompt_share * stage.max_prompt_tokens + response)
         microbatches = max(1, math.ceil(tokens / self._row_tokens(name, "student_trains")))
         steps = stage.training.steps
-        one_step = self._writing(name, "student", sequences, response, refilled=False)
+        one_step = self._generation(name, "student", sequences, response, refilled=False)
         scores = self._programs[name, "teacher_scores"]
         positions = steps * microbatches * stage.training.rows * stage.training.row_length
         width = 2 if self._experiment.teacher and self._experiment.teacher.dtype == "bfloat16" else 4
@@ -141,16 +141,16 @@ class _Run:
             for role, times in (("student", 1 + len(self._experiment.stages)), ("teacher", 1)):
                 if role == "teacher" and self._experiment.teacher is None:
                     continue
-                for purpose, calls_once in self._writing(EVALUATION, role, count, response, refilled=True).items():
+                for purpose, calls_once in self._generation(EVALUATION, role, count, response, refilled=True).items():
                     calls[purpose] = calls.get(purpose, 0.0) + times * calls_once
         return StagePlan(stage=EVALUATION, calls=calls)
 
-    def _writing(
+    def _generation(
         self, stage: str, role: str, sequences: float, response: float, *, refilled: bool
     ) -> dict[Purpose, float]:
         """Calls that write so many sequences: slots that are refilled stay full, others wait for the longest."""
-        reads: Purpose = "teacher_reads" if role == "teacher" else "student_reads"
-        writes: Purpose = "teacher_writes" if role == "teacher" else "student_writes"
+        reads: Purpose = "teacher_prefills" if role == "teacher" else "student_prefills"
+        writes: Purpose = "teacher_generates" if role == "teacher" else "student_generates"
         reader, writer = self._programs[stage, reads], self._programs[stage, writes]
         longest = writer.length - reader.length
         tokens = max(sequences * response / writer.rows, response) if refilled else longest
@@ -168,7 +168,7 @@ class _Run:
         mean = share * thinking.max_new_tokens + (1 - share) * non_thinking.max_new_tokens
         return self._assumed.response_share * mean
 
-    def _affordable(self, name: str, stage: OffPolicy, written_tokens: float) -> float:
+    def _affordable(self, name: str, stage: OffPolicy, generated_tokens: float) -> float:
         """Steps that the FLOPs of the stage `flops_of` pay for, teacher included."""
         assert stage.flops_of is not None
         other = self.stage(stage.flops_of)
@@ -179,5 +179,5 @@ class _Run:
         teacher = next((p.model for p in self._programs.values() if p.purpose.startswith("teacher")), student.model)
         written = forward_flops(teacher).per_token + forward_flops(student.model, adapters).per_token
         budget = other.calls["student_trains"] * microbatch + other.tokens_moved * written
-        budget -= 2 * written_tokens * forward_flops(teacher).per_token
+        budget -= 2 * generated_tokens * forward_flops(teacher).per_token
         return max(1.0, budget // (microbatch * stage.microbatches_per_step))

@@ -19,7 +19,7 @@ _OVERALL = "all"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One chart with its words; `legend` pairs each line's name with its CSS colour variable."""
+    """One chart with its texts; `legend` pairs each line's name with its CSS colour variable."""
 
     title: str
     note: str
@@ -28,32 +28,32 @@ class Panel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Words:
+class _Texts:
     title: str
     note: str = ""
 
 
-_WORDS = {
-    "loss": _Words(title="Loss", note="Nats a token; stages may minimise different divergences."),
-    "divergence": _Words(title="Divergence by mode", note="What the stage minimises, nats a token."),
-    "pass_at_1": _Words(title="pass@1 while training", note="Share of held-out problems."),
-    "entropy": _Words(title="Entropy", note="Nats a token; with stored top-k, the teacher's is a lower bound."),
-    "student_entropy": _Words(title="Student entropy by mode", note="Nats a token."),
-    "teacher_entropy": _Words(title="Teacher entropy by mode", note="Nats a token."),
-    "top1_agreement": _Words(
+_TEXTS = {
+    "loss": _Texts(title="Loss", note="Nats a token; stages may minimise different divergences."),
+    "divergence": _Texts(title="Divergence by mode", note="What the stage minimises, nats a token."),
+    "pass_at_1": _Texts(title="pass@1 while training", note="Share of held-out problems."),
+    "entropy": _Texts(title="Entropy", note="Nats a token; with stored top-k, the teacher's is a lower bound."),
+    "student_entropy": _Texts(title="Student entropy by mode", note="Nats a token."),
+    "teacher_entropy": _Texts(title="Teacher entropy by mode", note="Nats a token."),
+    "top1_agreement": _Texts(
         title="Top-1 agreement", note="Share of tokens where student and teacher rank the same first."
     ),
-    "teacher_tail_mass": _Words(title="Teacher tail mass", note="Probability outside the named words."),
-    "student_support_mass": _Words(
-        title="Student mass on the teacher's support", note="Probability that the loss sees word by word."
+    "teacher_tail_mass": _Texts(title="Teacher tail mass", note="Probability outside the stored top-k tokens."),
+    "student_support_mass": _Texts(
+        title="Student mass on the teacher's support", note="Probability that the loss sees token by token."
     ),
-    "accuracy": _Words(title="Accuracy of the training rollouts", note="Share of right answers."),
-    "response_tokens": _Words(title="Response length", note="Tokens."),
-    "finished": _Words(title="Finished responses", note="Share that ended in a stop token."),
-    "load_balance": _Words(title="Expert load balance"),
-    "gradient_norm": _Words(title="Gradient norm", note="Before clipping."),
-    "learning_rate": _Words(title="Learning rate"),
-    "tokens_per_second": _Words(title="Speed", note="Tokens a second."),
+    "accuracy": _Texts(title="Accuracy of the training rollouts", note="Share of right answers."),
+    "response_tokens": _Texts(title="Response length", note="Tokens."),
+    "finished": _Texts(title="Finished responses", note="Share that ended in a stop token."),
+    "load_balance": _Texts(title="Expert load balance"),
+    "gradient_norm": _Texts(title="Gradient norm", note="Before clipping."),
+    "learning_rate": _Texts(title="Learning rate"),
+    "tokens_per_second": _Texts(title="Speed", note="Tokens a second."),
 }
 
 
@@ -69,13 +69,13 @@ def panels(metrics: Sequence[Record], stage_order: Sequence[str]) -> list[Panel]
             group, line = _place(name)
             piece = values.setdefault(group, {}).setdefault(line, {}).setdefault(record["stage"], {})
             piece[begins[record["stage"]] + record["step"]] = math.nan if value is None else value
-    order = list(_WORDS)
-    known = sorted((group for group in values if group in _WORDS), key=order.index)
+    order = list(_TEXTS)
+    known = sorted((group for group in values if group in _TEXTS), key=order.index)
     return [_panel(group, values[group], spans) for group in [*known, *sorted(values.keys() - set(known))]]
 
 
 def _panel(group: str, lines: dict[str, dict[str, dict[float, float]]], spans: Sequence[charts.Span]) -> Panel:
-    words = _WORDS.get(group, _Words(title=group.replace("_", " ")))
+    texts = _TEXTS.get(group, _Texts(title=group.replace("_", " ")))
     if set(lines) == {_OVERALL}:
         # Alone it is the metric itself: the name tells whose it is, and with it the colour.
         lines = {group: lines[_OVERALL]}
@@ -86,10 +86,10 @@ def _panel(group: str, lines: dict[str, dict[str, dict[float, float]]], spans: S
     colours = [charts.colour_of(line.name, index) for index, line in enumerate(series)]
     legend = [(mode_name(line.name), colour) for line, colour in zip(series, colours, strict=True)]
     return Panel(
-        title=words.title,
-        note=words.note,
+        title=texts.title,
+        note=texts.note,
         legend=legend if len(series) > 1 else [],
-        svg=markupsafe.Markup(charts.line_chart(series, spans, label=words.title)),
+        svg=markupsafe.Markup(charts.line_chart(series, spans, label=texts.title)),
     )
 
 

@@ -180,8 +180,8 @@ def _second_parts(stage: StageCost) -> list[dict[str, Any]]:
     """How the device seconds divide, for the bar; empty if nothing was timed."""
     timed = [
         ("student trains", "student", stage.student_train_seconds),
-        ("student writes", "student-light", stage.student_sample_seconds),
-        ("teacher writes", "teacher-light", stage.teacher_write_seconds),
+        ("student generates", "student-light", stage.student_sample_seconds),
+        ("teacher generates", "teacher-light", stage.teacher_generate_seconds),
         ("teacher scores", "teacher", stage.teacher_score_seconds),
     ]
     parts = [(name, colour, seconds) for name, colour, seconds in timed if seconds]

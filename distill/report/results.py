@@ -48,14 +48,14 @@ class StageCost:
     steps: int
     tokens_trained: int
     tokens_sampled: int
-    """Tokens that the teacher (off-policy) or the student (on-policy) wrote."""
+    """Tokens that the teacher (off-policy) or the student (on-policy) generated."""
     student_train_flops: float
     student_sample_flops: float
     teacher_flops: float
     device_seconds: float
     student_train_seconds: float | None = None
     student_sample_seconds: float | None = None
-    teacher_write_seconds: float | None = None
+    teacher_generate_seconds: float | None = None
     teacher_score_seconds: float | None = None
 
 

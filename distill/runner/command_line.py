@@ -28,8 +28,8 @@ _KINDS = {
 
 
 def parser_of(command: str, description: str, epilogue: str, experiment: str) -> argparse.ArgumentParser:
-    """Of a command that takes an experiment, explained in words, and changes of its fields; its own options are to be
-    added. It knows no --help: with an experiment that is `overridden`'s."""
+    """Of a command that takes an experiment, explained in sentences, and changes of its fields; its own options are to
+    be added. It knows no --help: with an experiment that is `overridden`'s."""
     parser = argparse.ArgumentParser(
         prog=command,
         description=description,
@@ -109,7 +109,7 @@ def _in_one_line(box: str, experiment: Experiment, path: Path) -> str:
 
 
 def _kind(option: str, rows: Sequence[str]) -> str:
-    """The type of an option in words; tyro's help for it is in another part of the box."""
+    """The type of an option in plain English; tyro's help for it is in another part of the box."""
     usage = next((row.removeprefix(option) for row in rows if row.startswith(f"{option} ")), " another value")
     # None comes first in tyro's spelling and is the exception.
     return " or ".join(reversed([_KINDS.get(kind, kind) for kind in usage.strip().split("|")]))

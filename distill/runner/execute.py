@@ -174,7 +174,7 @@ def _cost(name: str, stage: Stage, spent: Spent, devices: int) -> StageCost:
     )
 
 
-_SECONDS = ("student_train_seconds", "student_sample_seconds", "teacher_write_seconds", "teacher_score_seconds")
+_SECONDS = ("student_train_seconds", "student_sample_seconds", "teacher_generate_seconds", "teacher_score_seconds")
 
 
 def _evaluated(name: str, model: Qwen3, evaluator: Evaluator, run: RunDirectory) -> list[EvaluationRow]:

@@ -81,7 +81,7 @@ def _place(error: Exception, path: Path) -> str:
 
 
 def _explained(error: Exception) -> str | None:
-    """What a user can mend, in words; None for an error of the file's own code."""
+    """What a user can mend, as a sentence; None for an error of the file's own code."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ImportError):

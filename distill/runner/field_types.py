@@ -39,7 +39,7 @@ def misfit(value: Any, hint: Any, field: str = "") -> str | None:
 
 
 def described(hint: Any) -> str:
-    """A type in words."""
+    """A type in plain English."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(described(part) for part in parts)

@@ -47,7 +47,9 @@ def preflight(
     stages = {name: stage for name, stage in experiment.stages.items() if name not in finished}
     experiment.check_meshes(mesh, teacher_mesh)
     models = _checked_models(experiment, teacher_mesh)
-    experiment.kernels.check(models["student"], experiment.compute_dtype, mesh, named_words=experiment.named_words)
+    experiment.kernels.check(
+        models["student"], experiment.compute_dtype, mesh, tokens_per_target=experiment.tokens_per_target
+    )
     if experiment.teacher is not None:
         experiment.kernels.check(models["teacher"], experiment.teacher.dtype, teacher_mesh)
     if teacher_mesh != mesh and any(isinstance(stage, OnPolicy) for stage in stages.values()):
@@ -84,7 +86,7 @@ def _check_stage_lengths(field: str, stage: Stage, models: Mapping[str, ModelCon
     if isinstance(stage, Sft) or (isinstance(stage, OffPolicy) and stage.targets_of is not None):
         return
     _check_positions(field, stage.max_prompt_tokens, [stage.thinking, stage.non_thinking], models)
-    if isinstance(stage, OffPolicy) and stage.draws is None and stage.top_k > models["teacher"].vocab_size:
+    if isinstance(stage, OffPolicy) and stage.sampled_tokens is None and stage.top_k > models["teacher"].vocab_size:
         raise UserError(
             f"{field}.top_k is {stage.top_k}, but the teacher's vocabulary has {models['teacher'].vocab_size} entries; "
             "lower it"

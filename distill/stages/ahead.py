@@ -1,11 +1,11 @@
-"""Rollouts that are written ahead of the weights that learn from them, so that devices need not wait for each other.
+"""Rollouts that are generated ahead of the weights that learn from them, so that devices need not wait for each other.
 
 On one device, threads write and score while the student trains. Where several devices share a program, two threads
 that start programs could each get some of them, and wait for ever: there one thread starts everything, in an order
 that is the same in all processes, and what overlaps is the teacher's scoring on devices of its own.
 
 How far the writer lags is a fixed function of the step, never what happens to be ready: two runs take the same
-rollouts, and so does a run that was killed, because a checkpoint keeps what the weights of that time have written.
+rollouts, and so does a run that was killed, because a checkpoint keeps what the weights of that time have generated.
 """
 
 import concurrent.futures
@@ -87,7 +87,8 @@ class WrittenAhead:
         self._closed = False
 
     def rollouts(self, step: int, model: Qwen3) -> Written:
-        """The rollouts of step `step` once they are written; `model`, the weights that it updates, writes later ones.
+        """The rollouts of step `step` once they are generated; `model`, the weights that it updates, generates later
+        ones.
 
         Steps must be asked for one after the other. What failed in the background is raised here.
         """

@@ -74,10 +74,10 @@ class TeacherModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSizes:
-    """What a stage or an evaluation decides about the engine that it writes with."""
+    """What a stage or an evaluation decides about the engine that it generates with."""
 
     batch_size: int
-    """Sequences written at once."""
+    """Sequences generated at once."""
     max_prompt_tokens: int
     """Longest prompt."""
     sampling: tuple[SamplingParams, ...]

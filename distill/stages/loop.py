@@ -61,7 +61,7 @@ class Spent:
     teacher_flops: float = 0.0
     student_train_seconds: float = 0.0
     student_sample_seconds: float = 0.0
-    teacher_write_seconds: float = 0.0
+    teacher_generate_seconds: float = 0.0
     teacher_score_seconds: float = 0.0
 
     @property
@@ -69,7 +69,7 @@ class Spent:
         return (
             self.student_train_seconds
             + self.student_sample_seconds
-            + self.teacher_write_seconds
+            + self.teacher_generate_seconds
             + self.teacher_score_seconds
         )
 

@@ -1,4 +1,4 @@
-"""Off-policy distillation: the teacher writes in both modes, a store keeps what it said, the student learns it."""
+"""Off-policy distillation: the teacher generates in both modes, a store keeps what it said, the student learns it."""
 
 import dataclasses
 import functools
@@ -47,12 +47,12 @@ class OffPolicy:
     max_prompt_tokens: int = 2_048
     """Most tokens of a prompt, the chat template's own included; a longer one is refused, not cut."""
     batch_size: int = 64
-    """Sequences that the teacher writes at once."""
+    """Sequences that the teacher generates at once."""
     top_k: int = 64
     """Teacher entries kept per token; the mass of all others is kept as one number."""
-    draws: int | None = None
-    """Words drawn from the teacher per token, kept in place of its top_k: a dozen give a small store from which the
-    forward KL, and no other loss, is right on average over the whole vocabulary. None: keep the top_k."""
+    sampled_tokens: int | None = None
+    """Tokens sampled from the teacher at each position, kept in place of its top_k: a dozen give a small store from
+    which the forward KL, and no other loss, is right on average over the whole vocabulary. None: keep the top_k."""
     loss: Loss = dataclasses.field(default_factory=Loss)
     microbatches_per_step: int = 1
     """Microbatches whose gradients are added up for one update, to train on more rows than fit at once."""
@@ -68,10 +68,14 @@ class OffPolicy:
         for name in ("prompts", "max_prompt_tokens", "batch_size", "top_k", "microbatches_per_step"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.draws is not None and self.draws < 1:
-            raise UserError(f"draws is {self.draws}; it must be at least 1, or None to keep the top_k")
-        if self.draws is not None and self.loss.name != "forward_kl":
-            raise UserError(f"loss {self.loss.name} cannot be had from drawn words: use forward_kl, or draws None")
+        if self.sampled_tokens is not None and self.sampled_tokens < 1:
+            raise UserError(
+                f"sampled_tokens is {self.sampled_tokens}; it must be at least 1, or None to keep the top_k"
+            )
+        if self.sampled_tokens is not None and self.loss.name != "forward_kl":
+            raise UserError(
+                f"loss {self.loss.name} cannot be had from sampled tokens: use forward_kl, or sampled_tokens None"
+            )
         if (self.training.steps is None) == (self.flops_of is None):
             raise UserError("give either training.steps or flops_of: one of them must say how long to train")
         if self.targets_of is None and self.longest_tokens > self.training.row_length:
@@ -86,8 +90,8 @@ class OffPolicy:
         return self.max_prompt_tokens + max(self.thinking.max_new_tokens, self.non_thinking.max_new_tokens)
 
     @property
-    def writing(self) -> EngineSizes:
-        """Of the engine with which the teacher writes."""
+    def generation(self) -> EngineSizes:
+        """Of the engine with which the teacher generates."""
         return EngineSizes(
             batch_size=self.batch_size,
             max_prompt_tokens=self.max_prompt_tokens,
@@ -145,7 +149,7 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     sampling = {"thinking": dataclasses.asdict(stage.thinking), "non_thinking": dataclasses.asdict(stage.non_thinking)}
     prompts = hashlib.blake2b(repr([(r.prompt_ids, r.mode) for r in requests]).encode(), digest_size=16).hexdigest()
     identity = {
-        "teacher": teacher.fingerprint, "top_k": stage.top_k, "draws": stage.draws, "seed": seed,
+        "teacher": teacher.fingerprint, "top_k": stage.top_k, "sampled_tokens": stage.sampled_tokens, "seed": seed,
         "prompts": prompts, "sampling": sampling, "batch_size": stage.batch_size,
     }  # fmt: skip
     require_same(f"the prompts of stage {name}", prompts.encode)
@@ -157,12 +161,12 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     begun = first_says(begin)
     watch = Stopwatch(directory / "seconds.json")
     if not begun["finished"]:
-        engine = context.engine(teacher.model, stage.writing)
+        engine = context.engine(teacher.model, stage.generation)
         scorer = Scorer(teacher.model, teacher.mesh)
         firsts = range(0, len(requests), stage.batch_size)
         done = begun["shards"]
         written = min(len(requests), len(done) * stage.batch_size)
-        title = f"{name}: teacher writes"
+        title = f"{name}: teacher generates"
         with context.progress.task(title, len(requests), completed_steps=written, unit="rollouts") as bar:
             for shard, first in enumerate(firsts):
                 if shard in done:
@@ -176,14 +180,16 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
                     shape = {"rows": stage.batch_size, "length": length, "pad_id": pad_id}
                     records = (
                         scorer.score_rollouts(rollouts, k=stage.top_k, **shape)
-                        if stage.draws is None
-                        else scorer.sample_rollouts(rollouts, draws=stage.draws, seed=seed, number=shard, **shape)
+                        if stage.sampled_tokens is None
+                        else scorer.sample_rollouts(
+                            rollouts, sampled_tokens=stage.sampled_tokens, seed=seed, number=shard, **shape
+                        )
                     )
                 context.require_directory()
                 first_says(functools.partial(_write_shard, directory, identity, shard, records, watch))
                 bar.advance(len(rollouts), tokens=sum(len(rollout.response) for rollout in rollouts))
                 if context.stop.agreed() and first != firsts[-1]:
-                    raise Interrupted(f"stage {name}: the teacher has written {first + len(rollouts)} rollouts")
+                    raise Interrupted(f"stage {name}: the teacher has generated {first + len(rollouts)} rollouts")
         first_says(lambda: TargetStoreWriter(directory, identity).finish())
     store = TargetStore.open(directory, identity)
     flops = forward_flops(teacher.model.config)
@@ -192,7 +198,7 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
         spent.tokens_sampled += len(rollout.response)
         # Once to write and once to score: the engine keeps no distributions.
         spent.teacher_flops += 2 * flops.of([len(rollout.tokens)])
-    spent.teacher_write_seconds = watch.seconds.get("write", 0.0)
+    spent.teacher_generate_seconds = watch.seconds.get("write", 0.0)
     spent.teacher_score_seconds = watch.seconds.get("score", 0.0)
     return store
 

@@ -1,15 +1,14 @@
-"""On-policy distillation: the student writes in both modes, the teacher judges every token, the KL is minimised.
+"""On-policy distillation: the student generates in both modes, the teacher judges every token, the KL is minimised.
 
-The loss of a position is a sum over every next word under the student as it is now and the teacher's hidden states.
-Which word was sampled next, and how likely it was, does not enter. So stale rollouts (`max_staleness`) change which
+The loss of a position is a sum over every next token under the student as it is now and the teacher's hidden states.
+Which token was sampled next, and how likely it was, does not enter. So stale rollouts (`max_staleness`) change which
 prefixes are trained and nothing else, for reverse_kl and jsd as for forward_kl: a batch has no place for anything
 that the older weights computed, and targets other than `Hidden` are refused.
 
 There is no importance weight min(π/π_old, C). A weight for the next token would correct an estimate from the
-sampled word, where here the sum over words is exact, and would favour the positions at which the student has become
-surer. What is stale is how often a prefix occurs; the weight for that is the product over all tokens of the
-prefix, whose variance grows with every token, and which would be clipped away. The lag is kept small instead.
-"""
+sampled token, where here the sum over the vocabulary is exact, and would favour the positions at which the student has
+become surer. What is stale is how often a prefix occurs; the weight for that is the product over all tokens of the
+prefix, whose variance grows with every token, and which would be clipped away. The lag is kept small instead."""
 
 import collections
 import contextlib
@@ -51,9 +50,9 @@ class OnPolicy:
 
     prompts_per_step: int = 64
     """Training prompts of every step. Those of a file come again, in a new order, when all of them were asked: at
-    another step the student writes anew."""
+    another step the student generates anew."""
     samples_per_prompt: int = 1
-    """Responses that the student writes to each prompt of a step."""
+    """Responses that the student generates to each prompt of a step."""
     modes: ModeMix = dataclasses.field(default_factory=ModeMix)
     thinking: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(max_new_tokens=30_720))
     """How the student samples in thinking mode; temperature 1 without truncation is the policy itself."""
@@ -65,10 +64,10 @@ class OnPolicy:
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=32_768))
     """How it learns; a step has as many microbatches as its packed rollouts fill."""
     max_staleness: int = 0
-    """Updates by which the weights that write a step's rollouts lag behind those that learn from them: step n learns
+    """Updates by which the weights that generate a step's rollouts lag behind those that learn from them: step n learns
     from what the weights after max(0, n - max_staleness) updates have written. 0 is strictly on-policy; above it,
     a student on one device trains while the next rollouts are written and scored, and a teacher on devices of its own
-    scores while the student writes and trains."""
+    scores while the student generates and trains."""
     samples_every_steps: int = 25
     """Steps between rollouts that are kept for people to read."""
     start_from: str | None = None
@@ -92,8 +91,8 @@ class OnPolicy:
             )
 
     @property
-    def writing(self) -> EngineSizes:
-        """Of the engine with which the student writes."""
+    def generation(self) -> EngineSizes:
+        """Of the engine with which the student generates."""
         return EngineSizes(
             batch_size=self.prompts_per_step * self.samples_per_prompt,
             max_prompt_tokens=self.max_prompt_tokens,
@@ -101,7 +100,7 @@ class OnPolicy:
         )
 
     def check_meshes(self, name: str, mesh: Mesh, teacher_mesh: Mesh) -> None:
-        """Refuses, by the name of the stage, to write ahead where nothing would be gained by it."""
+        """Refuses, by the name of the stage, to generate ahead where nothing would be gained by it."""
         if self.max_staleness and mesh.size > 1 and teacher_mesh == mesh:
             raise UserError(
                 f"stages.{name}.max_staleness is {self.max_staleness}, but the student shares {mesh.size} devices with "
@@ -130,7 +129,7 @@ class _OwnRollouts:
         self._seed = context.stage_seed(name)
         count = stage.training.steps * stage.prompts_per_step
         self._problems = context.tasks.problems("train", count, self._seed, repeat=True)
-        self._engine = context.engine(model, stage.writing)
+        self._engine = context.engine(model, stage.generation)
         self._sample_flops = forward_flops(model.config, adapter_parameters(model))
         self._train_flops = training_flops(model.config, adapter_parameters(model))
         self._teacher_flops = forward_flops(context.load_teacher().model.config)
@@ -142,7 +141,7 @@ class _OwnRollouts:
         )
 
     def step_data(self, step: int, model: Qwen3, spent: Spent) -> StepData:
-        # Where rollouts are written ahead, these are the seconds that training waits: all else costs it nothing.
+        # Where rollouts are generated ahead, these are the seconds that training waits: all else costs it nothing.
         started = time.monotonic()
         written = self._ahead.rollouts(step, model) if self._ahead else self._write(step, step, model)
         sampled = time.monotonic()
@@ -166,7 +165,7 @@ class _OwnRollouts:
         return self._problems[first : first + self._stage.prompts_per_step]
 
     def _write(self, step: int, policy_step: int, model: Qwen3) -> Written:
-        """What `model`, the student after `policy_step` updates, writes for step `step`."""
+        """What `model`, the student after `policy_step` updates, generates for step `step`."""
         started = time.monotonic()
         rollouts = self._engine.generate(
             model,
@@ -207,7 +206,7 @@ class _OwnRollouts:
             if not isinstance(targets, Hidden):
                 raise ValueError(
                     f"targets are {type(targets).__name__}; an on-policy divergence is computed under the current "
-                    "student from Hidden targets, whoever wrote the rollouts"
+                    "student from Hidden targets, whoever generated the rollouts"
                 )
             batches.append(Batch.of(part, targets))
         if self._context.load_teacher().mesh == self._context.mesh:

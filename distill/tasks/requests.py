@@ -14,7 +14,7 @@ from qwen3.rollout import NON_THINKING, THINKING, Mode, Rollout
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModeMix:
-    """How prompts are divided between thinking and non-thinking, and how many say so in words.
+    """How prompts are divided between thinking and non-thinking, and how many say so in the text.
 
     The forms are those of Qwen3's training data (arXiv 2505.09388, table 9): a flag `/think` or `/no_think` at the
     end of the question, or none, where the chat template alone tells the mode.

@@ -1,4 +1,4 @@
-"""Worked thinking for sums and products: written for the teacher to learn, checked in what the student writes.
+"""Worked thinking for sums and products: written for the teacher to learn, checked in what the student generates.
 
 An exact answer can follow wrong working, so the report shows both.
 """

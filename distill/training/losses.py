@@ -14,7 +14,7 @@ from qwen3.errors import UserError
 from qwen3.sharding import BATCH, RULES, partition_spec
 from teacher.targets import AtIds, Hidden, Sampled, Targets, TopK
 
-(_WORDS_AXIS,) = RULES["vocab"]
+(_VOCAB_AXIS,) = RULES["vocab"]
 
 
 class Options(TypedDict):
@@ -22,7 +22,7 @@ class Options(TypedDict):
 
     block_tokens: int | None
     block_vocab: int | None
-    words_axis: str | None
+    vocab_axis: str | None
     implementation: Implementation | None
 
 
@@ -30,8 +30,8 @@ class Options(TypedDict):
 class Loss:
     """Which divergence from the teacher's distribution p to the student's q a stage minimises."""
 
-    # reverse_kl over `TopK` targets sees only the teacher's words: what the student puts outside them is penalised as
-    # one lump (the tail), not word by word, as it is over `Hidden` or `AtIds` targets.
+    # reverse_kl over `TopK` targets sees only the teacher's tokens: what the student puts outside them is penalised as
+    # one lump (the tail), not token by token, as it is over `Hidden` or `AtIds` targets.
     name: DivergenceName = "forward_kl"
     """forward_kl = KL(p‖q): cover all that the teacher would say. reverse_kl = KL(q‖p): say nothing that it would not.
     jsd = weight·KL(p‖m) + (1-weight)·KL(q‖m) with m = weight·p + (1-weight)·q. skew_kl = KL(p‖m): a forward KL with a
@@ -72,9 +72,10 @@ def distillation_loss(
       teacher_head: the teacher's output matrix, for `Hidden` targets only.
       block_tokens, block_vocab: memory against speed, see `linear_kl_full`; on a mesh, of each device.
       implementation: which `linear_kl` to use, see there; None picks.
-      mesh: on it heads lie as weights do. Devices along the tensor axis share the words; each gathers its own words
+      mesh: on it heads lie as weights do. Devices along the tensor axis share the vocabulary; each gathers its own
+      tokens
         of both heads once, in the dtype of computing, and works on its rows, and the gradient of the head is added up
-        once, in the head's own dtype. So beside what `linear_kl_full` takes a device holds its words of both heads and
+        once, in the head's own dtype. So beside what `linear_kl_full` takes a device holds its tokens of both heads and
         of a float32 gradient: for t devices along the tensor axis and a bfloat16 model, V/t · (6·D + 2·Dt) bytes. The
         work of the reference XLA divides as the arrays lie.
 
@@ -91,13 +92,13 @@ def distillation_loss(
     options: Options = {
         "block_tokens": block_tokens,
         "block_vocab": block_vocab,
-        "words_axis": None if mesh is None else _WORDS_AXIS,
+        "vocab_axis": None if mesh is None else _VOCAB_AXIS,
         "implementation": implementation,
     }
     run = functools.partial(_loss, loss=loss, options=options)
     if mesh is None:
         if implementation != "reference":
-            # In the dtype of computing, in which words are written too: float32 products are slow on accelerators.
+            # In the dtype of computing, in which the engine generates too: float32 products are slow on accelerators.
             head = head.astype(hidden.dtype)
             if teacher_head is not None and isinstance(targets, Hidden):
                 teacher_head = teacher_head.astype(targets.hidden.dtype)
@@ -125,8 +126,8 @@ def distillation_loss(
     )(hidden, head, targets, weights, teacher_head)
 
 
-def _whole_rows(head: Float[Array, "words part"], dtype: Any) -> Float[Array, "words D"]:
-    """A device's words of a head, gathered in `dtype` from the devices that have parts of each."""
+def _whole_rows(head: Float[Array, "V part"], dtype: Any) -> Float[Array, "V D"]:
+    """A device's tokens of a head, gathered in `dtype` from the devices that have parts of each."""
     return jax.lax.all_gather(head.astype(dtype), RULES["embed"], axis=1, tiled=True)
 
 
@@ -194,9 +195,9 @@ def _loss(
 def _sampled_loss(
     hidden: Array, head: Array, targets: Sampled, weights: Array, loss: Loss, options: Options
 ) -> tuple[Array, dict[str, Array]]:
-    """The cross-entropy to the drawn words less the teacher's own entropy: on average KL(teacher‖student).
+    """The cross-entropy to the sampled tokens less the teacher's own entropy: on average KL(teacher‖student).
 
-    A single estimate can be negative. Statistics that would be of the draws and not of the teacher are absent.
+    A single estimate can be negative. Statistics that would be of the samples and not of the teacher are absent.
     """
     if loss.name != "forward_kl":
         raise ValueError(f"loss {loss.name} over Sampled targets is not right on average; only forward_kl is")
@@ -210,7 +211,7 @@ def _sampled_loss(
         divergence=loss.divergence,
         **options,
     )
-    # The op's teacher is the drawn distribution; what its entropy is off by does not depend on the student.
+    # The op's teacher is the sampled distribution; what its entropy is off by does not depend on the student.
     excess = jnp.where(weights == 0, 0, stats["teacher_entropy"] - targets.entropy)
     return total + jnp.sum(weights * excess), {
         "divergence": stats["divergence"] + excess,

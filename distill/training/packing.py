@@ -1,7 +1,7 @@
 """Rollouts of any length become batches of one shape, so that nothing recompiles and little of a row is padding.
 
 Two doors to the same dictionary of arrays: `packed_batches` reads a source over and over (off-policy, SFT) and can be
-saved and restored between batches; `pack_rollouts` lays out the rollouts that the student has just written.
+saved and restored between batches; `pack_rollouts` lays out the rollouts that the student has just generated.
 
 A batch holds, for B rows of length T: `tokens`, `positions` (0, 1, … inside each document), `segment_ids` (1, 2, …
 in each row; 0 is padding) int32, `loss_mask` bool, `mode` uint8 (1 thinking, 0 non-thinking), and whatever other
@@ -52,7 +52,7 @@ def rollout_example(rollout: Rollout, **per_token: np.ndarray) -> Example:
 def scored_example(record: ScoredRollout) -> Example:
     """The arrays of a rollout and of its targets: target_ids, target_logprobs, target_log_tail.
 
-    Of drawn words also target_entropy.
+    Of sampled tokens also target_entropy.
     """
     drawn = {} if record.entropy is None else {"target_entropy": record.entropy}
     return rollout_example(

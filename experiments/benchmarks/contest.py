@@ -43,7 +43,7 @@ class Measured:
     others_cores: tuple[float, ...]
     """What other processes took meanwhile."""
     sampling_seconds: tuple[float, ...]
-    """Of each step, where its student writes and trains."""
+    """Of each step, where its student generates and trains."""
     first_loss: float | None
     """Equal models on equal rows must agree about it."""
     peak_rss_mb_before: float

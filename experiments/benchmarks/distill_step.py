@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.distill_step --size vocab --mode off
 
 prints one line of JSON. `off`: rows of random tokens, forward KL, every position trained. `on`: the student first
-writes the continuations of random prompts at temperature 1, then reverse KL on what it wrote.
+generates the continuations of random prompts at temperature 1, then reverse KL on what it generated.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Distillation:
     """A student that learns from a live teacher, step by step."""
 
     def __init__(self, teacher: Qwen3, student: Qwen3, *, rows: int, sequence_tokens: int, prompt_tokens: int | None):
-        """Off-policy where `prompt_tokens` is None; else the student writes all that follows so many tokens."""
+        """Off-policy where `prompt_tokens` is None; else the student generates all that follows so many tokens."""
         self._prompt_tokens = prompt_tokens
         mesh = make_mesh(MeshShape(data=1), jax.devices()[:1])
         self._scorer = Scorer(teacher, mesh)
@@ -79,7 +79,7 @@ class Distillation:
         return Done(loss=result.metrics["loss"], sampling_seconds=sampling_seconds)
 
     def _batch(self, tokens: Int[np.ndarray, "B T"]) -> Batch:
-        """Every position with a next token is trained; on-policy those whose next token the student wrote."""
+        """Every position with a next token is trained; on-policy those whose next token the student generated."""
         length = tokens.shape[1]
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
         first = 0 if self._prompt_tokens is None else self._prompt_tokens - 1
@@ -116,10 +116,10 @@ def measure(size: Size, arguments: Arguments) -> dict[str, Any]:
         prompt_tokens=size.prompt_tokens if on_policy else None,
     )
     before = peak_rss_mb()
-    words = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     seconds, done = [], []
     for _ in range(arguments.steps):
-        tokens = words.integers(16, size.student.vocab_size, (size.batch_size, size.sequence_tokens), dtype=np.int32)
+        tokens = random.integers(16, size.student.vocab_size, (size.batch_size, size.sequence_tokens), dtype=np.int32)
         started = time.perf_counter()
         done.append(distillation.step(tokens))
         seconds.append(time.perf_counter() - started)

@@ -246,7 +246,8 @@ def _experts(model: Model) -> Iterator[Case]:
 
 
 def _linear_kl(model: Model) -> Iterator[Case]:
-    """Over all words, and over those of one device where four of a mesh share them. The largest is as wide as 8B."""
+    """Over the whole vocabulary, and over the part of one device where four of a mesh share them. The largest is as
+    wide as 8B."""
     if model.name == LARGEST:
         yield from _linear_kl_over(WIDEST_STUDENT, VOCABULARY)
         return
@@ -255,8 +256,8 @@ def _linear_kl(model: Model) -> Iterator[Case]:
 
 
 def _linear_kl_over(model: Model, vocabulary: int) -> Iterator[Case]:
-    """8,192 tokens of a student against the hidden states of 235B-A22B, or against its 64 likeliest words."""
-    tokens, words, teacher_width, forward = 8192, 64, MODELS[-1].width, Divergence("forward_kl")
+    """8,192 tokens of a student against the hidden states of 235B-A22B, or against its 64 likeliest tokens."""
+    tokens, top_k, teacher_width, forward = 8192, 64, MODELS[-1].width, Divergence("forward_kl")
 
     def full(hidden: Array, head: Array, *constants: Array, implementation: Implementation) -> Array:
         return linear_kl_full(hidden, head, *constants, divergence=forward, implementation=implementation)[0]
@@ -273,8 +274,8 @@ def _linear_kl_over(model: Model, vocabulary: int) -> Iterator[Case]:
 
     def sample_at_ids(key: Array) -> tuple[Array, ...]:
         hidden, head = _normal(key, (tokens, model.width), (vocabulary, model.width))
-        ids = jnp.broadcast_to(jnp.arange(words) * (vocabulary // 76), (1, tokens, words))
-        logprobs = jnp.full((1, tokens, words), jnp.log(0.9 / words))
+        ids = jnp.broadcast_to(jnp.arange(top_k) * (vocabulary // 76), (1, tokens, top_k))
+        logprobs = jnp.full((1, tokens, top_k), jnp.log(0.9 / top_k))
         weights = jnp.full((1, tokens), 1 / tokens, jnp.float32)
         return hidden[None], head * 0.02, ids, logprobs, jnp.full((1, tokens), jnp.log(0.1)), weights
 
@@ -282,7 +283,7 @@ def _linear_kl_over(model: Model, vocabulary: int) -> Iterator[Case]:
     own, teachers = product * model.width, product * teacher_width
     for operation, function, sample, extra in (
         ("linear_kl hidden states", full, sample_full, teachers),
-        ("linear_kl 64 words", at_ids, sample_at_ids, 0),
+        ("linear_kl top 64", at_ids, sample_at_ids, 0),
     ):
         shape = f"{model.name}, {tokens:,} × {vocabulary:,}"
         subset = model.name == "8B" and function is at_ids and vocabulary == VOCABULARY

@@ -8,9 +8,8 @@ alone and cannot show a gain. Here a device is one core that takes one program a
 next to nothing and then counts in a loop, which has one thread, for the time that it is said to take; what the teacher
 reads waits for what it said before; and a thread of its own dispatches the teacher's programs, since on CPU those of
 one thread begin in the order of their dispatch, whichever device they are for. All else is the product's own: scorer,
-transfer between meshes, rollouts written ahead from one thread, as they are where meshes have several devices, and the
-train step.
-"""
+transfer between meshes, rollouts generated ahead from one thread, as they are where meshes have several devices, and
+the train step."""
 
 import dataclasses
 import json
@@ -56,7 +55,7 @@ class Arguments:
     """The teacher's device is busy so long with a microbatch."""
     train_seconds: float = 0.1
     """So long the student's."""
-    write_seconds: float = 0.2
+    generate_seconds: float = 0.2
     """So long the student's with the rollouts of an on-policy step."""
     rounds: int = 8
     """Each way is measured once in a round."""
@@ -135,7 +134,7 @@ class Steps:
         }
 
     def ahead(self, steps: int) -> Callable[[], None]:
-        """Each of so many steps trains on what older weights wrote, as the on-policy stage does with a lag of 1."""
+        """Each of so many steps trains on what older weights generated, as the on-policy stage does with a lag of 1."""
         written = WrittenAhead(1, steps, lambda *_: self._write(), lambda _: self._score(self._own), threads=False)
         numbers = iter(range(steps))
 
@@ -154,7 +153,7 @@ class Steps:
         self._train(self._scored(scorer) if scorer is self._colocated else self._score(scorer))
 
     def _write(self) -> Written:
-        seconds = self._asked.write_seconds
+        seconds = self._asked.generate_seconds
         begin = jax.device_put(np.float32(0.5), self._mesh.devices.flat[0])
         counted(begin, int(seconds * self._rounds_per_second)).block_until_ready()
         return Written(rollouts=[], seconds=seconds)
@@ -181,8 +180,8 @@ class Steps:
         self._state, _ = self._train_step(self._state, batches)
 
 
-def _rows(words: int, count: int) -> list[dict[str, np.ndarray]]:
-    tokens = np.random.default_rng(0).integers(0, words, (count, *_SHAPE)).astype(np.int32)
+def _rows(vocabulary: int, count: int) -> list[dict[str, np.ndarray]]:
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (count, *_SHAPE)).astype(np.int32)
     positions = np.broadcast_to(np.arange(_SHAPE[1], dtype=np.int32), _SHAPE)
     rest = {"positions": positions, "segment_ids": np.ones_like(positions), "loss_mask": positions < _SHAPE[1] - 1}
     return [{"tokens": one, "mode": np.zeros(_SHAPE, np.uint8), **rest} for one in tokens]
@@ -191,7 +190,7 @@ def _rows(words: int, count: int) -> list[dict[str, np.ndarray]]:
 def ideals(asked: Arguments) -> Mapping[str, tuple[float, float]]:
     """By way, the seconds of a step if nothing but the devices' own time counted, and that time of both devices."""
     score, train = (asked.microbatches * each for each in (asked.score_seconds, asked.train_seconds))
-    both, written = score + train, asked.write_seconds
+    both, written = score + train, asked.generate_seconds
     # The first microbatch is scored before any is trained on, the last one trained on after all are scored.
     piped = asked.score_seconds + asked.train_seconds + max(score - asked.score_seconds, train - asked.train_seconds)
     return {
@@ -202,7 +201,7 @@ def ideals(asked: Arguments) -> Mapping[str, tuple[float, float]]:
         "own meshes": (piped, both),
         "on-policy, colocated": (written + both, written + both),
         "on-policy, own meshes": (written + piped, written + both),
-        "on-policy, own meshes, written ahead": (max(score, written + train), written + both),
+        "on-policy, own meshes, generated ahead": (max(score, written + train), written + both),
     }
 
 
@@ -228,7 +227,7 @@ def measure(asked: Arguments, devices: list[jax.Device]) -> Iterator[dict[str, A
     """A row for each way, on two devices."""
     steps = Steps(asked, *own_mesh(MeshShape(data=1), MeshShape(data=1), devices))
     # One to compile, and no step is the last, which would have nothing to write for later ones.
-    ways = steps.ways() | {"on-policy, own meshes, written ahead": steps.ahead(asked.rounds + 2)}
+    ways = steps.ways() | {"on-policy, own meshes, generated ahead": steps.ahead(asked.rounds + 2)}
     for step in ways.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -1,7 +1,7 @@
 """How far a plan is from what programs take: memory, FLOPs and time of every program that a step runs, on this machine.
 
     python -m experiments.benchmarks.plan_error --size vocab
-    python -m experiments.benchmarks.plan_error --size 0.6b --only "on_policy: student writes"
+    python -m experiments.benchmarks.plan_error --size 0.6b --only "on_policy: student generates"
 
 prints a Markdown table. The machine's two roofs are measured first: a product of large matrices, and a copy. Each
 program runs in a process of its own. Memory is what the process grows by while the program runs, beside its
@@ -50,7 +50,7 @@ from qwen3.generation.sampling import SamplingParams
 from student.init import FromScratch
 
 _TOKENIZER = str(Path(__file__).parents[1] / "quickstart_tokenizer")
-# A model in real proportions, that takes seconds a token: of a run on CPU its student's writing can be measured.
+# A model in real proportions, that takes seconds a token: of a run on CPU its student's generation can be measured.
 _SMALLEST_QWEN3 = ModelConfig.from_folder(Path(__file__).parents[1] / "qwen3_configs" / "Qwen3-0.6B-Base")
 _SIZES = {
     **SIZES,
@@ -113,7 +113,7 @@ def main(arguments: Arguments) -> None:
             if name.startswith("evaluation") or arguments.only not in name:
                 continue
             # The program alone would end at once, where no sequence is under way.
-            how = measure_writing if name.endswith("writes") else measure
+            how = measure_generation if name.endswith("writes") else measure
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
                 print(_row(alone.submit(how, arguments.size, folder, name, here).result()), flush=True)
 
@@ -167,8 +167,8 @@ def measure(size: str, folder: str, name: str, here: Machine) -> Measured:
     return _measured(program, _experiment(size, folder), here, found, grown, took)
 
 
-def measure_writing(size: str, folder: str, name: str, here: Machine) -> Measured:
-    """Have the engine write as many tokens as the size has, and one; the difference is what all others take."""
+def measure_generation(size: str, folder: str, name: str, here: Machine) -> Measured:
+    """Have the engine generate as many tokens as the size has, and one; the difference is what all others take."""
     program = next(one for one in _programs(size, folder) if one.name == name)
     work, model = _SIZES[size], Qwen3(program.model, jax.random.key(0))
     prompts = np.ones((program.rows, work.prompt_tokens), np.int32)

@@ -41,21 +41,21 @@ TARGETS = {
 }
 STUDENT_PROGRAMS = (
     "off_policy: student trains",
-    "on_policy: student reads",
-    "on_policy: student writes",
+    "on_policy: student prefills",
+    "on_policy: student generates",
     "on_policy: student trains",
     "on_policy: student updates",
 )
 TEACHER_PROGRAMS = (
-    "off_policy: teacher reads",
-    "off_policy: teacher writes",
+    "off_policy: teacher prefills",
+    "off_policy: teacher generates",
     "off_policy: teacher scores",
     "on_policy: teacher scores",
 )
 WITH_TEACHER = ("qwen3_235b_to_8b", "qwen3_32b_to_1_7b")
 """Experiments whose teacher's programs are compiled; the others' are the same."""
-SHARED_WORDS = "qwen3_32b_to_1_7b"
-"""An experiment in which four devices share the words of the loss."""
+SHARED_VOCABULARY = "qwen3_32b_to_1_7b"
+"""An experiment in which four devices share the vocabulary of the loss."""
 SUBSET = {("qwen3_235b_to_8b", "on_policy: student trains"): ("h100:8x8",)}
 
 
@@ -80,7 +80,7 @@ class ProgramCase:
 
 
 def cases() -> Iterator[ProgramCase]:
-    """The 235B teacher's scoring and a 0.6B student's writing by themselves, then the experiments' programs."""
+    """The 235B teacher's scoring and a 0.6B student's generation by themselves, then the experiments' programs."""
     scored = f"{SCORED_ROWS} × {SCORED_TOKENS:,}, top {SCORED_ENTRIES}"
     yield ProgramCase(
         operation="235B-A22B scores",
@@ -119,11 +119,11 @@ def cases() -> Iterator[ProgramCase]:
         program=functools.partial(writing, kernels=False),
     )
     yield ProgramCase(
-        operation=SHARED_WORDS,
+        operation=SHARED_VOCABULARY,
         shape="off_policy: student trains, attention and loss by kernels",
-        targets=TARGETS[SHARED_WORDS],
+        targets=TARGETS[SHARED_VOCABULARY],
         program=functools.partial(
-            of_experiment, SHARED_WORDS, "off_policy: student trains", named=("attention", "linear_kl")
+            of_experiment, SHARED_VOCABULARY, "off_policy: student trains", named=("attention", "linear_kl")
         ),
     )
     for experiment, targets in TARGETS.items():
@@ -172,11 +172,11 @@ def writing(devices: list[Any], *, kernels: bool) -> Program:
     programs = engine.programs(model, [SamplingParams(max_new_tokens=NEW_TOKENS)])
     return Program(
         stage="writing",
-        purpose="student_writes",
+        purpose="student_generates",
         model=model.config,
-        function=programs.write,
-        arguments=programs.write_arguments,
-        options=programs.write_options,
+        function=programs.decode,
+        arguments=programs.decode_arguments,
+        options=programs.decode_options,
         mesh=mesh,
         rows=WRITTEN_ROWS,
         length=PROMPT_TOKENS + NEW_TOKENS,

@@ -5,10 +5,9 @@
 
 prints one line of JSON for each text and each way to keep the weights. Texts are answers to held-out problems of the
 quickstart in both modes, written by its teacher, kept and computed in bfloat16, and by its student before it is taught;
-only words that the writer chose count. float32 stands beside the eight bits to show how far bfloat16's own rounding
-goes. With `--random` a wider MoE of random weights reads random words instead: its answers are close to uniform, so it
-shows what rounding does at its width, and nothing about a trained model.
-"""
+only tokens that the policy chose count. float32 stands beside the eight bits to show how far bfloat16's own rounding
+goes. With `--random` a wider MoE of random weights scores random tokens instead: its answers are close to uniform, so
+it shows what rounding does at its width, and nothing about a trained model."""
 
 import dataclasses
 import functools
@@ -73,7 +72,7 @@ class Arguments:
     problems: int = 200
     """Held-out problems, each asked in both modes."""
     random: bool = False
-    """Take random weights of a wider MoE, and random words."""
+    """Take random weights of a wider MoE, and random tokens."""
 
 
 def main(arguments: Arguments) -> None:
@@ -84,15 +83,15 @@ def main(arguments: Arguments) -> None:
 def quickstart(problems: int) -> Iterator[dict[str, Any]]:
     """The rows of the teacher that the repository carries, with what every kind of weights solves itself."""
     exact, student = load(TEACHER, _EXACT), load(STUDENT, _EXACT)
-    teacher_writes, student_writes = Solving(exact.config, problems), Solving(student.config, problems)
-    texts = {mode: (teacher_writes.write(exact, mode), student_writes.write(student, mode)) for mode in MODES}
+    teacher_generates, student_generates = Solving(exact.config, problems), Solving(student.config, problems)
+    texts = {mode: (teacher_generates.write(exact, mode), student_generates.write(student, mode)) for mode in MODES}
     for mode, (own, _) in texts.items():
-        yield _row("quickstart_teacher", _EXACT, exact) | {"mode": mode} | teacher_writes.solved(own)
+        yield _row("quickstart_teacher", _EXACT, exact) | {"mode": mode} | teacher_generates.solved(own)
     for kept in _OTHERS:
         model = load(TEACHER, kept)
         for mode, (own, students) in texts.items():
             row = _row("quickstart_teacher", kept, model) | {"mode": mode}
-            solved = teacher_writes.solved(teacher_writes.write(model, mode))
+            solved = teacher_generates.solved(teacher_generates.write(model, mode))
             yield row | {"text_of": "teacher"} | differences(exact, model, *padded(own)) | solved
             yield row | {"text_of": "student"} | differences(exact, model, *padded(students))
 
@@ -118,7 +117,7 @@ def load(folder: str, kept: str) -> Qwen3:
 
 def differences(exact: Qwen3, model: Qwen3, tokens: np.ndarray, mask: np.ndarray) -> dict[str, float | int]:
     """KL(exact ‖ model) over the whole vocabulary at the positions of `mask`, in nats, and how often both name the same
-    word first."""
+    token first."""
     statistics = jax.device_get(_compared(exact, model, tokens.astype(np.int32), mask.astype(np.float32)))
     divergence = statistics["divergence"][mask]
     return {

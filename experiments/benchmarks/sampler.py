@@ -1,4 +1,4 @@
-"""How fast a student writes: random weights, no stop tokens, a fixed number of new tokens at temperature 1.
+"""How fast a student generates: random weights, no stop tokens, a fixed number of new tokens at temperature 1.
 
     python -m experiments.benchmarks.sampler --size tiny --batch 64
 
@@ -32,7 +32,7 @@ class Arguments:
 
     size: Literal["tiny", "vocab"] = "tiny"
     batch: int | None = None
-    """Sequences written at once; the size's own batch if not given."""
+    """Sequences generated at once; the size's own batch if not given."""
     model: Literal["student", "teacher"] = "student"
     steps: int = 8
     """Measured calls, after one that compiles."""

@@ -16,7 +16,7 @@ class Size:
     batch_size: int
     sequence_tokens: int = 256
     prompt_tokens: int = 64
-    """Where the student writes, it goes on after so many tokens."""
+    """Where the student generates, it goes on after so many tokens."""
 
     @property
     def new_tokens(self) -> int:

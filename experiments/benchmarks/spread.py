@@ -28,7 +28,9 @@ def main(directories: Sequence[str]) -> None:
             f"| {model_name(row['model'])} | {mode_name(row['mode'])} | {_spread(shares)} | "
             f"{', '.join(f'{share:.1f}' for share in shares)} | {_spread(working) if working else ''} | {tokens:.1f} |"
         )
-    print("\n| stage | steps | GFLOP | seconds | of which teacher writes | teacher scores |\n|---|---|---|---|---|---|")
+    print(
+        "\n| stage | steps | GFLOP | seconds | of which teacher generates | teacher scores |\n|---|---|---|---|---|---|"
+    )
     for stage in reports[0]["stages"]:
         same = [next(one for one in report["stages"] if one["name"] == stage["name"]) for report in reports]
         flops = [
@@ -37,7 +39,7 @@ def main(directories: Sequence[str]) -> None:
         ]
         print(
             f"| {stage['name']} | {_mean(same, 'steps'):.0f} | {statistics.mean(flops):,.0f} | "
-            f"{_mean(same, 'device_seconds'):.0f} | {_mean(same, 'teacher_write_seconds'):.1f} | "
+            f"{_mean(same, 'device_seconds'):.0f} | {_mean(same, 'teacher_generate_seconds'):.1f} | "
             f"{_mean(same, 'teacher_score_seconds'):.1f} |"
         )
     minutes = ", ".join(f"{report['wall_seconds'] / 60:.1f}" for report in reports)

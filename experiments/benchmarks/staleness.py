@@ -1,4 +1,4 @@
-"""What writing rollouts ahead of training gains: the quickstart's on-policy stage at several lags.
+"""What generating rollouts ahead of training gains: the quickstart's on-policy stage at several lags.
 
     python -m experiments.benchmarks.staleness --lags 0 1 2 --steps 20
 

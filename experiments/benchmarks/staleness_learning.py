@@ -1,4 +1,4 @@
-"""What writing rollouts ahead of training does to what is learned: the quickstart's two stages, at a lag of choice.
+"""What generating rollouts ahead of training does to what is learned: the quickstart's two stages, at a lag of choice.
 
     for seed in 0 1 2; do for lag in 0 1; do
         python -m distill.run experiments/benchmarks/staleness_learning.py --name lag-$lag-$seed --seed $seed \

@@ -29,7 +29,7 @@ class Work:
     """What one step is; the models are Hugging Face folders that all contestants read."""
 
     mode: Mode
-    """off: forward KL on given rows. on: the student writes, then reverse KL on that. sample: it only writes."""
+    """off: forward KL on given rows. on: the student generates, then reverse KL on that. sample: it only generates."""
     teacher: str
     student: str
     tokenizer: str
@@ -53,7 +53,8 @@ class Work:
         return self.rows * (self.sequence_tokens if self.mode == "off" else self.new_tokens)
 
     def tokens(self, step: int) -> NDArray[np.int32]:
-        """Rows of uniform words [rows, sequence_tokens], of which only the prompts count where the student writes."""
+        """Rows of uniform tokens [rows, sequence_tokens], of which only the prompts count where the student
+        generates."""
         shape = (self.rows, self.sequence_tokens)
         return np.random.default_rng(step).integers(_FIRST_ID, self.vocab_size, shape, dtype=np.int32)
 

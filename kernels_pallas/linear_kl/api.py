@@ -44,7 +44,7 @@ def linear_kl_full(
     divergence: Divergence,
     block_tokens: int | None = None,
     block_vocab: int | None = None,
-    words_axis: str | None = None,
+    vocab_axis: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B T"]]]:
     """Σ weights · divergence(teacher ‖ student) over the whole vocabulary, exact.
@@ -59,7 +59,7 @@ def linear_kl_full(
         over the whole batch, so give (tokens per device) · (data shards) where B is sharded. Of "xla" alone.
       block_vocab: how many words at a time. None takes what suits a CPU's cache, and V whole elsewhere. Leave it
         whole (V) where the head is sharded over the vocabulary, or every block is gathered. Of "xla" alone.
-      words_axis: inside `shard_map`, the mesh axis whose devices have the same positions and share the words: of V
+      vocab_axis: inside `shard_map`, the mesh axis whose devices have the same positions and share the words: of V
         words in all, each has the heads' rows of its own, in order, and the ids count through all of them. Per token
         they exchange a few numbers. Each returns the whole sum and all statistics; of the derivatives by the head
         those of its own words, by the hidden states what its words add, which `shard_map` sums. Not of "reference".
@@ -85,7 +85,7 @@ def linear_kl_full(
     _require_student(hidden, head, weights)
     _require("teacher_hidden", teacher_hidden, (*hidden.shape[:2], None))
     _require("teacher_head", teacher_head, (head.shape[0], teacher_hidden.shape[2]))
-    plan = _plan(hidden, head, divergence, block_tokens, block_vocab, words_axis, implementation)
+    plan = _plan(hidden, head, divergence, block_tokens, block_vocab, vocab_axis, implementation)
     _require_kernel(plan, hidden=hidden, head=head)
     _require_kernel(plan, teacher_hidden=teacher_hidden, teacher_head=teacher_head)
     return _full(hidden, head, (teacher_hidden, teacher_head, weights), plan)
@@ -102,7 +102,7 @@ def linear_kl_at_ids(
     divergence: Divergence,
     block_tokens: int | None = None,
     block_vocab: int | None = None,
-    words_axis: str | None = None,
+    vocab_axis: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B T"]]]:
     """Σ weights · divergence between distributions over J named words and one bucket for all the others.
@@ -134,7 +134,7 @@ def linear_kl_at_ids(
         raise ValueError(f"ids has dtype {ids.dtype}; pass integer word ids")
     _require("teacher_logprobs", teacher_logprobs, ids.shape)
     _require("teacher_log_tail", teacher_log_tail, ids.shape[:2])
-    plan = _plan(hidden, head, divergence, block_tokens, block_vocab, words_axis, implementation)
+    plan = _plan(hidden, head, divergence, block_tokens, block_vocab, vocab_axis, implementation)
     _require_kernel(plan, hidden=hidden, head=head)
     if plan.kernels and ids.shape[2] > plan.kernels.MOST_NAMED:
         raise ValueError(
@@ -151,7 +151,7 @@ class _Plan:
     divergence: Divergence
     positions: xla.Blocks
     vocab: xla.Blocks
-    words_axis: str | None
+    vocab_axis: str | None
     implementation: str
 
     @property
@@ -166,7 +166,7 @@ def _with_derivative(xla_loss, kernel_loss, reference_loss):
     """A function of (hidden, head, constants, plan) whose derivatives are made in its forward pass."""
 
     def run(hidden, head, constants, plan, with_gradients):
-        options = {"divergence": plan.divergence, "words_axis": plan.words_axis, "with_gradients": with_gradients}
+        options = {"divergence": plan.divergence, "vocab_axis": plan.vocab_axis, "with_gradients": with_gradients}
         if plan.kernels:
             return kernel_loss(plan.kernels, hidden, head, *constants, **options)
         return xla_loss(hidden, head, *constants, positions=plan.positions, vocab=plan.vocab, **options)
@@ -182,7 +182,7 @@ def _with_derivative(xla_loss, kernel_loss, reference_loss):
 
     def backward(plan, gradients, cotangents):
         # What one device changes, it changes in the sum that each of the axis returns.
-        loss_cotangent = xla.summed(cotangents[0], plan.words_axis)
+        loss_cotangent = xla.summed(cotangents[0], plan.vocab_axis)
         return *(loss_cotangent.astype(gradient.dtype) * gradient for gradient in gradients), None
 
     blocked.defvjp(forward, backward)
@@ -201,13 +201,13 @@ _full = _with_derivative(xla.full, passes.full, reference.full)
 _at_ids = _with_derivative(xla.at_ids, passes.at_ids, reference.at_ids)
 
 
-def _plan(hidden, head, divergence, block_tokens, block_vocab, words_axis, implementation) -> _Plan:
+def _plan(hidden, head, divergence, block_tokens, block_vocab, vocab_axis, implementation) -> _Plan:
     implementation = choose("linear_kl", implementation, IMPLEMENTATIONS)
     for name, value in (("block_tokens", block_tokens), ("block_vocab", block_vocab)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value} must be at least 1, or None for the default")
-    if words_axis is not None and implementation == "reference":
-        raise ValueError(f"words_axis {words_axis!r} is not of implementation 'reference'; use 'xla'")
+    if vocab_axis is not None and implementation == "reference":
+        raise ValueError(f"vocab_axis {vocab_axis!r} is not of implementation 'reference'; use 'xla'")
     batch, length = hidden.shape[:2]
     vocab = head.shape[0]
     on_cpu = platform() == "cpu"
@@ -215,7 +215,7 @@ def _plan(hidden, head, divergence, block_tokens, block_vocab, words_axis, imple
         block_vocab = _cache_block(vocab) if on_cpu else vocab
     if block_tokens is None:
         # As many as for all words on one device: the fewer, the oftener the gradient of its words is read and written.
-        words = vocab if words_axis is None else vocab * jax.lax.axis_size(words_axis)
+        words = vocab if vocab_axis is None else vocab * jax.lax.axis_size(vocab_axis)
         block_tokens = (_LOGIT_BYTES_CPU if on_cpu else _LOGIT_BYTES_ACCELERATOR) // (4 * words)
         block_tokens = min(block_tokens, _CPU_BLOCK_TOKENS) if on_cpu else block_tokens
     blocks = -(-length // max(1, block_tokens // batch))
@@ -223,7 +223,7 @@ def _plan(hidden, head, divergence, block_tokens, block_vocab, words_axis, imple
         divergence=divergence,
         positions=xla.Blocks(size=length, block=-(-length // blocks)),
         vocab=xla.Blocks(size=vocab, block=min(block_vocab, vocab)),
-        words_axis=words_axis,
+        vocab_axis=vocab_axis,
         implementation=implementation,
     )
 

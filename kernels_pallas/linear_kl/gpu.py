@@ -28,7 +28,7 @@ MULTIPLE = 64  # of D: what a product sums at a time
 MOST_NAMED = 128  # what registers hold beside the logits
 _WORKERS = 2
 _STAGES = 4  # steps that are in shared memory at a time
-_BLOCK_WORDS = 128
+_BLOCK_VOCAB = 128
 _THREAD_BLOCKS = 4 * 132  # to share the work of a pass out to
 _NAMED = 32  # what a tile of float32 is a multiple of
 # What must not count lies below what the running maximum starts from: its exponential is 0 even where nothing counts.
@@ -44,7 +44,7 @@ def survey_at_ids(
     chosen, sums = _launch(
         functools.partial(_survey_at_ids_kernel, vocab=len(head)),
         pairs=((hidden, head),),
-        extra=(ids.astype(jnp.float32), rounds(ids, warpgroup.ROWS, _BLOCK_WORDS, len(head))),
+        extra=(ids.astype(jnp.float32), rounds(ids, warpgroup.ROWS, _BLOCK_VOCAB, len(head))),
         by_part=[((len(hidden), ids.shape[1]), jnp.float32), ((3, len(hidden)), jnp.float32)],
         scratch={
             "chosen_own": warpgroup.tiles(_WORKERS, warpgroup.ROWS, ids.shape[1], jnp.float32),
@@ -69,13 +69,13 @@ def slopes_at_ids(
         pairs=((hidden, head),),
         extra=(
             _named(ids, -1).astype(jnp.float32),
-            rounds(ids, warpgroup.ROWS, _BLOCK_WORDS, len(head)),
+            rounds(ids, warpgroup.ROWS, _BLOCK_VOCAB, len(head)),
             _named(gradient[:, :-1], 0),
             jnp.stack([rest_lse, gradient[:, -1]]),
             jnp.asarray(fresh, jnp.int32).reshape(1),
         ),
         whole=[((len(hidden), len(head)), hidden.dtype)],
-        scratch={"slopes_own": warpgroup.tiles(_WORKERS, warpgroup.ROWS, _BLOCK_WORDS)},
+        scratch={"slopes_own": warpgroup.tiles(_WORKERS, warpgroup.ROWS, _BLOCK_VOCAB)},
     )
     return slopes.T[:vocab]
 
@@ -121,7 +121,7 @@ def slopes_full(
         whole=[((len(hidden), len(head)), hidden.dtype)] if with_slopes else [],
         scratch={
             "sums_own": plgpu.SMEM((_WORKERS, 2, warpgroup.ROWS), jnp.float32),
-            "slopes_own": warpgroup.tiles(_WORKERS, warpgroup.ROWS, _BLOCK_WORDS),
+            "slopes_own": warpgroup.tiles(_WORKERS, warpgroup.ROWS, _BLOCK_VOCAB),
         },
     )
     return *sums.sum(0), slopes[0].T[:vocab] if slopes else None
@@ -211,8 +211,8 @@ class _Block:
     are not its own."""
 
     def __init__(self, number: Any, words: int):
-        self.begin = number * _BLOCK_WORDS
-        self.first = jnp.minimum(self.begin, words - _BLOCK_WORDS)
+        self.begin = number * _BLOCK_VOCAB
+        self.first = jnp.minimum(self.begin, words - _BLOCK_VOCAB)
         self.number = number
 
     def index(self, shape: tuple[int, ...]) -> Array:
@@ -225,14 +225,14 @@ class _Place:
 
     def __init__(self, hidden: Sequence[Any], heads: Sequence[Any], tiles: dict[str, Any], parts: int):
         self._hidden, self._heads = hidden, heads
-        self._row_tiles, self._word_tiles, self._ready, self._free = (
-            tiles.pop(name) for name in ("row_tiles", "word_tiles", "ready", "free")
+        self._row_tiles, self._vocab_tiles, self._ready, self._free = (
+            tiles.pop(name) for name in ("row_tiles", "vocab_tiles", "ready", "free")
         )
         self.part, self._tile = jax.lax.axis_index("part"), jax.lax.axis_index("tile")
         self.worker = jax.lax.axis_index("worker")
         self.row_tile = self._tile * _WORKERS + jnp.minimum(self.worker, _WORKERS - 1)
         self.rows = pl.ds(self.row_tile * warpgroup.ROWS, warpgroup.ROWS)
-        blocks = pl.cdiv(heads[0].shape[0], _BLOCK_WORDS)
+        blocks = pl.cdiv(heads[0].shape[0], _BLOCK_VOCAB)
         self._begin = self.part * pl.cdiv(blocks, parts)
         self._end = jnp.minimum(self._begin + pl.cdiv(blocks, parts), blocks)
         self._steps = [x.shape[1] // MULTIPLE for x in hidden]
@@ -247,12 +247,12 @@ class _Place:
                 def multiply(i: Any, total: Array, done: Any = done) -> Array:
                     slot = jax.lax.rem(done + i, _STAGES)
                     plgpu.barrier_wait(self._ready.at[slot])
-                    own, words = self._row_tiles.at[slot * _WORKERS + self.worker], self._word_tiles.at[slot]
+                    own, words = self._row_tiles.at[slot * _WORKERS + self.worker], self._vocab_tiles.at[slot]
                     total = warpgroup.add_product_of_tiles(total, own, words, transpose_b=True)
                     plgpu.barrier_arrive(self._free.at[slot])
                     return total
 
-                zero = warpgroup.full(0, (warpgroup.ROWS, _BLOCK_WORDS))
+                zero = warpgroup.full(0, (warpgroup.ROWS, _BLOCK_VOCAB))
                 logits.append(jax.lax.fori_loop(0, steps, multiply, zero))
                 done += steps
             return step(_Block(number, self._heads[0].shape[0]), carry, *logits)
@@ -264,7 +264,7 @@ class _Place:
 
         @pl.loop(self._begin, self._end)
         def _(number: Any) -> None:
-            words = pl.ds(_Block(number, self._heads[0].shape[0]).first, _BLOCK_WORDS)
+            words = pl.ds(_Block(number, self._heads[0].shape[0]).first, _BLOCK_VOCAB)
             done = (number - self._begin) * sum(self._steps)
             for hidden, head, steps in zip(self._hidden, self._heads, self._steps, strict=True):
 
@@ -276,7 +276,7 @@ class _Place:
                         rows = pl.ds((self._tile * _WORKERS + worker) * warpgroup.ROWS, warpgroup.ROWS)
                         own = self._row_tiles.at[slot * _WORKERS + worker]
                         plgpu.copy_gmem_to_smem(hidden.at[rows, inner], own, self._ready.at[slot])
-                    plgpu.copy_gmem_to_smem(head.at[words, inner], self._word_tiles.at[slot], self._ready.at[slot])
+                    plgpu.copy_gmem_to_smem(head.at[words, inner], self._vocab_tiles.at[slot], self._ready.at[slot])
 
                 done += steps
 
@@ -293,7 +293,7 @@ class _Place:
     def store_tile(self, block: _Block, values: Array, own: Any, target: Any) -> None:
         own[self.worker] = values.astype(own.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own.at[self.worker], target.at[self.rows, pl.ds(block.first, _BLOCK_WORDS)])
+        plgpu.copy_smem_to_gmem(own.at[self.worker], target.at[self.rows, pl.ds(block.first, _BLOCK_VOCAB)])
         # The next block takes the same tile.
         plgpu.wait_smem_to_gmem(0)
 
@@ -311,13 +311,13 @@ def _each_round(at: _Place, block: _Block, ids: Any, rounds: Any, look: Callable
     """
     begin = block.begin.astype(jnp.float32)
     named = warpgroup.load_matrix(ids, (at.rows,))
-    left = jnp.where((named >= begin) & (named < begin + _BLOCK_WORDS), named, -1)
+    left = jnp.where((named >= begin) & (named < begin + _BLOCK_VOCAB), named, -1)
 
     def body(_: Any, carry: Any) -> Any:
         left, inner = carry
         current = jnp.max(left, axis=1)
         own = left == warpgroup.spread(current, left.shape, 0)
-        shape = (warpgroup.ROWS, _BLOCK_WORDS)
+        shape = (warpgroup.ROWS, _BLOCK_VOCAB)
         hit = block.index(shape).astype(jnp.float32) == warpgroup.spread(current, shape, 0)
         return jnp.where(own, -1, left), look(hit, own, inner)
 
@@ -364,7 +364,7 @@ def _launch(
     Results are given as shape and dtype; of those in `by_part` each part of the vocabulary has one of its own.
     """
     hidden, heads = zip(*((hidden, _at_least_a_block(head)) for hidden, head in pairs), strict=True)
-    tiles, blocks = len(hidden[0]) // (_WORKERS * warpgroup.ROWS), pl.cdiv(len(heads[0]), _BLOCK_WORDS)
+    tiles, blocks = len(hidden[0]) // (_WORKERS * warpgroup.ROWS), pl.cdiv(len(heads[0]), _BLOCK_VOCAB)
     parts = pl.cdiv(blocks, pl.cdiv(blocks, min(blocks, max(1, _THREAD_BLOCKS // tiles))))
 
     def body(*refs: Any, **tiles: Any) -> None:
@@ -388,7 +388,7 @@ def _launch(
         scratch_types=scratch
         | {
             "row_tiles": warpgroup.tiles(_STAGES * _WORKERS, warpgroup.ROWS, MULTIPLE),
-            "word_tiles": warpgroup.tiles(_STAGES, _BLOCK_WORDS, MULTIPLE),
+            "vocab_tiles": warpgroup.tiles(_STAGES, _BLOCK_VOCAB, MULTIPLE),
             "ready": plgpu.Barrier(num_arrivals=_WORKERS + 1, num_barriers=_STAGES),
             "free": plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_STAGES),
         },
@@ -401,12 +401,12 @@ def _launch(
 
 
 def _at_least_a_block(head: Float[Array, "V D"]) -> Float[Array, "_ D"]:
-    return jnp.pad(head, ((0, max(0, _BLOCK_WORDS - len(head))), (0, 0)))
+    return jnp.pad(head, ((0, max(0, _BLOCK_VOCAB - len(head))), (0, 0)))
 
 
 def _whole_blocks(head: Float[Array, "V D"]) -> Float[Array, "_ D"]:
     """Nothing is copied of a part of a large vocabulary, which has them."""
-    return jnp.pad(head, ((0, -len(head) % _BLOCK_WORDS), (0, 0)))
+    return jnp.pad(head, ((0, -len(head) % _BLOCK_VOCAB), (0, 0)))
 
 
 def _named(array: Array, filling: int) -> Array:

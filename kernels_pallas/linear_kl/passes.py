@@ -32,19 +32,19 @@ _PART_BYTES = 256 * 2**20  # of the derivatives by the logits of one part of the
 _PART = 512  # what the words of a part are a multiple of, unless it is the whole vocabulary
 
 
-def full(kernels, hidden, head, teacher_hidden, teacher_head, weights, *, divergence, words_axis, with_gradients):
+def full(kernels, hidden, head, teacher_hidden, teacher_head, weights, *, divergence, vocab_axis, with_gradients):
     """As `xla.full`, by the kernels of a backend."""
     weight = _tokens(weights, 0).astype(jnp.float32)
     live = weight != 0
     h, th = (jnp.where(live[:, None], _tokens(x, 0), 0) for x in (hidden, teacher_hidden))
-    student, teacher, student_at_top = survey_over(words_axis, *kernels.survey_full(h, head, th, teacher_head))
+    student, teacher, student_at_top = survey_over(vocab_axis, *kernels.survey_full(h, head, th, teacher_head))
     rows = jnp.stack([student.log(), teacher.log(), weight, jnp.zeros_like(weight)])
     gradients = None
     if not with_gradients or not divergence.slopes_cancel:
         value, slope_sum, _ = kernels.slopes_full(
             h, head, th, teacher_head, rows, 0, divergence=divergence, with_slopes=False
         )
-        rows = rows.at[3].set(summed(slope_sum, words_axis))
+        rows = rows.at[3].set(summed(slope_sum, vocab_axis))
     if with_gradients:
 
         def part(words: Blocks, index, value):
@@ -56,7 +56,7 @@ def full(kernels, hidden, head, teacher_hidden, teacher_head, weights, *, diverg
 
         gradients, value = _gradients(part, h, (head, teacher_head), jnp.zeros_like(weight), hidden.shape)
     stats = {
-        "divergence": summed(value, words_axis),
+        "divergence": summed(value, vocab_axis),
         "student_entropy": student.entropy(),
         "teacher_entropy": teacher.entropy(),
         "top1_agreement": (student_at_top >= student.top).astype(value.dtype),
@@ -65,7 +65,7 @@ def full(kernels, hidden, head, teacher_hidden, teacher_head, weights, *, diverg
 
 
 def at_ids(
-    kernels, hidden, head, ids, teacher_logprobs, teacher_log_tail, weights, *, divergence, words_axis, with_gradients
+    kernels, hidden, head, ids, teacher_logprobs, teacher_log_tail, weights, *, divergence, vocab_axis, with_gradients
 ):
     """As `xla.at_ids`, by the kernels of a backend."""
     weight = _tokens(weights, 0).astype(jnp.float32)
@@ -74,9 +74,9 @@ def at_ids(
     named = jnp.where(live[:, None], _tokens(ids, -1), -1).astype(jnp.int32)
     lp = jnp.where(named < 0, -jnp.inf, _tokens(teacher_logprobs, 0).astype(jnp.float32))
     lp_tail = jnp.where(live, _tokens(teacher_log_tail, 0).astype(jnp.float32), 0)
-    own = own_ids(named, len(head), words_axis)
+    own = own_ids(named, len(head), vocab_axis)
     chosen, rest = kernels.survey_at_ids(h, head, own)
-    chosen, rest = largest(jnp.where(own < 0, -jnp.inf, chosen), words_axis), rest.over(words_axis)
+    chosen, rest = largest(jnp.where(own < 0, -jnp.inf, chosen), vocab_axis), rest.over(vocab_axis)
     lp = jnp.concatenate([lp, lp_tail[:, None]], -1)
     gradient, stats = over_buckets(divergence, named, lp, chosen, rest, weight)
     gradients = None
@@ -114,8 +114,8 @@ def _gradients(part, hidden: Float[Array, "M D"], heads: tuple[Float[Array, "V _
     The gradient by a head is by the first; `shape` is that of the hidden states before they were put in one axis.
     """
     head = heads[0]
-    word_bytes = len(hidden) * hidden.dtype.itemsize + sum(x.shape[1] * x.dtype.itemsize for x in heads)
-    most = max(1, _PART_BYTES // (word_bytes * _PART))
+    entry_bytes = len(hidden) * hidden.dtype.itemsize + sum(x.shape[1] * x.dtype.itemsize for x in heads)
+    most = max(1, _PART_BYTES // (entry_bytes * _PART))
     parts = -(-len(head) // (most * _PART))
     words = Blocks(size=len(head), block=min(len(head), -(-len(head) // (parts * _PART)) * _PART))
     dtype, precision = accumulator(hidden), lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None

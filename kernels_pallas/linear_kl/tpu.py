@@ -26,9 +26,9 @@ MULTIPLE = 1  # of D
 MOST_NAMED = 256  # what fast memory holds beside the blocks
 _LANES = 128
 _BLOCK_TOKENS = 1024
-_BLOCK_WORDS = 512
+_BLOCK_VOCAB = 512
 _TOKEN_BYTES = 8 * 2**20  # of a block of hidden states, the student's and the teacher's together
-_WORD_BYTES = 4 * 2**20  # of a block of rows of both heads; of both blocks another is fetched ahead
+_VOCAB_BLOCK_BYTES = 4 * 2**20  # of a block of rows of both heads; of both blocks another is fetched ahead
 _VMEM_BYTES = 48 * 2**20
 # What must not count lies below what the running maximum starts from: its exponential is 0 even where nothing counts.
 _MASKED = -1e30
@@ -267,7 +267,7 @@ def _run(
 
     `results` are of the kind "rows", with a number of rows, or "logits", with a dtype.
     """
-    block_tokens, block_words = _sizes((*tokens, *words))
+    block_tokens, block_vocab = _sizes((*tokens, *words))
     count, vocab = tokens[0].shape[0], words[0].shape[0]
 
     def rows_spec(height: int) -> pl.BlockSpec:
@@ -276,7 +276,7 @@ def _run(
     kinds = {
         "rows": lambda height: (rows_spec(height), jax.ShapeDtypeStruct((height, count), jnp.float32)),
         "logits": lambda dtype: (
-            pl.BlockSpec((block_words, block_tokens), lambda m, v, *_: (v, m)),
+            pl.BlockSpec((block_vocab, block_tokens), lambda m, v, *_: (v, m)),
             jax.ShapeDtypeStruct((vocab, count), dtype),
         ),
     }
@@ -285,10 +285,10 @@ def _run(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
-            grid=(pl.cdiv(count, block_tokens), pl.cdiv(vocab, block_words)),
+            grid=(pl.cdiv(count, block_tokens), pl.cdiv(vocab, block_vocab)),
             in_specs=[
                 *(pl.BlockSpec((block_tokens, x.shape[1]), lambda m, v, *_: (m, 0)) for x in tokens),
-                *(pl.BlockSpec((block_words, x.shape[1]), lambda m, v, *_: (v, 0)) for x in words),
+                *(pl.BlockSpec((block_vocab, x.shape[1]), lambda m, v, *_: (v, 0)) for x in words),
                 *(rows_spec(x.shape[0]) for x in rows),
             ],
             out_specs=out_specs,
@@ -309,7 +309,7 @@ def _sizes(operands: tuple[Array, ...]) -> tuple[int, int]:
     row_bytes = sum(x.shape[1] * (8 if x.dtype == jnp.float32 else 2) for x in operands[: len(operands) // 2])
     return (
         _even_block(tokens, min(_BLOCK_TOKENS, _TOKEN_BYTES // row_bytes)),
-        _even_block(words, min(_BLOCK_WORDS, _WORD_BYTES // row_bytes)),
+        _even_block(words, min(_BLOCK_VOCAB, _VOCAB_BLOCK_BYTES // row_bytes)),
     )
 
 

@@ -61,13 +61,13 @@ class Mass:
             + jnp.exp(theirs) * (other.moment + theirs * other.total),
         )
 
-    def over(self, words_axis: str | None) -> "Mass":
+    def over(self, vocab_axis: str | None) -> "Mass":
         """Merged over the devices of a mesh axis, each of which has some of the words; as it is without one."""
-        if words_axis is None:
+        if vocab_axis is None:
             return self
-        top = lax.pmax(self.top, words_axis)
+        top = lax.pmax(self.top, vocab_axis)
         own = self.merge(dataclasses.replace(Mass.nothing(top.shape, top.dtype), top=top))
-        return Mass(top=top, total=lax.psum(own.total, words_axis), moment=lax.psum(own.moment, words_axis))
+        return Mass(top=top, total=lax.psum(own.total, vocab_axis), moment=lax.psum(own.moment, vocab_axis))
 
     def log(self) -> Float[Array, " M"]:
         return jnp.log(self.total) + finite(self.top)
@@ -130,7 +130,7 @@ class Blocks:
 
 
 def full(
-    hidden, head, teacher_hidden, teacher_head, weights, *, divergence, positions: Blocks, vocab: Blocks, words_axis,
+    hidden, head, teacher_hidden, teacher_head, weights, *, divergence, positions: Blocks, vocab: Blocks, vocab_axis,
     with_gradients,
 ) -> tuple[Array, Stats, Gradients | None]:  # fmt: skip
     """Every word is a bucket. Arguments and results as in `api.linear_kl_full`, and the gradients if asked for."""
@@ -155,7 +155,7 @@ def full(
             return (student_mass.merge(Mass.of(zs, 0)), teacher_mass.merge(Mass.of(zt, 0)), at_top), None
 
         found, _ = vocab.scan(survey, (nothing, nothing, nothing.top))
-        student_mass, teacher_mass, student_at_top = survey_over(words_axis, *found)
+        student_mass, teacher_mass, student_at_top = survey_over(vocab_axis, *found)
         student_lse, teacher_lse = student_mass.log(), teacher_mass.log()
 
         def add_slopes(slope_sum, step):
@@ -165,7 +165,7 @@ def full(
 
         slope_sum = jnp.zeros(live.shape, student_lse.dtype)
         if with_gradients and not divergence.slopes_cancel:
-            slope_sum = summed(vocab.scan(add_slopes, slope_sum)[0], words_axis)
+            slope_sum = summed(vocab.scan(add_slopes, slope_sum)[0], vocab_axis)
 
         def finish(carry, step):
             value_sum, gradients = carry
@@ -181,7 +181,7 @@ def full(
         start = (jnp.zeros_like(slope_sum), _products_start(h, by_head))
         (value, gradients), _ = vocab.scan(finish, start)
         stats = {
-            "divergence": summed(value, words_axis),
+            "divergence": summed(value, vocab_axis),
             "student_entropy": student_mass.entropy(),
             "teacher_entropy": teacher_mass.entropy(),
             "top1_agreement": (student_at_top >= student_mass.top).astype(value.dtype),
@@ -193,7 +193,7 @@ def full(
 
 def at_ids(
     hidden, head, ids, teacher_logprobs, teacher_log_tail, weights, *, divergence, positions: Blocks, vocab: Blocks,
-    words_axis, with_gradients,
+    vocab_axis, with_gradients,
 ) -> tuple[Array, Stats, Gradients | None]:  # fmt: skip
     """The named words and everything else are J + 1 buckets. Arguments and results as in `api.linear_kl_at_ids`, and
     the gradients if asked for."""
@@ -205,7 +205,7 @@ def at_ids(
         lp = jnp.where(named < 0, -jnp.inf, positions.tokens(teacher_logprobs, index).astype(dtype))
         lp_tail = jnp.where(live, positions.tokens(teacher_log_tail, index).astype(dtype), 0)
         lp = jnp.concatenate([lp, lp_tail[..., None]], -1)
-        own = own_ids(named, len(head), words_axis)
+        own = own_ids(named, len(head), vocab_axis)
 
         def survey(carry, step):
             chosen, rest_mass = carry
@@ -215,7 +215,7 @@ def at_ids(
 
         nothing = (jnp.full(named.shape, -jnp.inf, dtype), Mass.nothing(live.shape, dtype))
         (chosen, rest_mass), rest_logits = vocab.scan(survey, nothing)
-        chosen, rest_mass = largest(chosen, words_axis), rest_mass.over(words_axis)
+        chosen, rest_mass = largest(chosen, vocab_axis), rest_mass.over(vocab_axis)
         gradient, stats = over_buckets(divergence, named, lp, chosen, rest_mass, weight)
         rest_lse = rest_mass.log()
 
@@ -288,32 +288,32 @@ def local_ids(ids: Int[Array, "*batch J"], vocab: Blocks, index) -> Int[Array, "
     return jnp.where(ids // vocab.block == index, ids - vocab.start(index), -1)
 
 
-def own_ids(ids: Int[Array, "*batch J"], words: int, words_axis: str | None) -> Int[Array, "*batch J"]:
+def own_ids(ids: Int[Array, "*batch J"], words: int, vocab_axis: str | None) -> Int[Array, "*batch J"]:
     """Ids counted from the first of this device's `words`, -1 where another device of the axis has the word."""
-    if words_axis is None:
+    if vocab_axis is None:
         return ids
-    device = lax.axis_index(words_axis)
+    device = lax.axis_index(vocab_axis)
     return jnp.where(ids // words == device, ids - device * words, -1)
 
 
 def survey_over(
-    words_axis: str | None, student: Mass, teacher: Mass, student_at_top: Float[Array, " M"]
+    vocab_axis: str | None, student: Mass, teacher: Mass, student_at_top: Float[Array, " M"]
 ) -> tuple[Mass, Mass, Float[Array, " M"]]:
     """What each device found among its words, put together: both masses, and the student's logit where the teacher's
     is the largest."""
-    if words_axis is None:
+    if vocab_axis is None:
         return student, teacher, student_at_top
-    whole = teacher.over(words_axis)
+    whole = teacher.over(vocab_axis)
     at_top = jnp.where(teacher.top == whole.top, student_at_top, -jnp.inf)
-    return student.over(words_axis), whole, lax.pmax(at_top, words_axis)
+    return student.over(vocab_axis), whole, lax.pmax(at_top, vocab_axis)
 
 
-def summed(x: Array, words_axis: str | None) -> Array:
-    return x if words_axis is None else lax.psum(x, words_axis)
+def summed(x: Array, vocab_axis: str | None) -> Array:
+    return x if vocab_axis is None else lax.psum(x, vocab_axis)
 
 
-def largest(x: Array, words_axis: str | None) -> Array:
-    return x if words_axis is None else lax.pmax(x, words_axis)
+def largest(x: Array, vocab_axis: str | None) -> Array:
+    return x if vocab_axis is None else lax.pmax(x, vocab_axis)
 
 
 def _over_positions(block, hidden, head, weights, positions: Blocks, with_gradients: bool):

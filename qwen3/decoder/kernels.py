@@ -46,15 +46,15 @@ class Kernels:
     """How tokens reach experts on other devices. all_gather: every token goes to every device of mesh.expert, on all
     platforms. ragged: to those of its experts alone, not on CPU and on at most 16 chips of TPU v5e."""
 
-    def check(self, config: ModelConfig, dtype: Any, mesh: Mesh, *, named_words: int = 0) -> None:
+    def check(self, config: ModelConfig, dtype: Any, mesh: Mesh, *, tokens_per_target: int = 0) -> None:
         """Refuses what this platform, the mesh, or a model's sizes or dtype of computing do not allow.
 
-        `named_words` are the most that targets name at a position.
+        `tokens_per_target` are the most that targets name at a position.
         Traces each operation that was asked for by name; compiles and runs nothing. Raises UserError, which begins
         with the field.
         """
         self.check_pages(config)
-        for field, probe in self._probes(config, dtype, mesh, named_words):
+        for field, probe in self._probes(config, dtype, mesh, tokens_per_target):
             try:
                 probe()
             except ValueError as error:
@@ -69,7 +69,7 @@ class Kernels:
             )
 
     def _probes(
-        self, config: ModelConfig, dtype: Any, mesh: Mesh, named_words: int
+        self, config: ModelConfig, dtype: Any, mesh: Mesh, tokens_per_target: int
     ) -> Iterator[tuple[str, Callable[[], Any]]]:
         def shaped(*shape: int, of: Any = dtype) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, of)
@@ -98,8 +98,8 @@ class Kernels:
             narrow = shaped(experts, inner, width)
             yield "grouped_matmul", lambda: jax.eval_shape(lower, shaped(128, inner), narrow, sizes)
         if self.linear_kl is not None:
-            words = config.vocab_size // mesh.shape["tensor"]
-            hidden, head = shaped(1, 128, config.hidden_size), shaped(words, config.hidden_size)
+            own_tokens = config.vocab_size // mesh.shape["tensor"]
+            hidden, head = shaped(1, 128, config.hidden_size), shaped(own_tokens, config.hidden_size)
             weights, whole = shaped(1, 128, of=jnp.float32), PartitionSpec()
 
             def loss(operation: Callable[..., Any], *arguments: Any) -> Any:
@@ -108,7 +108,7 @@ class Kernels:
                 return jax.eval_shape(on_mesh, hidden, head, *arguments, weights)
 
             yield "linear_kl", lambda: loss(linear_kl_full, hidden, head)
-            if named_words:
-                ids, logprobs = (shaped(1, 128, named_words, of=of) for of in (jnp.int32, jnp.float32))
+            if tokens_per_target:
+                ids, logprobs = (shaped(1, 128, tokens_per_target, of=of) for of in (jnp.int32, jnp.float32))
                 yield "linear_kl", lambda: loss(linear_kl_at_ids, ids, logprobs, weights)
         yield "exchange", lambda: check_exchange(self.exchange, mesh)

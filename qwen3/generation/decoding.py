@@ -87,7 +87,7 @@ class Decoder:
         # Those of all steps at once: a row that is still written has come one position further at every step.
         uniforms = _uniforms(keys, state.position + 1 + jnp.arange(most)[:, None])
         cache = self._cache(model.kernels, mesh)
-        write_token = functools.partial(self._write_token, model, layers, fixed, uniforms, plan, cache)
+        decode_token = functools.partial(self._decode_token, model, layers, fixed, uniforms, plan, cache)
 
         def going(end: int) -> Callable[[tuple[_Loop, Any] | tuple[_Loop, Any, Any]], Array]:
             return functools.partial(self._unfinished, leave, end * self.page_size)
@@ -99,7 +99,7 @@ class Decoder:
             opened = cache.open(pages, source[:, :end], target[:, :end], start)
             loop, opened = jax.lax.while_loop(
                 lambda carry: going(end)(carry) & (carry[0].step - first < tokens),
-                functools.partial(write_token, target[:, :end]),
+                functools.partial(decode_token, target[:, :end]),
                 (loop, opened),
             )
             pages = cache.keep(pages, opened, target[:, :end], start, tokens=tokens)
@@ -127,7 +127,7 @@ class Decoder:
         enough = jnp.sum(state.active) <= leave
         return ~enough & (loop.step < self.tokens_per_dispatch) & (jnp.max(state.position * state.active) < end)
 
-    def _write_token(
+    def _decode_token(
         self,
         model: Qwen3,
         layers: tuple[Layer, ...],
@@ -192,10 +192,10 @@ def _gathered(tree: Tree, dtype: Any, mesh: Mesh) -> Tree:
 
 def _logits(model: Qwen3, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
     head = model.head.astype(hidden.dtype)
-    by_word = jnp.einsum("VD,BD->VB", head, hidden, preferred_element_type=jnp.float32)
+    by_entry = jnp.einsum("VD,BD->VB", head, hidden, preferred_element_type=jnp.float32)
     # With the vocabulary's rows first, the product of a few hidden states is up to twice as fast on CPU. The barriers
     # keep XLA from swapping the operands back, and from sampling over a transposed view.
-    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(by_word).T)
+    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(by_entry).T)
 
 
 def _row_keys(seed: Array, policy_step: Array, prompt_hash: Int[Array, "B"], sample_index: Int[Array, "B"]) -> Array:

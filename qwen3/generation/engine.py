@@ -53,7 +53,7 @@ class _Group:
     """Slots that are written together, in one dispatch after the other."""
 
     requests: list[int]
-    """Indices of the requests that these slots write."""
+    """Indices of the requests that these slots generate."""
     slots: Slots
     pages: Pages
 
@@ -61,14 +61,14 @@ class _Group:
 class EnginePrograms(NamedTuple):
     """The two programs of an engine with what they are compiled for: abstract arguments and static options."""
 
-    read: Any
-    """Reads prompts into pages."""
-    read_arguments: tuple[Any, ...]
-    read_options: Mapping[str, Any]
-    write: Any
-    """Writes tokens, one dispatch."""
-    write_arguments: tuple[Any, ...]
-    write_options: Mapping[str, Any]
+    prefill: Any
+    """Prompts into pages."""
+    prefill_arguments: tuple[Any, ...]
+    prefill_options: Mapping[str, Any]
+    decode: Any
+    """Tokens out of pages, one dispatch."""
+    decode_arguments: tuple[Any, ...]
+    decode_options: Mapping[str, Any]
 
 
 class Engine:
@@ -76,7 +76,7 @@ class Engine:
 
     Args:
         config: Architecture of the models that `generate` will be given.
-        batch_size: Slots, the sequences written at once; requests beyond it wait for one.
+        batch_size: Slots, the sequences generated at once; requests beyond it wait for one.
         max_prompt_tokens: Longest prompt.
         max_new_tokens: Most tokens after the prompt.
         stop_ids: Tokens that end a sequence, unless its own `SamplingParams.stop_ids` say otherwise.
@@ -161,7 +161,7 @@ class Engine:
         self._check_pages(1)
         self._compiling = threading.Lock()
         self._layers = jax.jit(layers_of)
-        self._read = jax.jit(self._read_prompts, static_argnames="mesh", donate_argnames="pages")
+        self._read = jax.jit(self._prefill, static_argnames="mesh", donate_argnames="pages")
         self._decode = jax.jit(self._decoder.write, static_argnames=("plan", "mesh"), donate_argnames="pages")
 
     def generate(
@@ -239,12 +239,12 @@ class Engine:
         fixed, state = row_shapes((group.slots.fixed, group.slots.state), mesh)
         number, count = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((), np.int32)
         return EnginePrograms(
-            read=self._read,
-            read_arguments=(model, group.pages, prompts, count),
-            read_options={"mesh": mesh},
-            write=self._decode,
-            write_arguments=(model, layers, group.pages, fixed, state, count, number, number),
-            write_options={"plan": Plan.of(sampling, self.config.vocab_size), "mesh": mesh},
+            prefill=self._read,
+            prefill_arguments=(model, group.pages, prompts, count),
+            prefill_options={"mesh": mesh},
+            decode=self._decode,
+            decode_arguments=(model, layers, group.pages, fixed, state, count, number, number),
+            decode_options={"plan": Plan.of(sampling, self.config.vocab_size), "mesh": mesh},
         )
 
     def _write(
@@ -358,7 +358,7 @@ class Engine:
         most = min(usable_cores(), self.batch_size // _GROUP_ROWS, self.pages // self._table_pages)
         return max((n for n in range(1, most + 1) if self.batch_size % n == 0), default=1)
 
-    def _read_prompts(self, model: Qwen3, pages: Pages, prompts: Prompts, chunks: Array, *, mesh: Mesh | None) -> Pages:
+    def _prefill(self, model: Qwen3, pages: Pages, prompts: Prompts, chunks: Array, *, mesh: Mesh | None) -> Pages:
         def read(chunk: Array, pages: Pages) -> Pages:
             part = Prompts(*(x[chunk] for x in prompts))
             return prefill(model, pages, part.tokens, part.lengths, part.page_table, mesh=mesh)

@@ -1,9 +1,8 @@
 """Which token a sequence takes next: temperature, top-k, top-p and min-p of every row, without sorting a vocabulary.
 
 A draw inverts the cumulative distribution in two levels, a block of the vocabulary and then a token in it, so it
-costs two uniform numbers a row where Gumbel noise costs one for every word. Rows with top-k only look at the call's
-largest k; top-p without top-k finds its threshold by bisection on the bits of the logits.
-"""
+costs two uniform numbers a row where Gumbel noise costs one for every token of the vocabulary. Rows with top-k only
+look at the call's largest k; top-p without top-k finds its threshold by bisection on the bits of the logits."""
 
 import dataclasses
 import math

@@ -27,7 +27,7 @@ class Request:
 
 
 class Fixed(NamedTuple):
-    """What a slot keeps as long as it writes one request."""
+    """What a slot keeps as long as it generates one request."""
 
     page_table: Int[Array, "B p"]
     source_table: Int[Array, "B p"]

@@ -96,7 +96,7 @@ def _training(steps: int | None, row_length: int = 128) -> Training:
 
 
 def experiment(teacher: str) -> Experiment:
-    """All three stages, a comparison, and on-policy with rollouts written ahead, over a student from scratch."""
+    """All three stages, a comparison, and on-policy with rollouts generated ahead, over a student from scratch."""
     sampling = {
         "thinking": SamplingParams(max_new_tokens=24, thinking_budget=8),
         "non_thinking": SamplingParams(max_new_tokens=8),

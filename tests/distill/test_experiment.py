@@ -82,10 +82,10 @@ def test_stages_check_their_own_fields() -> None:
         OnPolicy(training=Training(steps=1, row_length=4096))
     with pytest.raises(UserError, match=r"may have 32768 tokens, training\.row_length is 4096; raise it"):
         OffPolicy(training=Training(steps=1, row_length=4096))
-    with pytest.raises(UserError, match="draws is 0"):
-        OffPolicy(draws=0)
-    with pytest.raises(UserError, match="loss reverse_kl cannot be had from drawn words"):
-        OffPolicy(draws=12, loss=Loss(name="reverse_kl"))
+    with pytest.raises(UserError, match="sampled_tokens is 0"):
+        OffPolicy(sampled_tokens=0)
+    with pytest.raises(UserError, match="loss reverse_kl cannot be had from sampled tokens"):
+        OffPolicy(sampled_tokens=12, loss=Loss(name="reverse_kl"))
     with pytest.raises(UserError, match=r"training\.row_length is 0"):
         Training(row_length=0)
     with pytest.raises(UserError, match="pass_at holds 16"):
@@ -100,8 +100,8 @@ def test_defaults_fill_the_context_of_qwen3s_base_models(owner: OnPolicy | OffPo
 
 
 def test_drawn_words_of_another_stage_give_only_the_forward_kl(experiment: Experiment) -> None:
-    drawn = changed(experiment, "off_policy", draws=12)
-    with pytest.raises(UserError, match=r"same_outputs\.loss is reverse_kl, but off_policy keeps drawn words"):
+    drawn = changed(experiment, "off_policy", sampled_tokens=12)
+    with pytest.raises(UserError, match=r"same_outputs\.loss is reverse_kl, but off_policy keeps sampled tokens"):
         changed(drawn, "same_outputs", loss=Loss(name="reverse_kl"))
 
 

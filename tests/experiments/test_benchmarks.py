@@ -61,10 +61,10 @@ def test_sampling_is_measured() -> None:
 
 
 def test_a_teacher_on_a_device_of_its_own_is_measured() -> None:
-    asked = own_mesh.Arguments(microbatches=2, score_seconds=0.03, train_seconds=0.05, write_seconds=0.02, rounds=1)
+    asked = own_mesh.Arguments(microbatches=2, score_seconds=0.03, train_seconds=0.05, generate_seconds=0.02, rounds=1)
     rows = {row["way"]: row for row in own_mesh.measure(asked, jax.devices()[:2])}
     assert rows["own meshes"]["ideal_seconds"] == pytest.approx(0.03 + 2 * 0.05)
-    assert rows["on-policy, own meshes, written ahead"]["ideal_seconds"] == pytest.approx(0.02 + 2 * 0.05)
+    assert rows["on-policy, own meshes, generated ahead"]["ideal_seconds"] == pytest.approx(0.02 + 2 * 0.05)
     # Others on the machine make a device's time longer. It is shorter where the core was slower, or the process had
     # more than one thread at work, in the milliseconds in which rounds were counted.
     assert all(

@@ -429,7 +429,7 @@ def test_arrays_that_do_not_fit_are_refused_by_name(change, message):
         ({"implementation": "mosaic"}, "mosaic.* use one of xla, reference"),
         ({"block_tokens": 0}, "block_tokens 0 must be at least 1"),
         ({"block_vocab": -1}, "block_vocab -1 must be at least 1"),
-        ({"words_axis": "x", "implementation": "reference"}, "words_axis 'x' is not of implementation 'reference'"),
+        ({"vocab_axis": "x", "implementation": "reference"}, "vocab_axis 'x' is not of implementation 'reference'"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options, message):

@@ -25,7 +25,7 @@ FORWARD, REVERSE, JSD, SKEW = DIVERGENCES
 def small_blocks(monkeypatch):
     """Several of them for small operands, and parts of the vocabulary that no block divides."""
     monkeypatch.setattr(tpu, "_BLOCK_TOKENS", 128)
-    monkeypatch.setattr(tpu, "_BLOCK_WORDS", 128)
+    monkeypatch.setattr(tpu, "_BLOCK_VOCAB", 128)
     monkeypatch.setattr(passes, "_PART", 192)
     monkeypatch.setattr(passes, "_PART_BYTES", 1)
 

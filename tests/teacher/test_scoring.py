@@ -192,11 +192,11 @@ def test_drawn_words_are_each_rollouts_own_and_repeat(model, rollouts, alone, mo
     monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", 40)
     scorer, _ = next(scorers(model))
     shape = {"rows": 7, "length": 16, "pad_id": 0}
-    first, again = (scorer.sample_rollouts(rollouts, draws=12, seed=3, number=1, **shape) for _ in range(2))
+    first, again = (scorer.sample_rollouts(rollouts, sampled_tokens=12, seed=3, number=1, **shape) for _ in range(2))
     for record, repeated, expected in zip(first, again, alone, strict=True):
         expected = expected[: len(record.rollout.tokens)]
         np.testing.assert_array_equal(record.ids, repeated.ids)
         np.testing.assert_allclose(record.entropy, -np.sum(np.exp(expected) * expected, -1), **TOLERANCE)
         np.testing.assert_allclose(np.sum(np.exp(record.logprobs), -1), 1, **TOLERANCE)
-    other = scorer.sample_rollouts(rollouts, draws=12, seed=3, number=2, **shape)
+    other = scorer.sample_rollouts(rollouts, sampled_tokens=12, seed=3, number=2, **shape)
     assert any(np.any(one.ids != two.ids) for one, two in zip(first, other, strict=True))

@@ -132,21 +132,21 @@ def test_an_impossible_k_is_refused(teacher, k):
 
 def test_drawn_words_stand_for_the_teacher_on_average(teacher):
     hidden, head, words = teacher
-    draws, rounds = 3, 2000
+    sampled_tokens, rounds = 3, 2000
     keys = jax.random.split(jax.random.key(0), rounds)
 
     @jax.jit
     def mean_shares(keys):
         def add(total, key):
-            drawn = sampled_targets(hidden, head, draws, key)
+            drawn = sampled_targets(hidden, head, sampled_tokens, key)
             return total + jnp.sum(jnp.exp(drawn.log_shares)[..., None] * jax.nn.one_hot(drawn.ids, V), axis=-2), None
 
         return jax.lax.scan(add, jnp.zeros((B, T, V)), keys)[0] / rounds
 
     p = np.exp(words)
     # Five standard deviations of a mean of rounds · draws indicators, and five draws for words of hardly any mass.
-    noise = np.sqrt(p * (1 - p) / (rounds * draws))
-    np.testing.assert_array_less(np.abs(mean_shares(keys) - p), 5 * noise + 5 / (rounds * draws))
+    noise = np.sqrt(p * (1 - p) / (rounds * sampled_tokens))
+    np.testing.assert_array_less(np.abs(mean_shares(keys) - p), 5 * noise + 5 / (rounds * sampled_tokens))
 
 
 @pytest.mark.parametrize("block_tokens", [16, 24, 1000])  # blocks of 2, 3 and all 5 positions
@@ -170,5 +170,5 @@ def test_a_word_without_mass_is_never_drawn():
 
 def test_at_least_one_word_is_drawn(teacher):
     hidden, head, _ = teacher
-    with pytest.raises(ValueError, match="draws 0 must be at least 1"):
+    with pytest.raises(ValueError, match="sampled_tokens 0 must be at least 1"):
         sampled_targets(hidden, head, 0, jax.random.key(0))

@@ -1,6 +1,6 @@
 """TRL's side of `against_peers`: GKDTrainer, all of whose rows lie in one microbatch.
 
-lmbda says who writes (0 the data, 1 the student), beta the direction: 0 is forward KL, 1 reverse KL.
+lmbda says who generates (0 the data, 1 the student), beta the direction: 0 is forward KL, 1 reverse KL.
 """
 
 import itertools
@@ -60,7 +60,7 @@ class TakesTurns(TrainerCallback):
 
 
 class Trainer(GKDTrainer):
-    """GKDTrainer that notes how long the student writes."""
+    """GKDTrainer that notes how long the student generates."""
 
     @staticmethod
     def generate_on_policy_outputs(*args, **kwargs):

@@ -1,7 +1,7 @@
 """Tunix's side of `against_peers`: DistillationTrainer with LogitStrategy, and its Sampler.
 
 Tunix 0.1.7 has no on-policy distillation. Its Sampler and its trainer are composed here: the data of every step are
-what the current student writes, and the loss stays its forward KL.
+what the current student generates, and the loss stays its forward KL.
 """
 
 import itertools

@@ -45,7 +45,7 @@ def test_equal_programs_are_compiled_once(
     assert f"compiling, 2 at a time  {len(asked)}/{len(asked)} programs" in said
     assert said.count("1 min 05 s") == len(asked)
     assert said.count("is the same program as") == len(made) - len(asked)
-    assert "evaluation: teacher reads is the same program as off_policy: teacher reads" in said
+    assert "evaluation: teacher prefills is the same program as off_policy: teacher prefills" in said
 
 
 def _aborts(*asked: Any) -> Compiled:

@@ -178,8 +178,8 @@ def test_long_rows_are_attended_to_as_the_implementation_does(quickstart: Experi
 def test_memory_of_a_program_is_split_by_what_it_is_for(quickstart: Experiment) -> None:
     made = {program.name: program for program in programs(quickstart, jax.devices()[:1])}
     student, teacher = made["on_policy: student trains"].model, made["off_policy: teacher scores"].model
-    writes = known_memory(made["off_policy: teacher writes"])
-    config = made["off_policy: teacher writes"]
+    writes = known_memory(made["off_policy: teacher generates"])
+    config = made["off_policy: teacher generates"]
     # float32, and norms, which `parameters` leaves out.
     assert known_memory(made["off_policy: teacher scores"]).weights == pytest.approx(
         4 * (parameters(teacher) + parameters(student)), rel=0.01
@@ -213,7 +213,7 @@ def test_the_roof_is_the_slowest_of_three() -> None:
 def test_a_decoded_token_reads_weights_and_cache(quickstart: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "usable_cores", lambda: 6)
     made = {program.name: program for program in programs(quickstart, jax.devices()[:1])}
-    program = made["on_policy: student writes"]
+    program = made["on_policy: student generates"]
     config, work = program.model, work_of(program, quickstart)
     assert config.tie_word_embeddings
     slots = program.rows * program.length * config.num_hidden_layers
@@ -238,7 +238,7 @@ def test_a_mesh_gathers_weights_once_for_many_written_tokens(quickstart: Experim
     """Each token then reads them as they are multiplied, and no other copy."""
     experiment = dataclasses.replace(quickstart, mesh=MeshShape(data=1, fsdp=4), compute_dtype="bfloat16")
     made = programs(experiment, stand_ins("v5e", (2, 2)))
-    program = next(one for one in made if one.name == "on_policy: student writes")
+    program = next(one for one in made if one.name == "on_policy: student generates")
     weights_alone = work_of(dataclasses.replace(program, rows=0), experiment)
     assert weights_alone.device_bytes == 2 * parameters(program.model)
 
@@ -251,20 +251,25 @@ def test_calls_of_a_run_by_hand(quickstart: Experiment) -> None:
     share = stage.modes.thinking_fraction
     response = 0.5 * (share * stage.thinking.max_new_tokens + (1 - share) * stage.non_thinking.max_new_tokens)
     calls = by_name["off_policy"].calls
-    assert calls["teacher_writes"] == stage.prompts * response / stage.batch_size
+    assert calls["teacher_generates"] == stage.prompts * response / stage.batch_size
     assert calls["student_trains"] == calls["student_updates"] == stage.training.steps
     assert by_name["off_policy"].bytes_moved == stage.prompts * response * (8 * stage.top_k + 4)
     on_policy = quickstart.stages["on_policy"]
     # All start at once and wait for the longest.
     longest = max(on_policy.thinking.max_new_tokens, on_policy.non_thinking.max_new_tokens)
-    assert by_name["on_policy"].calls["student_writes"] == on_policy.training.steps * longest
+    assert by_name["on_policy"].calls["student_generates"] == on_policy.training.steps * longest
     # What the comparison may spend is what the on-policy stage has cost.
     assert by_name["same_outputs"].calls["student_trains"] > on_policy.training.steps
-    assert by_name["evaluation"].calls.keys() == {"student_reads", "student_writes", "teacher_reads", "teacher_writes"}
+    assert by_name["evaluation"].calls.keys() == {
+        "student_prefills",
+        "student_generates",
+        "teacher_prefills",
+        "teacher_generates",
+    }
 
 
 def test_scoring_on_devices_of_its_own_overlaps_with_the_student(quickstart: Experiment) -> None:
-    seconds = {"teacher_scores": 120.0, "student_reads": 10.0, "student_writes": 90.0, "student_trains": 60.0}
+    seconds = {"teacher_scores": 120.0, "student_prefills": 10.0, "student_generates": 90.0, "student_trains": 60.0}
     taken = {**seconds, "student_updates": 20.0}
 
     def elapsed(pipeline: Pipeline | None) -> float:
@@ -330,7 +335,7 @@ def test_a_program_that_does_not_compile_is_named(quickstart: Experiment) -> Non
             yield number, Compiled(error="Mosaic failed" if number == 0 else None)
 
     plan = plan_on(quickstart, jax.devices()[:1], CHIPS["v5e"], "v5e:1x1", Assumptions(), measure)
-    assert plan.problems == ["off_policy: teacher reads: does not compile: Mosaic failed"]
+    assert plan.problems == ["off_policy: teacher prefills: does not compile: Mosaic failed"]
 
 
 def test_the_search_ends_at_the_first_program_that_does_not_fit(quickstart: Experiment) -> None:
@@ -392,8 +397,8 @@ def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> 
     stage = next(one for one in plan["stages"] if one["name"] == "on_policy")
     calls = stage["seconds"]["student_trains"] * 0.25 / trains["roof"]["seconds"]
     assert calls % 7 == pytest.approx(0, abs=1e-6)
-    writes = next(one for one in plan["programs"] if one["name"] == "on_policy: student writes")
-    calls = stage["seconds"]["student_writes"] * 0.125 / writes["roof"]["seconds"]
+    writes = next(one for one in plan["programs"] if one["name"] == "on_policy: student generates")
+    calls = stage["seconds"]["student_generates"] * 0.125 / writes["roof"]["seconds"]
     assert calls % 7 == pytest.approx(0, abs=1e-6)
     assert plan["assumed"]["decoding_efficiency"] == 0.125
     assert trains["sent"] is None

@@ -116,8 +116,8 @@ def test_a_run_calls_what_was_planned(teacher: str, tmp_path: Path, monkeypatch:
     for program in planned:
         assert described((program.arguments, program.options)) in ran, program.name
     assert [program.name for program in planned if program.stage == "on_policy"] == [
-        "on_policy: student reads",
-        "on_policy: student writes",
+        "on_policy: student prefills",
+        "on_policy: student generates",
         "on_policy: teacher scores",
         "on_policy: student trains",
         "on_policy: student updates",
@@ -152,7 +152,7 @@ def test_adapters_are_trained_alone(teacher: str) -> None:
 
 
 def test_weights_are_gathered_before_the_loop_that_writes_tokens(teacher: str) -> None:
-    (writes,) = (p for p in programs(sharded(teacher), jax.devices()[:4]) if p.name == "on_policy: student writes")
+    (writes,) = (p for p in programs(sharded(teacher), jax.devices()[:4]) if p.name == "on_policy: student generates")
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(writes.arguments[1]))
     gathered = [one for one in collectives(writes.compile().as_text()) if one.kind == "all-gather"]
     # Nearly all of them: norms are on every device anyway, and XLA moves a few in other ways.
@@ -168,7 +168,7 @@ def test_what_a_token_sends_is_counted_once() -> None:
         model = jax.eval_shape(lambda: Qwen3(engine.config, jax.random.key(0)))
         model.kernels = kernels
         programs = engine.programs(placed_shapes(model, mesh), [SamplingParams(max_new_tokens=250)])
-        text = programs.write.lower(*programs.write_arguments, **programs.write_options).compile().as_text()
+        text = programs.decode.lower(*programs.decode_arguments, **programs.decode_options).compile().as_text()
         token = one_token(collectives(text), most_segments(kernels))
         sent.append(sum(one.whole_bytes * times for one, times in token))
     # Less in place: XLA gathers the new keys and values of all rows before it writes them side by side.

@@ -25,14 +25,14 @@ OFF_POLICY = reports.StageCost(
     teacher_flops=3.6e11,
     device_seconds=48.0,
     student_train_seconds=36.0,
-    teacher_write_seconds=12.0,
+    teacher_generate_seconds=12.0,
 )
 ON_POLICY = dataclasses.replace(
     OFF_POLICY,
     name="on_policy",
     kind="OnPolicy",
     student_train_seconds=None,
-    teacher_write_seconds=None,
+    teacher_generate_seconds=None,
 )
 
 
@@ -127,7 +127,7 @@ def test_optional_figures_are_absent_or_present_never_zero(tmp_path):
     data = REPORT.to_json()
     assert data["rows"][1]["pass_at_1_stderr"] == 0.031
     assert "pass_at_1_stderr" not in data["rows"][0]
-    assert data["stages"][0]["teacher_write_seconds"] == 12.0
+    assert data["stages"][0]["teacher_generate_seconds"] == 12.0
     assert "teacher_score_seconds" not in data["stages"][0]
     assert "wall_seconds" not in data
     assert "provenance" not in data
@@ -184,7 +184,7 @@ def test_page_shows_the_measured_figures(tmp_path):
         "1.32 T",
         "48 s",
         "student trains 36 s",
-        "teacher writes 12 s",
+        "teacher generates 12 s",
     ):
         assert figure in texts
 

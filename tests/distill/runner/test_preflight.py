@@ -146,7 +146,7 @@ def test_kernels_of_the_loss_are_asked_what_stages_need(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(Kernels, "check", lambda self, *_, named_words=0: asked.append(named_words))
+    monkeypatch.setattr(Kernels, "check", lambda self, *_, tokens_per_target=0: asked.append(tokens_per_target))
     check(changed(experiment, "off_policy", top_k=9))
     assert asked == [9, 0]
 

@@ -153,7 +153,7 @@ def test_killed_in_every_stage_it_ends_in_the_same_losses_and_weights(
     experiment_file: Path, finished: Path, tmp_path: Path
 ) -> None:
     random_state = random.Random(os.urandom(8))
-    phases = ["pretraining", "off_policy: teacher writes", "on_policy", "ahead", "evaluating ahead, thinking"]
+    phases = ["pretraining", "off_policy: teacher generates", "on_policy", "ahead", "evaluating ahead, thinking"]
     kills = [Kill(phase=phase, delay_seconds=random_state.uniform(0, 1)) for phase in phases]
     for kill, met in faults.killed_run(experiment_file, tmp_path, kills):
         print(kill, "met it in", met)

@@ -1,4 +1,4 @@
-"""Rollouts written ahead: which weights write what, what a checkpoint keeps, and how the threads end."""
+"""Rollouts generated ahead: which weights write what, what a checkpoint keeps, and how the threads end."""
 
 import gc
 import json

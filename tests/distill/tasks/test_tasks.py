@@ -91,7 +91,7 @@ def test_chains_are_those_of_reasoning_gyms_generator(options) -> None:
         assert str(chain_steps(expression)[-1].result) == item["answer"]
         their_shapes.add(_shape(expression))
         shapes.add(_shape(_CHAIN_EXPRESSION.fullmatch(problem.prompt)[1]))
-    # The rarest shape, a ninth of the draws, is missing among 500 with probability e**-59.
+    # The rarest shape, a ninth of the sampled_tokens, is missing among 500 with probability e**-59.
     assert shapes == their_shapes
 
 

@@ -255,7 +255,7 @@ def first_appearance(tokens, at_least):
 
 @pytest.fixture(scope="module")
 def greedy_path(models, engine):
-    """What the model writes by itself: any token of it can be declared the end of thinking, or a stop."""
+    """What the model generates by itself: any token of it can be declared the end of thinking, or a stop."""
     request = make_request(PROMPTS[2], temperature=0, stop_ids=())
     return engine.generate(models["dense"], [request], seed=0, policy_step=0)[0].response.tolist()
 

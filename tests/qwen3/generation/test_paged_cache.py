@@ -30,7 +30,7 @@ def models() -> dict[str, Qwen3]:
 
 @pytest.fixture(scope="module")
 def gathered(models: dict[str, Qwen3]) -> dict[str, list[Rollout]]:
-    """What each model writes over its gathered pages."""
+    """What each model generates over its gathered pages."""
     return {name: written(make_engine(CONFIGS[name]), model) for name, model in models.items()}
 
 
@@ -80,8 +80,8 @@ def test_nothing_is_copied_of_a_large_pool(models, devices, unroll_layers):
     mesh = make_mesh(MeshShape(data=devices), jax.devices()[:devices])
     model = placed_shapes(reading(models["dense"], "xla"), mesh)
     programs = make_engine(unroll_layers=unroll_layers, pages=20_000).programs(model, [mixed_requests()[0].params])
-    memory = programs.write.lower(*programs.write_arguments, **programs.write_options).compile().memory_analysis()
-    pool = sum(leaf.size * leaf.dtype.itemsize for leaf in programs.write_arguments[2]) // devices
+    memory = programs.decode.lower(*programs.decode_arguments, **programs.decode_options).compile().memory_analysis()
+    pool = sum(leaf.size * leaf.dtype.itemsize for leaf in programs.decode_arguments[2]) // devices
     assert memory.alias_size_in_bytes >= pool
     assert memory.temp_size_in_bytes < pool / 100
 

@@ -1,4 +1,4 @@
-"""Off-policy on words drawn from the teacher: stored, packed and learned from like any other targets."""
+"""Off-policy on tokens sampled from the teacher: stored, packed and learned from like any other targets."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def test_a_stage_keeps_drawn_words_and_learns_from_them(tmp_path: Path, monkeypa
     training = dataclasses.replace(stage.training, steps=3)
     experiment = dataclasses.replace(
         whole,
-        stages={"off_policy": dataclasses.replace(stage, draws=3, training=training)},
+        stages={"off_policy": dataclasses.replace(stage, sampled_tokens=3, training=training)},
         evaluation=dataclasses.replace(whole.evaluation, problems=4, modes=("non_thinking",)),
         export_stage=None,
     )
