@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 ROWS = 64  # of a product
 
 
-def tiles(count: int, rows: int, columns: int, dtype: Any = jnp.bfloat16) -> Any:
+def tiles(count: int, rows: int, columns: int, dtype: DTypeLike = jnp.bfloat16) -> Any:
     """Shared memory for matrices that products or wide copies read."""
     across = 128 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, across)), plgpu.SwizzleTransform(128))

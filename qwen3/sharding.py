@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from kernels_pallas.attention import from_zigzag, to_zigzag
 from qwen3.errors import UserError
@@ -112,7 +112,7 @@ def partition_spec(
     return PartitionSpec(*((part[0] if len(part) == 1 else part) or None for part in parts))
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def shardings(tree: PyTree, mesh: Mesh, rules: Rules = RULES) -> Any:
     """The NamedSharding of every leaf: parameters (and whatever mirrors them, such as Adam's moments) by their
     logical axes, a leading stacked axis included; anything else replicated. `tree` may be abstract."""
 
@@ -186,7 +186,7 @@ def _on_context(
     return jax.shard_map(local, mesh=mesh, in_specs=before, out_specs=after)(tree)
 
 
-def place(tree: Any, sharding: NamedSharding) -> Any:
+def place(tree: PyTree, sharding: NamedSharding) -> Any:
     """Every leaf on `sharding`. Where several processes share the mesh, each gives the same host arrays and puts its
     own parts on its own devices."""
     if sharding.is_fully_addressable:
@@ -201,7 +201,7 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(put, tree)
 
 
-def fetch(tree: Any) -> Any:
+def fetch(tree: PyTree) -> Any:
     """Every leaf as a NumPy array, whole in every process; parts that lie on other hosts pass through the devices."""
 
     def get(leaf: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from qwen3.chat.chat import ChatTokenizer, check_vocabulary
 from qwen3.checkpoint import hf
@@ -22,7 +23,7 @@ def export(
     tokenizer: ChatTokenizer,
     generation: Mapping[str, Any] | None = None,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     adapters_of: str | Path | None = None,
 ) -> None:
     """Write model and tokenizer; the folder appears under its name once it is complete.

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from qwen3.chat.chat import ChatTokenizer, check_vocabulary
@@ -47,8 +48,8 @@ class FromCheckpoint:
         self,
         key: Array,
         mesh: Mesh | None = None,
-        param_dtype: Any = jnp.float32,
-        compute_dtype: Any = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        compute_dtype: DTypeLike = jnp.float32,
     ) -> Qwen3:
         """The loaded student; only adapters need `key`, and they alone have `param_dtype` where there are any.
 
@@ -103,8 +104,8 @@ class FromScratch:
         self,
         key: Array,
         mesh: Mesh | None = None,
-        param_dtype: Any = jnp.float32,
-        compute_dtype: Any = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        compute_dtype: DTypeLike = jnp.float32,
     ) -> Qwen3:
         """Random weights from `key`, the same on any mesh up to rounding, made where they belong. Raises UserError."""
         config = self.model_config()

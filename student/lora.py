@@ -5,12 +5,13 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -62,7 +63,7 @@ class Lora:
                 f"experts get no adapters; use {', '.join(t for t in _TARGETS if t not in _FEED_FORWARD)}"
             )
 
-    def attach(self, model: Qwen3, key: Array, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> None:
+    def attach(self, model: Qwen3, key: Array, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32) -> None:
         """Give `model` adapters of weights of `dtype`, drawn from `key`, the same on any mesh up to rounding."""
         # A bias belongs to the same module; it has no inputs.
         leaves = [(leaf, n) for leaf in leaves_of(model) if leaf.module_name in self.targets and (n := leaf.inputs)]
@@ -77,9 +78,10 @@ class Lora:
             leaf.owner.adapters[leaf.attribute] = adapter
 
 
-def save_adapters(folder: Path, model: Qwen3, base: str | Path, dtype: Any) -> None:
+def save_adapters(folder: Path, model: Qwen3, base: str | Path, dtype: DTypeLike | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors into a folder, as PEFT and vLLM read them.
 
+    `dtype` is what they are stored as; None keeps the adapters' own.
     `base` is the folder of the frozen weights, to which the configuration points by its absolute path. Of several
     processes that share the model all call this, and the first one writes.
     Raises UserError where the folder cannot be written, ValueError where the model has no adapters.
@@ -89,7 +91,8 @@ def save_adapters(folder: Path, model: Qwen3, base: str | Path, dtype: Any) -> N
         raise ValueError("the model has no adapters; save the model itself")
     tensors: dict[str, np.ndarray] = {}
     for leaf, adapter in adapters.items():
-        tensors |= _peft_tensors(leaf, adapter, np.dtype(dtype))
+        own = adapter.a.get_value().dtype
+        tensors |= _peft_tensors(leaf, adapter, np.dtype(own if dtype is None else dtype))
     if jax.process_index() != 0:
         return
     config = {

@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from qwen3.sharding import TOKENS, batch_shares
 
 
-def moved(tree: Any, onto: NamedSharding) -> Any:
+def moved(tree: PyTree, onto: NamedSharding) -> Any:
     """Every leaf [B, …], which lies on some other mesh, on `onto`.
 
     Each process needs devices of both meshes. Rows that its devices of the first mesh do not hold are gathered there

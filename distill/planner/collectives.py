@@ -9,8 +9,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+import jax
 import numpy as np
 
 from kernels_pallas.chips import Chip
@@ -97,7 +97,7 @@ class Traffic:
         return Traffic(**{name: value * times for name, value in dataclasses.asdict(self).items()})
 
 
-def traffic(found: Sequence[Collective], devices: Sequence[Any], chip: Chip) -> Traffic:
+def traffic(found: Sequence[Collective], devices: Sequence[jax.Device], chip: Chip) -> Traffic:
     """What `found` puts on the wires of `devices`, in the mesh's order, with rings wherever the torus has them."""
     total = Traffic()
     for one in found:
@@ -105,7 +105,7 @@ def traffic(found: Sequence[Collective], devices: Sequence[Any], chip: Chip) -> 
     return total
 
 
-def _traffic_of(one: Collective, group: Sequence[Any], devices: Sequence[Any], chip: Chip) -> Traffic:
+def _traffic_of(one: Collective, group: Sequence[jax.Device], devices: Sequence[jax.Device], chip: Chip) -> Traffic:
     count = len(group)
     sent = one.whole_bytes * (count - 1) / count
     if one.kind == "all-reduce":

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from kernels_pallas import topologies
 from qwen3.decoder.adapter import adapter_parameters
@@ -74,7 +75,7 @@ class Program:
         return topologies.compile_for(self.mesh, self.function, *self.arguments, **self.options)
 
 
-def device_bytes(tree: Any) -> int:
+def device_bytes(tree: PyTree) -> int:
     """What an abstract, placed tree takes on each device."""
     return sum(
         math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

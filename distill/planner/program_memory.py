@@ -3,9 +3,9 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from distill.planner.collectives import Collective, Traffic, collectives, traffic
 from distill.planner.program import Program, device_bytes
@@ -43,7 +43,7 @@ def known_memory(program: Program) -> Memory:
     kinds = {"weights": 0, "optimizer": 0, "cache": 0, "other": 0}
     seen: set[int] = set()
 
-    def add(kind: str, tree: Any) -> None:
+    def add(kind: str, tree: PyTree) -> None:
         # The layers of a deep model are given to a decoding loop a second time: the same arrays, held once.
         leaves = [leaf for leaf in jax.tree.leaves(tree) if id(leaf) not in seen and hasattr(leaf, "dtype")]
         seen.update(map(id, leaves))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from distill.experiment import Experiment
 from distill.planner.program import EVALUATION, Program, Purpose, Role
@@ -31,7 +32,7 @@ from teacher.scoring import head_sharding, hidden_program, packed_shape, sampled
 from teacher.targets import Hidden, Sampled, TopK, one_hot
 
 
-def programs(experiment: Experiment, devices: list[Any]) -> list[Program]:
+def programs(experiment: Experiment, devices: list[jax.Device]) -> list[Program]:
     """All programs of a run on `devices` (`kernels_pallas.topologies.devices`), in the order of its stages.
 
     A step's update and, where it may have several, its later microbatches count once; the short programs of a run's
@@ -84,7 +85,7 @@ class _Tokens:
 class _Planned:
     """The abstract models of an experiment, and the programs that run them."""
 
-    def __init__(self, experiment: Experiment, devices: list[Any]):
+    def __init__(self, experiment: Experiment, devices: list[jax.Device]):
         self._experiment = experiment
         self._mesh, self._teacher_mesh = experiment.meshes(devices)
         experiment.check_meshes(self._mesh, self._teacher_mesh)
@@ -135,30 +136,36 @@ class _Planned:
 
     def _generates(self, stage: str, role: Role, sizes: EngineSizes) -> Iterator[Program]:
         model, mesh = self._model(role)
-        # A stage writes in both modes at once, an evaluation in one after the other: this is its first one.
+        # A stage generates in both modes at once, an evaluation in one after the other: this is its first one.
         together = sizes.sampling[:1] if stage == EVALUATION else sizes.sampling
         programs = make_engine(model.config, _Tokens(), sizes).programs(model, together)
-        reads: Purpose = "teacher_prefills" if role == "teacher" else "student_prefills"
-        writes: Purpose = "teacher_generates" if role == "teacher" else "student_generates"
-        common: Any = {"stage": stage, "model": model.config, "mesh": mesh, "beside": self._beside(stage, writes)}
+        prefills: Purpose = "teacher_prefills" if role == "teacher" else "student_prefills"
+        generates: Purpose = "teacher_generates" if role == "teacher" else "student_generates"
+        beside = self._beside(stage, generates)
         yield Program(
-            purpose=reads,
+            stage=stage,
+            purpose=prefills,
+            model=model.config,
+            mesh=mesh,
+            beside=beside,
             function=programs.prefill,
             arguments=programs.prefill_arguments,
             options=programs.prefill_options,
             rows=programs.prefill_arguments[2].tokens.shape[1],
             length=sizes.max_prompt_tokens,
-            **common,
         )
         yield Program(
-            purpose=writes,
+            stage=stage,
+            purpose=generates,
+            model=model.config,
+            mesh=mesh,
+            beside=beside,
             function=programs.decode,
             arguments=programs.decode_arguments,
             options=programs.decode_options,
             rows=sizes.batch_size,
             groups=sizes.batch_size // programs.decode_arguments[4].token.shape[0],
             length=sizes.longest_tokens,
-            **common,
         )
 
     def _scores(self, name: str, stage: OffPolicy | OnPolicy) -> Program:
@@ -222,7 +229,7 @@ class _Planned:
     def _batch(self, stage: Stage) -> Batch:
         """A microbatch as the stage's data has it."""
 
-        def rows(dtype: Any, *last: int) -> Any:
+        def rows(dtype: DTypeLike, *last: int) -> Any:
             return jax.ShapeDtypeStruct((stage.training.rows, stage.training.row_length, *last), dtype)
 
         targets: Any

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from distill.experiment import Experiment
 from distill.planner.collectives import Traffic
 from distill.planner.program import Program, Purpose
@@ -108,7 +110,7 @@ class Plan:
 
 def plan_on(
     experiment: Experiment,
-    devices: list[Any],
+    devices: list[jax.Device],
     chip: Chip,
     topology: str,
     assumed: Assumptions,
@@ -130,7 +132,7 @@ def plan_on(
     return dataclasses.replace(plan, programs=planned, stages=stages)
 
 
-def fits(experiment: Experiment, devices: list[Any], chip: Chip, measure: Measure | None) -> bool:
+def fits(experiment: Experiment, devices: list[jax.Device], chip: Chip, measure: Measure | None) -> bool:
     """Whether all programs fit; the first that does not ends it, and those that cannot, whatever their temporaries are,
     are not compiled."""
     try:

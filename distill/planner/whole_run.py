@@ -148,13 +148,13 @@ class _Run:
     def _generation(
         self, stage: str, role: str, sequences: float, response: float, *, refilled: bool
     ) -> dict[Purpose, float]:
-        """Calls that write so many sequences: slots that are refilled stay full, others wait for the longest."""
-        reads: Purpose = "teacher_prefills" if role == "teacher" else "student_prefills"
-        writes: Purpose = "teacher_generates" if role == "teacher" else "student_generates"
-        reader, writer = self._programs[stage, reads], self._programs[stage, writes]
+        """Calls that generate so many sequences: slots that are refilled stay full, others wait for the longest."""
+        prefills: Purpose = "teacher_prefills" if role == "teacher" else "student_prefills"
+        generates: Purpose = "teacher_generates" if role == "teacher" else "student_generates"
+        reader, writer = self._programs[stage, prefills], self._programs[stage, generates]
         longest = writer.length - reader.length
         tokens = max(sequences * response / writer.rows, response) if refilled else longest
-        return {reads: math.ceil(sequences / reader.rows), writes: tokens}
+        return {prefills: math.ceil(sequences / reader.rows), generates: tokens}
 
     def _updates(self, steps: float, microbatches: float) -> dict[Purpose, float]:
         return {"student_trains": float(steps * microbatches), "student_updates": float(steps)}

@@ -2,7 +2,6 @@
 which every target rests. Peers' users lose days to each of these."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,9 +84,13 @@ def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mes
         hidden = model.hidden(tokens, positions, real.astype(jnp.int32), mesh)
         weights = (real / jnp.sum(real)).astype(jnp.float32)
 
-        def divergence(targets: Targets, weights: jax.Array, name: DivergenceName, **more: Any) -> jax.Array:
-            how: Any = {"implementation": model.kernels.linear_kl, "mesh": mesh}
-            return distillation_loss(hidden, model.head, targets, weights, Loss(name=name), **how, **more)[0]
+        def divergence(
+            targets: Targets, weights: jax.Array, name: DivergenceName, teacher_head: jax.Array | None = None
+        ) -> jax.Array:
+            return distillation_loss(
+                hidden, model.head, targets, weights, Loss(name=name), teacher_head=teacher_head,
+                implementation=model.kernels.linear_kl, mesh=mesh,
+            )[0]  # fmt: skip
 
         full = divergence(Hidden(hidden=hidden), weights, "reverse_kl", teacher_head=model.head)
         head = model.head.astype(hidden.dtype)

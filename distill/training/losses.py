@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kernels_pallas.linear_kl import Divergence, DivergenceName, Implementation, linear_kl_at_ids, linear_kl_full
@@ -126,7 +127,7 @@ def distillation_loss(
     )(hidden, head, targets, weights, teacher_head)
 
 
-def _whole_rows(head: Float[Array, "V part"], dtype: Any) -> Float[Array, "V D"]:
+def _whole_rows(head: Float[Array, "V part"], dtype: DTypeLike) -> Float[Array, "V D"]:
     """A device's tokens of a head, gathered in `dtype` from the devices that have parts of each."""
     return jax.lax.all_gather(head.astype(dtype), RULES["embed"], axis=1, tiled=True)
 

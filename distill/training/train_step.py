@@ -162,8 +162,10 @@ def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool) -> Callable[.
         out = model(batch.tokens, batch.positions, batch.segment_ids, rematerialise=rematerialise, mesh=mesh)
         hidden, batch = to_pieces((out.hidden, batch), mesh)
         weights = batch.loss_mask.astype(jnp.float32) / denominator
-        how: Any = {"implementation": model.kernels.linear_kl, "mesh": mesh}
-        total, stats = distillation_loss(hidden, model.head, batch.targets, weights, loss, teacher_head=head, **how)
+        total, stats = distillation_loss(
+            hidden, model.head, batch.targets, weights, loss, teacher_head=head, implementation=model.kernels.linear_kl,
+            mesh=mesh,
+        )  # fmt: skip
         metrics = _by_mode(stats, batch) | {"loss": total}
         if out.router is not None and model.config.router_aux_loss_coef:
             # The share of the step's tokens in this microbatch makes the balance a mean over the step.

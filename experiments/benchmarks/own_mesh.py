@@ -68,8 +68,16 @@ class Counting(Qwen3):
         super().__init__(config, key)
         self.rounds = rounds
 
-    def __call__(self, tokens: Any, positions: Any, segment_ids: Any, **how: Any) -> Output:
-        out = super().__call__(tokens, positions, segment_ids, **how)
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        *,
+        rematerialise: bool = False,
+        mesh: Mesh | None = None,
+    ) -> Output:
+        out = super().__call__(tokens, positions, segment_ids, rematerialise=rematerialise, mesh=mesh)
         # It begins with a number of the pass, or it would not come after it.
         begin = jax.lax.stop_gradient(out.hidden[0, 0, 0])
         return out._replace(hidden=out.hidden + 0 * counted(begin, self.rounds))

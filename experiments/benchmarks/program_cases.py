@@ -138,7 +138,7 @@ def cases() -> Iterator[ProgramCase]:
             )
 
 
-def scoring(devices: list[Any], *, named: tuple[str, ...] = (), exchange: Exchange = "all_gather") -> Program:
+def scoring(devices: list[jax.Device], *, named: tuple[str, ...] = (), exchange: Exchange = "all_gather") -> Program:
     """The teacher of 235B, top-k targets of a batch, sharded as in the experiments; the `named` operations by the
     platform's own kernels."""
     mesh = make_mesh(SHARDED_TEACHER, devices)
@@ -157,7 +157,7 @@ def scoring(devices: list[Any], *, named: tuple[str, ...] = (), exchange: Exchan
     )
 
 
-def writing(devices: list[Any], *, kernels: bool) -> Program:
+def writing(devices: list[jax.Device], *, kernels: bool) -> Program:
     """A student of 0.6B writes many sequences at once, spread over all devices."""
     mesh = make_mesh(MeshShape(), devices)
     model = _model("Qwen3-0.6B-Base", mesh, Kernels(paged_attention=_kernel(devices)) if kernels else Kernels())
@@ -192,11 +192,11 @@ def _model(name: str, mesh: Mesh, kernels: Kernels) -> Qwen3:
     return placed_shapes(model, mesh)
 
 
-def _kernel(devices: list[Any]) -> Literal["tpu", "gpu"]:
+def _kernel(devices: list[jax.Device]) -> Literal["tpu", "gpu"]:
     return "gpu" if devices[0].platform == "gpu" else "tpu"
 
 
-def of_experiment(experiment: str, name: str, devices: list[Any], *, named: tuple[str, ...] = ()) -> Program:
+def of_experiment(experiment: str, name: str, devices: list[jax.Device], *, named: tuple[str, ...] = ()) -> Program:
     """The program of that name of an experiment in `experiments/`; the `named` operations by the platform's kernels."""
     loaded = load_experiment(EXPERIMENTS / f"{experiment}.py")
     by_name: Any = dict.fromkeys(named, _kernel(devices))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -30,8 +31,8 @@ _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer that old Llama checkpoints s
 def load(
     folder: str | Path,
     *,
-    param_dtype: Any = jnp.float32,
-    compute_dtype: Any = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     on_read: OnRead | None = None,
     quantisation: Quantisation | None = None,
@@ -73,7 +74,7 @@ def check(folder: str | Path, mesh: Mesh | None = None) -> ModelConfig:
     return config
 
 
-def save(folder: str | Path, model: Qwen3, *, dtype: Any = None, max_shard_bytes: int = 5 * 10**9) -> None:
+def save(folder: str | Path, model: Qwen3, *, dtype: DTypeLike | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write weights, config.json and generation_config.json as transformers, vLLM and llama.cpp read them.
 
     Adapters are merged into the weights that they stand beside.

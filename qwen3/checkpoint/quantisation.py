@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import qwix
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qwen3.checkpoint.hf_names import leaves_of
@@ -70,7 +71,7 @@ def quantised(model: Qwen3, kind: Quantisation) -> Qwen3:
     return model
 
 
-def saved_bytes(model: Any, dtype: Any) -> int:
+def saved_bytes(model: Any, dtype: DTypeLike) -> int:
     """By how much a model's quantised weights are smaller than they would be in `dtype`; 0 where it has none."""
     nodes = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, QuantisedWeight))
     weights = [node for node in nodes if isinstance(node, QuantisedWeight)]

@@ -10,13 +10,14 @@ import concurrent.futures
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
 
 from qwen3.checkpoint.hf_names import Leaf, Tensor
 from qwen3.checkpoint.quantisation import Quantisation, QuantisedWeight, quantise
@@ -254,7 +255,7 @@ def _copy(target: np.ndarray, values: np.ndarray) -> None:
             target[rows] = values[rows]
 
 
-def _aligned_empty(shape: list[int], dtype: Any) -> np.ndarray:
+def _aligned_empty(shape: list[int], dtype: DTypeLike) -> np.ndarray:
     """Memory that begins at a multiple of 64 bytes, which the CPU backend takes over instead of copying."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + 64, np.uint8)
@@ -263,7 +264,7 @@ def _aligned_empty(shape: list[int], dtype: Any) -> np.ndarray:
 
 
 @functools.cache
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[], jax.Array]:
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding) -> Callable[[], jax.Array]:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 

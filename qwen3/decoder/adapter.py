@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Model = TypeVar("Model")
@@ -27,7 +28,7 @@ class Adapter(nnx.Module):
     over; B [R, out...] is 0, so that the model starts as its base. Both are stacked over layers as the kernel is.
     """
 
-    def __init__(self, key: Array, kernel: nnx.Param, inputs: int, *, rank: int, alpha: float, dtype: Any):
+    def __init__(self, key: Array, kernel: nnx.Param, inputs: int, *, rank: int, alpha: float, dtype: DTypeLike):
         """`inputs` is how many of the kernel's axes, stacked layers apart, are inputs."""
         axes, shape = kernel.get_metadata()["axes"], kernel.get_value().shape
         stacked = len(shape) - len(axes)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
 from kernels_pallas import platforms
 from kernels_pallas.attention import attention
@@ -46,7 +47,7 @@ class Kernels:
     """How tokens reach experts on other devices. all_gather: every token goes to every device of mesh.expert, on all
     platforms. ragged: to those of its experts alone, not on CPU and on at most 16 chips of TPU v5e."""
 
-    def check(self, config: ModelConfig, dtype: Any, mesh: Mesh, *, tokens_per_target: int = 0) -> None:
+    def check(self, config: ModelConfig, dtype: DTypeLike, mesh: Mesh, *, tokens_per_target: int = 0) -> None:
         """Refuses what this platform, the mesh, or a model's sizes or dtype of computing do not allow.
 
         `tokens_per_target` are the most that targets name at a position.
@@ -69,7 +70,7 @@ class Kernels:
             )
 
     def _probes(
-        self, config: ModelConfig, dtype: Any, mesh: Mesh, tokens_per_target: int
+        self, config: ModelConfig, dtype: DTypeLike, mesh: Mesh, tokens_per_target: int
     ) -> Iterator[tuple[str, Callable[[], Any]]]:
         def shaped(*shape: int, of: Any = dtype) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, of)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qwen3.decoder.adapter import Adapter
@@ -23,14 +24,16 @@ Attend = Callable[[Any, Array, Array], tuple[Array, Any]]
 a cache)."""
 
 
-def weight(key: Array, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, dtype: Any) -> nnx.Param:
+def weight(
+    key: Array, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, dtype: DTypeLike
+) -> nnx.Param:
     """A normally distributed weight that names its logical axes."""
     # The same numbers as drawing `shape` at once, which takes XLA on CPU seconds to compile from three axes on.
     drawn = jax.random.normal(key, (shape[0], math.prod(shape[1:])), dtype).reshape(shape)
     return nnx.Param(drawn * jnp.asarray(scale, dtype), axes=axes)
 
 
-def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> nnx.Param:
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
 
 
@@ -44,7 +47,7 @@ def rms_norm(x: Float[Array, "... D"], scale: nnx.Param, epsilon: float) -> Floa
 class Attention(nnx.Module):
     """Grouped-query attention projections with optional biases and per-head norms of queries and keys."""
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: Any):
+    def __init__(self, config: ModelConfig, key: Array, dtype: DTypeLike):
         width, heads, kv, size = (
             config.hidden_size,
             config.num_attention_heads,
@@ -80,7 +83,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """SwiGLU feed-forward (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: Any):
+    def __init__(self, config: ModelConfig, key: Array, dtype: DTypeLike):
         width, inner, scale = config.hidden_size, config.intermediate_size, config.initializer_range
         keys = jax.random.split(key, 3)
         self.gate = weight(keys[0], (width, inner), ("embed", "mlp"), scale, dtype)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qwen3.decoder.attend import attend
@@ -37,7 +38,7 @@ class Output(NamedTuple):
 class Layer(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, moe: bool, key: Array, dtype: Any):
+    def __init__(self, config: ModelConfig, moe: bool, key: Array, dtype: DTypeLike):
         attention_key, ffn_key = jax.random.split(key)
         self.epsilon = config.rms_norm_eps
         self.attention_norm = constant(1, (config.hidden_size,), ("norm",), dtype)
@@ -68,7 +69,12 @@ class Qwen3(nnx.Module):
     """Embedding, stacks of like layers (each run by one scan), final norm and head."""
 
     def __init__(
-        self, config: ModelConfig, key: Array, *, param_dtype: Any = jnp.float32, compute_dtype: Any = jnp.float32
+        self,
+        config: ModelConfig,
+        key: Array,
+        *,
+        param_dtype: DTypeLike = jnp.float32,
+        compute_dtype: DTypeLike = jnp.float32,
     ):
         embed_key, head_key, layer_key = jax.random.split(key, 3)
         shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
@@ -115,8 +121,7 @@ class Qwen3(nnx.Module):
         real = segment_ids != 0
 
         def attend_pieces(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            how: Any = {"mesh": mesh, "implementation": self.kernels.attention}
-            return attend(q, k, v, segment_ids, pieces=True, **how), None
+            return attend(q, k, v, segment_ids, pieces=True, mesh=mesh, implementation=self.kernels.attention), None
 
         def body(x: Array, layer: Layer) -> tuple[Array, RouterStats | None]:
             x, _, stats = layer(x, rot, real, attend_pieces, mesh, self.kernels)

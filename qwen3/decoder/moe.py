@@ -1,11 +1,12 @@
 """The mixture-of-experts feed-forward: a float32 router in front of `kernels_pallas.moe_dispatch`."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from kernels_pallas import moe_dispatch
@@ -25,7 +26,7 @@ class RouterStats(NamedTuple):
 class Moe(nnx.Module):
     """Top-k routed SwiGLU experts; every token reaches all its experts."""
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: Any):
+    def __init__(self, config: ModelConfig, key: Array, dtype: DTypeLike):
         experts, width, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         scale = config.initializer_range
         keys = jax.random.split(key, 4)

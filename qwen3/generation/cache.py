@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3.decoder.attend import attend
@@ -71,13 +72,13 @@ class Cache(Protocol[Opened]):
         """The pages with what has been read, at most `tokens` a row from `positions` on."""
 
 
-def make_pages(config: ModelConfig, dtype: Any, *, pages: int, page_size: int, mesh: Mesh | None) -> Pages:
+def make_pages(config: ModelConfig, dtype: DTypeLike, *, pages: int, page_size: int, mesh: Mesh | None) -> Pages:
     """Empty pages, `pages` a layer in all shares together."""
     shapes = page_shapes(config, dtype, pages=pages, page_size=page_size, mesh=mesh)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
 
 
-def page_shapes(config: ModelConfig, dtype: Any, *, pages: int, page_size: int, mesh: Mesh | None) -> Pages:
+def page_shapes(config: ModelConfig, dtype: DTypeLike, *, pages: int, page_size: int, mesh: Mesh | None) -> Pages:
     """Shapes, dtypes and shardings of what `make_pages` makes."""
     count, heads, size = config.num_hidden_layers * pages, config.num_key_value_heads, config.head_dim
     page: Any = jax.ShapeDtypeStruct((count, heads, page_size, size), dtype)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qwen3.checkpoint.quantisation import QuantisedWeight
@@ -116,10 +117,9 @@ class Decoder:
         return loop.state, pages, loop.written
 
     def _cache(self, kernels: Kernels, mesh: Mesh | None) -> Cache[Any]:
-        how: Any = {"config": self.config, "mesh": mesh, "unroll": self.unroll}
         if kernels.paged_attention is None:
-            return ContiguousCache(**how)
-        return PagedCache(implementation=kernels.paged_attention, **how)
+            return ContiguousCache(config=self.config, mesh=mesh, unroll=self.unroll)
+        return PagedCache(config=self.config, mesh=mesh, unroll=self.unroll, implementation=kernels.paged_attention)
 
     def _unfinished(self, leave: Array, end: int, carry: tuple[_Loop, Any] | tuple[_Loop, Any, Any]) -> Array:
         loop = carry[0]
@@ -173,7 +173,7 @@ class Decoder:
         return _Loop(now + 1, state, written), opened
 
 
-def _gathered(tree: Tree, dtype: Any, mesh: Mesh) -> Tree:
+def _gathered(tree: Tree, dtype: DTypeLike, mesh: Mesh) -> Tree:
     """Weights whose rows are whole on every device, in the dtype that they are multiplied in: done once, where the loop
     would do it at every token. The router alone stays as wide as it is."""
 

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
 from kernels_pallas.platforms import platform
 from qwen3.cores import usable_cores
@@ -322,7 +323,7 @@ class Engine:
         self,
         requests: Sequence[Request],
         shares: int,
-        dtype: Any,
+        dtype: DTypeLike,
         mesh: Mesh | None,
         make: Callable[..., Pages] = make_pages,
     ) -> list[_Group]:
@@ -374,6 +375,6 @@ def _mesh(model: Qwen3) -> Mesh | None:
     return sharding.mesh
 
 
-def _place(tree: Any, spec: PartitionSpec, mesh: Mesh | None) -> Any:
+def _place(tree: PyTree, spec: PartitionSpec, mesh: Mesh | None) -> Any:
     """Host arrays spread as `spec` says. Without a mesh the compiled program takes them as they are."""
     return tree if mesh is None else place(tree, NamedSharding(mesh, spec))

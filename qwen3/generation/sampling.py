@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3.errors import UserError
@@ -109,7 +110,7 @@ class RowParams(NamedTuple):
     def of(cls, params: Sequence[SamplingParams]) -> "RowParams":
         """Host arrays. A greedy row keeps what is as probable as the best and then takes the first of it."""
 
-        def column(values: Iterable[float], dtype: Any) -> Any:
+        def column(values: Iterable[float], dtype: DTypeLike) -> Any:
             return np.fromiter(values, dtype)
 
         return cls(

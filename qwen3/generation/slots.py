@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3.generation.pages import Lease, PagePool
@@ -258,7 +259,7 @@ class Slots:
         )
 
 
-def _filled(shape: tuple[int, ...], value: int = 0, dtype: Any = np.int32) -> Any:
+def _filled(shape: tuple[int, ...], value: int = 0, dtype: DTypeLike = np.int32) -> Any:
     """A host array that is to become a device array when a compiled program takes it."""
     return np.full(shape, value, dtype)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.numpy import load_file
 
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.chat.tokenizer import train_byte_level_bpe
@@ -130,6 +131,13 @@ def test_peft_and_transformers_compute_the_same(
     assert set(config.target_modules) == set(lora.targets)
     assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"tokenizer.json", "generation_config.json"}
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
+
+
+def test_adapters_keep_their_dtype_where_none_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    student = adapted(folders["dense"], LORA)
+    export(tmp_path / "own", student, ChatTokenizer.from_folder(folders["dense"]), adapters_of=folders["dense"])
+    stored = load_file(tmp_path / "own" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {np.dtype(np.float32)}
 
 
 def test_rollouts_are_drawn_from_the_adapted_student(folders: dict[str, Path]) -> None:
