@@ -87,7 +87,7 @@ def compiled(program: Program, chip: Chip) -> Compiled:
     found = collectives(text)
     devices = list(program.mesh.devices.flat)
     sent = traffic(found, devices, chip)
-    if program.purpose.endswith("writes"):
+    if program.purpose.endswith("generates"):
         sent = Traffic()
         for one, times in one_token(found, most_segments(program.arguments[0].kernels)):
             sent += traffic([dataclasses.replace(one, times=1)], devices, chip) * times

@@ -121,7 +121,7 @@ def work_of(program: Program, experiment: Experiment) -> Work:
 
 def _row_pairs(program: Program) -> int:
     """Of a query and a key of a row, which training and scoring may spread over devices."""
-    chunks, mesh, whole = program.model.dual_chunk, program.mesh, program.purpose.endswith("reads")
+    chunks, mesh, whole = program.model.dual_chunk, program.mesh, program.purpose.endswith("prefills")
     with jax.set_mesh(mesh):
         return attended_pairs(
             program.length,
@@ -175,7 +175,7 @@ class _MemoryTraffic:
         model = next(one for one in program.models if one.embed is not None)
         self._stored = model.embed.get_value().dtype.itemsize
         self._computed = 4 if model.compute_dtype == "float32" else 2
-        self._generates = program.purpose.endswith("writes")
+        self._generates = program.purpose.endswith("generates")
         self._shares = math.prod(self._shape[axis] for axis in ("data", "fsdp", "expert", "context"))
 
     def weights(self, passes: int) -> float:

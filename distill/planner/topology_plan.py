@@ -172,7 +172,7 @@ def _stage(stage: StagePlan, seconds_of: Mapping[Purpose, float], assumed: Assum
     seconds = {
         purpose: count
         * seconds_of[purpose]
-        / (assumed.decoding_efficiency if purpose.endswith("writes") else assumed.efficiency)
+        / (assumed.decoding_efficiency if purpose.endswith("generates") else assumed.efficiency)
         for purpose, count in stage.calls.items()
     }
     return PlannedStage(
@@ -216,8 +216,8 @@ def _remedy(program: Program, memory: Memory) -> str:
     sizes = {
         "weights": memory.weights,
         "optimizer": memory.optimizer,
-        "cache": memory.cache + (memory.temporaries or 0 if program.purpose.endswith("writes") else 0),
-        "rows": memory.other + (0 if program.purpose.endswith("writes") else memory.temporaries or 0),
+        "cache": memory.cache + (memory.temporaries or 0 if program.purpose.endswith("generates") else 0),
+        "rows": memory.other + (0 if program.purpose.endswith("generates") else memory.temporaries or 0),
     }
     most = max(sizes, key=lambda name: sizes[name])
     if most in ("weights", "optimizer"):

@@ -113,7 +113,7 @@ def main(arguments: Arguments) -> None:
             if name.startswith("evaluation") or arguments.only not in name:
                 continue
             # The program alone would end at once, where no sequence is under way.
-            how = measure_generation if name.endswith("writes") else measure
+            how = measure_generation if name.endswith("generates") else measure
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
                 print(_row(alone.submit(how, arguments.size, folder, name, here).result()), flush=True)
 

@@ -75,14 +75,14 @@ def test_models_are_the_published_ones_in_equal_parts(found: dict[str, dict], na
 
 
 def test_both_stages_and_the_evaluation_are_there(found: dict[str, dict]) -> None:
-    reads_and_writes = ["reads", "writes"]
+    prefills_and_generates = ["prefills", "generates"]
     assert found["qwen3_235b_to_8b"]["programs"] == [
-        *(f"off_policy: teacher {does}" for does in (*reads_and_writes, "scores")),
+        *(f"off_policy: teacher {does}" for does in (*prefills_and_generates, "scores")),
         *(f"off_policy: student {does}" for does in ("trains", "updates")),
-        *(f"on_policy: student {does}" for does in reads_and_writes),
+        *(f"on_policy: student {does}" for does in prefills_and_generates),
         "on_policy: teacher scores",
         *(f"on_policy: student {does}" for does in ("trains", "updates")),
-        *(f"evaluation: {role} {does}" for role in ("student", "teacher") for does in reads_and_writes),
+        *(f"evaluation: {role} {does}" for role in ("student", "teacher") for does in prefills_and_generates),
     ]
 
 
