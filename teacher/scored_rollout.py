@@ -38,7 +38,7 @@ class ScoredRollout:
     """A rollout of T tokens and the teacher's J top entries, or J tokens sampled from it, at each position, on the
     host.
 
-    Row t speaks about token t + 1. Rows where the rollout's loss mask is False carry no information: the store does
+    Row t is about token t + 1. Rows where the rollout's loss mask is False carry no information: the store does
     not keep them and gives `empty_targets` back.
     """
 

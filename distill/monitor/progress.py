@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: bars in a terminal, plain lines in a log.
+"""Progress: bars in a terminal, plain lines in a log.
 
 A stage and what happens inside it (sampling, evaluation) are nested tasks. In a terminal the rows of nested tasks stay
 in place between visits, so that a loop of sampling and training does not flicker. Anywhere else (CI, `nohup`, a pipe)
