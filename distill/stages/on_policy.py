@@ -172,6 +172,7 @@ class _OwnRollouts:
             self._requests(self._problems_of(step)),
             seed=self._seed,
             policy_step=policy_step,
+            step=step,
             on_progress=self._ahead.require_open if self._ahead else None,
         )
         return Written(rollouts=rollouts, seconds=time.monotonic() - started)

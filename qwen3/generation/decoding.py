@@ -70,7 +70,7 @@ class Decoder:
         state: State,
         leave: Array,
         seed: Array,
-        policy_step: Array,
+        step: Array,
         *,
         plan: Plan,
         mesh: Mesh | None,
@@ -84,7 +84,7 @@ class Decoder:
             chosen=jnp.zeros((most, batch), bool),
             logprobs=jnp.zeros((most, batch), jnp.float32),
         )
-        keys = _row_keys(seed, policy_step, fixed.prompt_hash, fixed.sample_index)
+        keys = _row_keys(seed, step, fixed.prompt_hash, fixed.sample_index)
         # Those of all steps at once: a row that is still written has come one position further at every step.
         uniforms = _uniforms(keys, state.position + 1 + jnp.arange(most)[:, None])
         cache = self._cache(model.kernels, mesh)
@@ -198,8 +198,8 @@ def _logits(model: Qwen3, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
     return jax.lax.optimization_barrier(jax.lax.optimization_barrier(by_entry).T)
 
 
-def _row_keys(seed: Array, policy_step: Array, prompt_hash: Int[Array, "B"], sample_index: Int[Array, "B"]) -> Array:
-    base = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), policy_step)
+def _row_keys(seed: Array, step: Array, prompt_hash: Int[Array, "B"], sample_index: Int[Array, "B"]) -> Array:
+    base = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     fold = jax.vmap(jax.random.fold_in)
     return fold(jax.vmap(jax.random.fold_in, (None, 0))(base, prompt_hash), sample_index)
 

@@ -3,7 +3,7 @@
 Continuous batching over a paged cache: `batch_size` slots write at once, each with pages of its own, and a slot whose
 sequence ends takes the next request. Several tokens are written in one dispatch, after which the host looks once.
 Shapes are fixed by the engine, so a loop of training and sampling never compiles again. A rollout depends only on
-the weights and on (seed, policy step, prompt, sample index): every token has a random key of its own.
+the weights and on (seed, step, prompt, sample index): every token has a random key of its own.
 
 On CPU the slots are divided into one group a core, each with requests, pages and a thread of its own: XLA computes
 the small products of a decoding step on one core alone, but several programs side by side.
@@ -172,6 +172,7 @@ class Engine:
         *,
         seed: int,
         policy_step: int,
+        step: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> list[Rollout]:
         """Write one rollout a request, in their order.
@@ -180,7 +181,9 @@ class Engine:
             model: Weights, used where they lie; sharded weights spread the rows over the data axes of their mesh.
             requests: Any number of any modes and parameters.
             seed: Seed of the run.
-            policy_step: Optimiser step of `model`, part of every random key.
+            policy_step: Optimiser step of `model`, which the rollouts name.
+            step: The training step that the rollouts are for, part of every random key; None where it is `policy_step`.
+                The same weights may generate for several steps, and must not repeat themselves.
             on_progress: Called whenever rollouts have ended.
 
         Raises:
@@ -190,7 +193,8 @@ class Engine:
             ValueError: A model of another architecture, or a seed or step that is no unsigned 32-bit number.
         """
         mesh, shares = self._placement(model)
-        for field, value in (("seed", seed), ("policy_step", policy_step)):
+        step = policy_step if step is None else step
+        for field, value in (("seed", seed), ("policy_step", policy_step), ("step", step)):
             if not 0 <= value < 2**32:
                 raise ValueError(f"{field} is {value}; it must be in 0..{2**32 - 1}")
         for request in requests:
@@ -198,7 +202,7 @@ class Engine:
         if not requests:
             return []
         plan = Plan.of([request.params for request in requests], self.config.vocab_size)
-        numbers = np.uint32(seed), np.uint32(policy_step)
+        numbers = np.uint32(seed), np.uint32(step)
         layers = self._layers(model) if self.unroll else tuple(model.stacks)
         groups = self._groups(requests, shares, model.compute_dtype, mesh)
         rollouts: dict[int, Rollout] = {}

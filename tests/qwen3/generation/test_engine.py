@@ -220,7 +220,7 @@ def test_a_mixture_of_experts_does_not_mix_rows(models):
 
 
 def test_randomness_comes_from_seed_step_prompt_and_sample(models, engine):
-    def write(seed=0, policy_step=0, sample_index=0, prompt_id="a"):
+    def generated(seed=0, policy_step=0, step=None, sample_index=0, prompt_id="a"):
         request = Request(
             prompt_ids=(1, 2),
             prompt_id=prompt_id,
@@ -228,14 +228,18 @@ def test_randomness_comes_from_seed_step_prompt_and_sample(models, engine):
             mode=NON_THINKING,
             params=SamplingParams(max_new_tokens=32),
         )
-        return engine.generate(models["dense"], [request], seed=seed, policy_step=policy_step)[0]
+        return engine.generate(models["dense"], [request], seed=seed, policy_step=policy_step, step=step)[0]
 
-    first = write()
-    again = write()
+    first = generated()
+    again = generated()
     np.testing.assert_array_equal(first.tokens, again.tokens)
     np.testing.assert_array_equal(first.sampler_logprobs, again.sampler_logprobs)
-    for change in ({"seed": 1}, {"policy_step": 1}, {"sample_index": 1}, {"prompt_id": "b"}):
-        assert write(**change).tokens.tolist() != first.tokens.tolist()
+    for change in ({"seed": 1}, {"policy_step": 1}, {"step": 1}, {"sample_index": 1}, {"prompt_id": "b"}):
+        assert generated(**change).tokens.tolist() != first.tokens.tolist()
+    # The step that they are for decides, not which of the weights' steps they come from.
+    older = generated(policy_step=3, step=0)
+    assert older.tokens.tolist() == first.tokens.tolist()
+    assert older.policy_step == 3
 
 
 def test_tokens_follow_the_models_distribution(models):
@@ -413,7 +417,7 @@ def test_a_model_of_another_architecture_is_refused(models, engine):
         engine.generate(models["moe"], [make_request((1,))], seed=0, policy_step=0)
 
 
-@pytest.mark.parametrize("field", ["seed", "policy_step"])
+@pytest.mark.parametrize("field", ["seed", "policy_step", "step"])
 @pytest.mark.parametrize("value", [-1, 2**32])
 def test_seeds_that_would_wrap_around_are_refused(models, engine, field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}; it must be in 0..4294967295"):
