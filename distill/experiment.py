@@ -65,7 +65,7 @@ class Experiment:
     teacher: Teacher | None = None
     """None where every stage is supervised."""
     tasks: Mapping[str, Arithmetic | ReasoningGym | PromptFile]
-    """Where problems come from, by a name of your choice."""
+    """Where problems come from, by a name of your choice; each task gives its share by weight."""
     stages: Mapping[str, Stage]
     """What happens, in order; names are yours and become names in TensorBoard and the report."""
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)

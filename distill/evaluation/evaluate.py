@@ -7,7 +7,7 @@ from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_erro
 from distill.hosts.processes import require_same
 from distill.report.results import EvaluationRow
 from distill.stages.context import EngineSizes, Interrupted, RunContext
-from distill.tasks.requests import prompt_ids
+from distill.tasks.requests import asked_in, prompt_ids
 from distill.tasks.samples import judge
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
@@ -21,7 +21,7 @@ class Evaluation:
     """What is measured before training and after every stage."""
 
     problems: int = 200
-    """Held-out problems, the same for every model and seed."""
+    """Held-out problems, the same for every model and seed; one whose data names a mode is asked in that mode only."""
     samples_per_problem: int = 8
     """Responses to each problem in each mode; pass@1 is their mean."""
     pass_at: tuple[int, ...] = (8,)
@@ -80,6 +80,7 @@ class Evaluator:
 
     def _row(self, name: str, model: Qwen3, mode: Mode) -> EvaluationRow:
         evaluation, context = self._evaluation, self._context
+        problems = asked_in(mode, self._problems)
         requests = [
             Request(
                 prompt_ids=prompt_ids(problem, mode, context.tokenizer),
@@ -88,7 +89,7 @@ class Evaluator:
                 mode=mode,
                 params=evaluation.sampling(mode),
             )
-            for problem in self._problems
+            for problem in problems
             for sample in range(evaluation.samples_per_problem)
         ]
         require_same(f"the requests that evaluate {name}", lambda: repr(requests).encode())
@@ -103,7 +104,7 @@ class Evaluator:
             rollouts = self._engine.generate(
                 model, requests, seed=context.stage_seed("evaluation"), policy_step=0, on_progress=on_progress
             )
-        by_id = {problem.problem_id: problem for problem in self._problems}
+        by_id = {problem.problem_id: problem for problem in problems}
         samples = [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
         context.metrics.samples(0, samples[: evaluation.shown], stage=f"evaluation_{name}")
         count = evaluation.samples_per_problem
@@ -118,7 +119,7 @@ class Evaluator:
             pass_at_1=mean_pass_at_k(correct, count, 1),
             pass_at_1_stderr=pass_at_1_standard_error(correct, count),
             pass_at_k={k: mean_pass_at_k(correct, count, k) for k in evaluation.pass_at},
-            problems=len(self._problems),
+            problems=len(problems),
             samples_per_problem=count,
             mean_response_tokens=sum(sample.response_tokens for sample in samples) / len(samples),
             working_correct=sum(working) / len(samples) if mode == THINKING and working else None,

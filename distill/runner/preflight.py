@@ -4,8 +4,8 @@ Otherwise it would fail once a stage comes to it, after hours of the teacher's t
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, TypeVar
 
 from jax.sharding import Mesh
 
@@ -15,9 +15,9 @@ from distill.monitor.progress import Progress
 from distill.monitor.progress import Task as Bar
 from distill.stages import OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.context import stage_seed
-from distill.tasks import Problem, Split
+from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
-from distill.tasks.requests import prompt_ids, raw_document, worked_document
+from distill.tasks.requests import asked_in, prompt_ids, raw_document, worked_document
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.checkpoint import hf
 from qwen3.decoder.config import ModelConfig
@@ -29,6 +29,7 @@ from student.init import FromCheckpoint
 
 _SHOWN_CHARACTERS = 60
 _PROMPTS_AT_ONCE = 256
+_Drawn = TypeVar("_Drawn")
 
 
 def preflight(
@@ -42,6 +43,7 @@ def preflight(
 ) -> None:
     """Refuses, naming field, value and remedy, what the stages that are not `finished` or an evaluation would refuse.
 
+    Says what of the tasks' data is left out, and why.
     Takes about a quarter of a second for a thousand prompts, nearly all of it for their tokens. Raises UserError.
     """
     stages = {name: stage for name, stage in experiment.stages.items() if name not in finished}
@@ -65,6 +67,8 @@ def preflight(
     with progress.task("checking prompts", sum(len(one.prompts) for one in asked), unit="prompts") as bar:
         for one in asked:
             _check_asked(one, tokenizer, models, bar)
+    for line in tasks.left_out():
+        progress.print(f"data       {line}")
 
 
 def _checked_models(experiment: Experiment, teacher_mesh: Mesh) -> dict[str, ModelConfig]:
@@ -127,51 +131,54 @@ class _Asked:
 
 
 def _of_evaluation(evaluation: Evaluation, tasks: TaskMixture) -> _Asked:
-    problems = _drawn(tasks, "held_out", "evaluation.problems", evaluation.problems, seed=0)
+    count = evaluation.problems
+    problems = _drawn("evaluation.problems", count, lambda: tasks.problems("held_out", count, seed=0))
+    for mode in evaluation.modes:
+        if not asked_in(mode, problems):
+            raise UserError(
+                f"evaluation.modes has {mode!r}, but the data asks for all of its {count} problems in the other mode; "
+                "leave that mode out"
+            )
     return _Asked(
         field="evaluation",
         limit="max_prompt_tokens",
         limit_tokens=evaluation.max_prompt_tokens,
-        prompts=[(problem, mode) for mode in evaluation.modes for problem in problems],
+        prompts=[(problem, mode) for mode in evaluation.modes for problem in asked_in(mode, problems)],
     )
 
 
 def _of_stage(field: str, stage: Stage, seed: int, tasks: TaskMixture) -> _Asked | None:
     """What a stage will ask its policy, or train on; None where it reads another stage's targets."""
+    if isinstance(stage, OffPolicy) and stage.targets_of is not None:
+        return None
     if isinstance(stage, Sft):
-        problems = _drawn(tasks, "train", f"{field}.problems", stage.problems, seed)
         return _Asked(
             field=field,
             limit="training.row_length",
             limit_tokens=stage.training.row_length,
-            prompts=list(stage.modes.assign(problems)),
+            prompts=_drawn(f"{field}.problems", stage.problems, lambda: stage.asked(tasks, seed)),
             flag_fraction=stage.modes.flag_fraction,
             documents=stage.form,
         )
     if isinstance(stage, OnPolicy):
         assert stage.training.steps is not None
-        each, count = stage.prompts_per_step, stage.prompts_per_step * stage.training.steps
-        problems = _drawn(tasks, "train", f"{field}.prompts_per_step × steps", count, seed, repeat=True)
-        asked = (pair for first in range(0, count, each) for pair in stage.modes.assign(problems[first : first + each]))
-        prompts = list({(problem.problem_id, mode): (problem, mode) for problem, mode in asked}.values())
-    elif stage.targets_of is None:
-        prompts = list(stage.modes.assign(_drawn(tasks, "train", f"{field}.prompts", stage.prompts, seed)))
+        count = stage.prompts_per_step * stage.training.steps
+        asked = _drawn(f"{field}.prompts_per_step × steps", count, lambda: stage.asked(tasks, seed))
     else:
-        return None
+        asked = _drawn(f"{field}.prompts", stage.prompts, lambda: stage.asked(tasks, seed))
     return _Asked(
         field=field,
         limit="max_prompt_tokens",
         limit_tokens=stage.max_prompt_tokens,
-        prompts=prompts,
+        # Those of a file come again at another step.
+        prompts=list({(problem.problem_id, mode): (problem, mode) for problem, mode in asked}.values()),
         flag_fraction=stage.modes.flag_fraction,
     )
 
 
-def _drawn(
-    tasks: TaskMixture, split: Split, field: str, count: int, seed: int, *, repeat: bool = False
-) -> list[Problem]:
+def _drawn(field: str, count: int, draw: Callable[[], list[_Drawn]]) -> list[_Drawn]:
     try:
-        return tasks.problems(split, count, seed, repeat=repeat)
+        return draw()
     except UserError as error:
         raise UserError(f"{field} is {count}, but {error}") from None
 

@@ -11,6 +11,8 @@ from distill.hosts.processes import first_says, require_same
 from distill.stages.context import EngineSizes, Interrupted, RunContext, Stopwatch
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.stages.packed import documents_flops
+from distill.tasks import Problem
+from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix, prompt_ids
 from distill.training.flops import forward_flops, training_flops
 from distill.training.losses import Loss
@@ -21,7 +23,7 @@ from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
-from qwen3.rollout import THINKING
+from qwen3.rollout import THINKING, Mode
 from teacher.scored_rollout import ScoredRollout
 from teacher.scoring import Scorer
 from teacher.store import TargetStore, TargetStoreWriter
@@ -98,6 +100,10 @@ class OffPolicy:
             sampling=(self.thinking, self.non_thinking),
         )
 
+    def asked(self, tasks: TaskMixture, seed: int) -> list[tuple[Problem, Mode]]:
+        """The prompts that the teacher answers, each with its mode. Raises UserError where there are too few."""
+        return self.modes.assign(tasks.problems("train", self.prompts, seed), seed)
+
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         spent = Spent()
         if self.targets_of is None:
@@ -134,7 +140,6 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     """Write the stage's target store, or what a killed run left unwritten of it, and count what it cost."""
     seed = context.stage_seed(name)
     directory = context.directory / "targets" / name
-    problems = context.tasks.problems("train", stage.prompts, seed)
     requests = [
         Request(
             prompt_ids=prompt_ids(problem, mode, context.tokenizer, flag_fraction=stage.modes.flag_fraction),
@@ -143,7 +148,7 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
             mode=mode,
             params=stage.thinking if mode == THINKING else stage.non_thinking,
         )
-        for problem, mode in stage.modes.assign(problems)
+        for problem, mode in stage.asked(context.tasks, seed)
     ]
     teacher = context.load_teacher()
     sampling = {"thinking": dataclasses.asdict(stage.thinking), "non_thinking": dataclasses.asdict(stage.non_thinking)}

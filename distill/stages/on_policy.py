@@ -26,6 +26,7 @@ from distill.stages.ahead import Written, WrittenAhead
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.tasks import Problem
+from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix, prompt_ids
 from distill.tasks.samples import judge
 from distill.training.flops import forward_flops, training_flops
@@ -37,7 +38,7 @@ from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
-from qwen3.rollout import MODES, THINKING, Rollout
+from qwen3.rollout import MODES, THINKING, Mode, Rollout
 from teacher.scoring import Scorer
 from teacher.targets import Hidden
 
@@ -108,6 +109,13 @@ class OnPolicy:
                 "teacher.placement to own_mesh"
             )
 
+    def asked(self, tasks: TaskMixture, seed: int) -> list[tuple[Problem, Mode]]:
+        """The prompts of all steps, one step's after the other's, each with its mode. Raises UserError where there are
+        none."""
+        assert self.training.steps is not None
+        problems = tasks.problems("train", self.training.steps * self.prompts_per_step, seed, repeat=True)
+        return self.modes.assign(problems, seed, prompts_per_step=self.prompts_per_step)
+
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         assert self.training.steps is not None
         teacher = context.load_teacher()
@@ -127,8 +135,7 @@ class _OwnRollouts:
         assert stage.training.steps is not None
         self._stage, self._name, self._context, self._scorer = stage, name, context, scorer
         self._seed = context.stage_seed(name)
-        count = stage.training.steps * stage.prompts_per_step
-        self._problems = context.tasks.problems("train", count, self._seed, repeat=True)
+        self._asked = stage.asked(context.tasks, self._seed)
         self._engine = context.engine(model, stage.generation)
         self._sample_flops = forward_flops(model.config, adapter_parameters(model))
         self._train_flops = training_flops(model.config, adapter_parameters(model))
@@ -160,16 +167,16 @@ class _OwnRollouts:
             metrics |= {"staleness": step - rollouts[0].policy_step, "rollout_wait_seconds": scored - started}
         return StepData(batches=batches, train_flops=self._train_flops.of(lengths), metrics=metrics)
 
-    def _problems_of(self, step: int) -> Sequence[Problem]:
+    def _asked_at(self, step: int) -> Sequence[tuple[Problem, Mode]]:
         first = step * self._stage.prompts_per_step
-        return self._problems[first : first + self._stage.prompts_per_step]
+        return self._asked[first : first + self._stage.prompts_per_step]
 
     def _write(self, step: int, policy_step: int, model: Qwen3) -> Written:
         """What `model`, the student after `policy_step` updates, generates for step `step`."""
         started = time.monotonic()
         rollouts = self._engine.generate(
             model,
-            self._requests(self._problems_of(step)),
+            self._requests(self._asked_at(step)),
             seed=self._seed,
             policy_step=policy_step,
             step=step,
@@ -177,7 +184,7 @@ class _OwnRollouts:
         )
         return Written(rollouts=rollouts, seconds=time.monotonic() - started)
 
-    def _requests(self, problems: Sequence[Problem]) -> list[Request]:
+    def _requests(self, asked: Sequence[tuple[Problem, Mode]]) -> list[Request]:
         stage = self._stage
         # A small file may give a prompt twice in one step, which are then further samples of it.
         numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
@@ -189,7 +196,7 @@ class _OwnRollouts:
                 mode=mode,
                 params=stage.thinking if mode == THINKING else stage.non_thinking,
             )
-            for problem, mode in stage.modes.assign(problems)
+            for problem, mode in asked
             for _ in range(stage.samples_per_prompt)
         ]
 
@@ -217,7 +224,7 @@ class _OwnRollouts:
 
     def _judged(self, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """Accuracy, length and share of finished responses by mode; every now and then a rollout for people."""
-        by_id = {problem.problem_id: problem for problem in self._problems_of(step)}
+        by_id = {problem.problem_id: problem for problem, _ in self._asked_at(step)}
         context = self._context
         samples = [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
         metrics: dict[str, float] = {}

@@ -9,6 +9,8 @@ import jax
 from distill.stages.context import RunContext
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.stages.packed import documents_flops
+from distill.tasks import Problem
+from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix, raw_document, worked_document
 from distill.training.flops import training_flops
 from distill.training.losses import Loss
@@ -17,6 +19,7 @@ from distill.training.train_step import Batch
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
+from qwen3.rollout import Mode
 from teacher.targets import one_hot
 
 
@@ -44,6 +47,10 @@ class Sft:
         if self.training.steps is None:
             raise UserError("training.steps is None; supervised fine-tuning needs a number of steps")
 
+    def asked(self, tasks: TaskMixture, seed: int) -> list[tuple[Problem, Mode]]:
+        """The problems whose solutions are trained, each with its mode. Raises UserError where there are too few."""
+        return self.modes.assign(tasks.problems("train", self.problems, seed), seed)
+
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         assert self.training.steps is not None
         return train(
@@ -62,14 +69,14 @@ class _WorkedDocuments:
 
     def __init__(self, stage: Sft, name: str, model: Qwen3, context: RunContext):
         seed = context.stage_seed(name)
-        problems = context.tasks.problems("train", stage.problems, seed)
+        asked = stage.asked(context.tasks, seed)
         tokenizer = context.tokenizer
         if stage.form == "raw":
-            documents = [raw_document(problem, tokenizer) for problem in problems]
+            documents = [raw_document(problem, tokenizer) for problem, _ in asked]
         else:
             documents = [
                 worked_document(problem, mode, tokenizer, flag_fraction=stage.modes.flag_fraction)
-                for problem, mode in stage.modes.assign(problems)
+                for problem, mode in asked
             ]
         self._batches = packed_batches(
             documents,

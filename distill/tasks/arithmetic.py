@@ -134,9 +134,12 @@ class Arithmetic:
     products: Products = dataclasses.field(default_factory=Products)
     held_out_fraction: float = 0.1
     """Share of all questions that is kept from training."""
+    weight: float = 1.0
+    """Share of this task's problems, relative to the other tasks'; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         check_fraction(self.held_out_fraction)
+        check_weight("weight", self.weight)
         if self.chain_sum.weight + self.products.weight == 0:
             raise UserError("chain_sum.weight and products.weight are both 0; give one of them a positive weight")
 
@@ -164,6 +167,10 @@ class Arithmetic:
         question = plain_words(question_text)
         own = _CHAIN_EXPRESSION.fullmatch(question) or _PRODUCT_FACTORS.fullmatch(question)
         return own is not None and split_of(question, self.held_out_fraction) == "held_out"
+
+    def left_out(self, without: Excluded | None = None) -> list[str]:
+        """Empty: what a generator does not ask is no data that anybody gave."""
+        return []
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether the text is the number and nothing else."""

@@ -1,9 +1,11 @@
-"""Endless generators give repeats and both sides of the split; this turns them into unique problems of one side."""
+"""Who is asked when: generators become unique problems of one side of the split, weights an order of turns."""
 
 import hashlib
 import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 
 from distill.tasks.problem import Excluded, Problem, Split, split_of
 from qwen3.errors import UserError
@@ -34,8 +36,8 @@ def unique_problems(
     seen: set[str] = set()
     draws_without_news = 0
     for problem in candidates:
-        new = split_of(problem.question_text, held_out_fraction) == split and problem.problem_id not in seen
-        if new and not (without and without(problem.question_text)):
+        new = problem.problem_id not in seen and split_of(problem.user_words, held_out_fraction) == split
+        if new and not (without and without(problem.user_words)):
             seen.add(problem.problem_id)
             draws_without_news = 0
             yield problem
@@ -80,6 +82,32 @@ def mix(
     return problems
 
 
+def turns_by_weight(weights: Mapping[str, float], count: int) -> list[str]:
+    """Who has each of `count` turns: every prefix holds each name's share of it, rounded down or up.
+
+    The j-th turn of a name with share s must come in places floor((j - 1) / s) to ceil(j / s) - 1, counted from 0. Of
+    those that may come, the one that must come soonest does; this misses none (Baruah et al. 1996, Proportionate
+    progress). Where shares are equal, the names take turns in the order given.
+    """
+    exact = {name: exact_decimal(weight) for name, weight in weights.items() if weight > 0}
+    denominator = math.lcm(*(weight.denominator for weight in exact.values()))
+    whole = {name: int(weight * denominator) for name, weight in exact.items()}
+    total = sum(whole.values())
+    taken = dict.fromkeys(whole, 0)
+    turns = []
+    for place in range(count):
+        may = [name for name, weight in whole.items() if taken[name] * total < (place + 1) * weight]
+        name = min(may, key=lambda one: -(-(taken[one] + 1) * total // whole[one]))
+        taken[name] += 1
+        turns.append(name)
+    return turns
+
+
+def exact_decimal(value: float) -> Fraction:
+    """The number that was written: 0.1 is a tenth, not the binary fraction next to it."""
+    return Fraction(str(float(value)))
+
+
 def check_fraction(value: float) -> None:
     """Refuses a held_out_fraction outside 0 to 1."""
     if not 0 <= value <= 1:
@@ -89,4 +117,4 @@ def check_fraction(value: float) -> None:
 def check_weight(field: str, value: float) -> None:
     """Refuses a negative or infinite weight."""
     if not 0 <= value < float("inf"):
-        raise UserError(f"{field} is {value}; give 0 to leave the family out, or a positive number")
+        raise UserError(f"{field} is {value}; give 0 to leave it out, or a positive number")

@@ -65,9 +65,12 @@ class ReasoningGym:
     """What is asked, by the names that reasoning-gym gives its data sets."""
     held_out_fraction: float = 0.1
     """Share of all questions that is kept from training."""
+    weight: float = 1.0
+    """Share of this task's problems, relative to the other tasks'; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         check_fraction(self.held_out_fraction)
+        check_weight("weight", self.weight)
         if not any(family.weight for family in self.families.values()):
             raise UserError("families has no family with a positive weight; name at least one reasoning-gym data set")
         for name, family in self.families.items():
@@ -94,6 +97,10 @@ class ReasoningGym:
     def holds_out(self, question_text: str) -> bool:
         """See `Task.holds_out`; since what a generator may ask is not known, the held-out share of all questions."""
         return split_of(question_text, self.held_out_fraction) == "held_out"
+
+    def left_out(self, without: Excluded | None = None) -> list[str]:
+        """Empty: what a generator does not ask is no data that anybody gave."""
+        return []
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether the family's verifier gives the text, white space around it aside, the full score of 1."""

@@ -2,16 +2,18 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Mapping
 
-from distill.tasks.drawing import stream_seed
+from distill.tasks.drawing import stream_seed, turns_by_weight
 from distill.tasks.problem import Excluded, Problem, Split, Task
 from qwen3.errors import UserError
 
 
 class TaskMixture:
-    """Problems spread evenly over tasks; what one task holds out, none of them trains on.
+    """Problems of several tasks by their weights; what one task holds out, none of them trains on.
 
+    A task of weight 0 gives no problems, in training or evaluation, but still keeps others from what it holds out.
     Where there are several tasks, each problem names its own as `source`: the same question of two tasks is two
     problems with two verifiers.
     """
@@ -19,18 +21,21 @@ class TaskMixture:
     def __init__(self, tasks: Mapping[str, Task]):
         if not tasks:
             raise UserError("tasks is empty; an experiment needs at least one task to take problems from")
+        if not any(task.weight for task in tasks.values()):
+            raise UserError(f"tasks.{next(iter(tasks))}.weight is 0, as that of all tasks; give one a positive weight")
         self._tasks = dict(tasks)
 
     def problems(self, split: Split, count: int, seed: int, *, repeat: bool = False) -> list[Problem]:
-        """`count` problems, as many of each task; a smaller count gives a prefix.
+        """`count` problems, of each task its share by weight, rounded down or up, in this as in every smaller count,
+        which gives a prefix.
 
         With `repeat`, a task that has a fixed number of problems starts again, in a new order, when all were given.
 
         Raises UserError where a task runs out, naming it.
         """
-        share = -(-count // len(self._tasks))
-        columns = [self._of_task(name, split, share, seed, repeat) for name in self._tasks]
-        return [problem for row in zip(*columns, strict=True) for problem in row][:count]
+        turns = turns_by_weight({name: task.weight for name, task in self._tasks.items()}, count)
+        found = {name: iter(self._of_task(name, split, own, seed, repeat)) for name, own in Counter(turns).items()}
+        return [next(found[name]) for name in turns]
 
     def verify(self, problem: Problem, answer: str) -> bool:
         """Whether `answer` is exactly right, as the problem's own task judges."""
@@ -39,6 +44,15 @@ class TaskMixture:
     def working_is_correct(self, problem: Problem, thinking: str) -> bool | None:
         """See `Task.working_is_correct`."""
         return self._task_of(problem).working_is_correct(problem, thinking)
+
+    def left_out(self) -> list[str]:
+        """See `Task.left_out`: of every task that gives problems, by its name."""
+        return [
+            f"task {name!r}: {line}"
+            for name, task in self._tasks.items()
+            if task.weight
+            for line in task.left_out(self._held_out_by_others(name))
+        ]
 
     def _of_task(self, name: str, split: Split, count: int, seed: int, repeat: bool) -> list[Problem]:
         task, without = self._tasks[name], self._held_out_by_others(name) if split == "train" else None

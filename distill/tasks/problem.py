@@ -3,14 +3,19 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, Protocol
 
+from qwen3.chat.chat import MODE_FLAGS, last_flag, without_flags
 from qwen3.rollout import MODES, Mode
 
 Split = Literal["train", "held_out"]
 Excluded = Callable[[str], bool]
-"""Of a question's text: whether it is left out."""
+"""Of a problem's `user_words`: whether it is left out."""
+_INVISIBLE: Final = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
+_MARKS_AT_THE_END: Final = " .?!…。？！"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,19 +32,31 @@ class Problem:
     source: str = ""
     """The task that it came from, by name; empty where an experiment has only one."""
     mode: Mode | None = None
-    """The mode that the data asks for; None leaves the choice to the stage."""
+    """The mode that the data asks for, by a field of its own or by a /think or /no_think in the conversation; None
+    leaves the choice to the stage."""
     messages: tuple[Mapping[str, Any], ...] | None = None
     """The whole conversation up to the answer, where it is more than one user turn."""
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    """JSON schemas of the functions that the chat template tells the policy of."""
     details: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
     """What the task's own verifier needs besides the answer."""
     problem_id: str = dataclasses.field(init=False)
-    """Hash of source, family and question: the same in every run, file order and process."""
+    """Hash of source, family, question and whatever else of the prompt the data decides: the same in every run, file
+    order and process, and for one question in both modes not the same."""
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; use one of {', '.join(MODES)}, or None")
-        source = f"{self.source}\n" if self.source else ""
-        object.__setattr__(self, "problem_id", _digest(f"{source}{self.family}\n{self.question_text}").hex())
+        flagged = flagged_mode(self.conversation)
+        if flagged is not None and self.mode not in (None, flagged):
+            raise ValueError(f"mode is {self.mode!r}, but the prompt says /{MODE_FLAGS[flagged]}; give one of them")
+        parts = [*([self.source] if self.source else []), self.family, self.question_text]
+        if self.tools is not None:
+            parts.append(json.dumps(self.tools, ensure_ascii=False))
+        if self.mode is not None and flagged is None:
+            parts.append(self.mode)
+        object.__setattr__(self, "mode", self.mode or flagged)
+        object.__setattr__(self, "problem_id", _digest(composed("\n".join(parts))).hex())
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
@@ -50,18 +67,32 @@ class Problem:
 
     @property
     def question_text(self) -> str:
-        """All that the model is shown, as one string; what uniqueness and the split go by."""
+        """The conversation as one string; what uniqueness goes by."""
         return self.prompt if self.messages is None else json.dumps(self.conversation, ensure_ascii=False)
+
+    @property
+    def user_words(self) -> str:
+        """What the user's turns ask, as it is compared with others: what the split goes by.
+
+        System turns, replies and tools' results take no part, so that a question with a system turn is the question
+        without one. A conversation in which no user speaks is compared as a whole.
+        """
+        turns = [message["content"] for message in self.conversation if message["role"] == "user"]
+        return plain_words("\n".join(turns) or self.question_text)
 
 
 class Task(Protocol):
     """A source of problems with its verifier. Implementations are frozen configuration dataclasses."""
 
-    def problems(self, split: Split, count: int, seed: int, without: Excluded | None = None) -> list[Problem]:
-        """`count` different problems of one side of the split, none whose question `without` is true of.
+    @property
+    def weight(self) -> float:
+        """Its share of an experiment's problems, relative to the other tasks'; 0 takes none."""
 
-        A smaller count gives a prefix of a larger one. The side a question falls on depends on its text alone, so
-        training and held-out problems never meet, whatever the seeds.
+    def problems(self, split: Split, count: int, seed: int, without: Excluded | None = None) -> list[Problem]:
+        """`count` different problems of one side of the split, none whose words `without` is true of.
+
+        A smaller count gives a prefix of a larger one. The side a question falls on depends on the user's words alone,
+        so training and held-out problems never meet, whatever the seeds.
 
         Raises:
             UserError: the task has fewer such problems; the message says how many.
@@ -73,6 +104,9 @@ class Task(Protocol):
     def holds_out(self, question_text: str) -> bool:
         """Whether this task may ask the question of held-out problems, so that no other task trains on it."""
 
+    def left_out(self, without: Excluded | None = None) -> list[str]:
+        """What of the task's data is not used, how often and why, in a line for each part of it; empty where all is."""
+
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether the text after the thinking is exactly the answer."""
 
@@ -81,7 +115,7 @@ class Task(Protocol):
 
 
 def split_of(question_text: str, held_out_fraction: float) -> Split:
-    """The side of the split that a question falls on: a threshold on a hash of its text, white space aside.
+    """The side of the split that a question falls on: a threshold on a hash of its `plain_words`.
 
     The family takes no part: two families that ask the same question must not put it on both sides.
     """
@@ -90,8 +124,23 @@ def split_of(question_text: str, held_out_fraction: float) -> Split:
 
 
 def plain_words(question_text: str) -> str:
-    """The question as it is compared with others: white space aside."""
-    return " ".join(question_text.split())
+    """The question as it is compared with others: composed (NFC), without soft switches and characters that nobody
+    sees, white space and the marks at its end aside. Case and everything else count."""
+    visible = _INVISIBLE.sub("", without_flags(composed(question_text)))
+    bare = " ".join(visible.split()).rstrip(_MARKS_AT_THE_END)
+    # One mark stands for all and for none. Which one is kept leaves generated questions on the side they always had.
+    return bare if bare.endswith("=") else f"{bare}."
+
+
+def flagged_mode(conversation: Sequence[Mapping[str, Any]]) -> Mode | None:
+    """The mode that a conversation asks for by a soft switch of its own; None where it has none."""
+    flag = last_flag(conversation)
+    return next((mode for mode, its_flag in MODE_FLAGS.items() if its_flag == flag), None)
+
+
+def composed(text: str) -> str:
+    """The text in NFC, in which an accent is part of its letter, so that equal texts are equal strings."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _digest(text: str) -> bytes:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from distill.tasks import Problem
-from qwen3.chat.chat import ChatTokenizer, with_flag
+from distill.tasks.drawing import exact_decimal
+from qwen3.chat.chat import MODE_FLAGS, THINK_END, THINK_START, ChatTokenizer, last_flag, with_flag
 from qwen3.errors import UserError
 from qwen3.rollout import NON_THINKING, THINKING, Mode, Rollout
 
@@ -21,30 +22,73 @@ class ModeMix:
     """
 
     thinking_fraction: float = 0.5
-    """Share of prompts in thinking mode."""
+    """Share of prompts in thinking mode, of those whose data does not name a mode."""
     flag_fraction: float = 0.25
-    """Share of prompts whose question carries the flag of its mode."""
+    """Share of prompts whose question carries the flag of its mode, beside those that come with one."""
 
     def __post_init__(self) -> None:
         for name in ("thinking_fraction", "flag_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"modes.{name} is {getattr(self, name)}; it must lie in 0..1")
 
-    def assign(self, problems: Sequence[Problem]) -> Iterator[tuple[Problem, Mode]]:
-        """Each problem with its mode: the one its data asks for, else spread evenly in the order given."""
-        for index, problem in enumerate(problems):
-            turn = int((index + 1) * self.thinking_fraction) > int(index * self.thinking_fraction)
-            yield problem, problem.mode or (THINKING if turn else NON_THINKING)
+    def assign(
+        self, problems: Sequence[Problem], seed: int, *, prompts_per_step: int | None = None
+    ) -> list[tuple[Problem, Mode]]:
+        """Each of a stage's problems with its mode: the one that its data names, else one that this mix chooses.
+
+        Of the latter, `thinking_fraction` think, rounded to the nearest whole number over the stage, and rounded down
+        or up within every task and within every step's problems of one task, however many there are of each. Which
+        ones is a function of seed, problem and step, not of the order of a step's problems; a problem that comes again
+        at another step may have another mode.
+
+        How: the problems are put in an order, by task, step and a hash, of which every n-th thinks. Every other task
+        goes through the steps backwards, lest in small steps all tasks think at once.
+
+        Args:
+            problems: All of the stage, in the order of its steps.
+            seed: The stage's.
+            prompts_per_step: Problems of a step; None where the stage asks all of them at once.
+        """
+        tasks = {name: number for number, name in enumerate(sorted({problem.source for problem in problems}))}
+
+        def turn(place: int) -> tuple[int, int, bytes]:
+            problem, step = problems[place], place // (prompts_per_step or len(problems))
+            number = tasks[problem.source]
+            chance = _digest(f"mode {seed} {step} {problem.problem_id}")
+            return number, -step if number % 2 else step, chance
+
+        free = [place for place, problem in enumerate(problems) if problem.mode is None]
+        share, parts = exact_decimal(self.thinking_fraction).as_integer_ratio()
+        # Of the first n problems, n times the fraction and a half think, rounded down.
+        thinking = {
+            place
+            for number, place in enumerate(sorted(free, key=turn))
+            if (2 * number * share + parts) // (2 * parts) < (2 * (number + 1) * share + parts) // (2 * parts)
+        }
+        return [
+            (problem, problem.mode or (THINKING if place in thinking else NON_THINKING))
+            for place, problem in enumerate(problems)
+        ]
+
+
+def asked_in(mode: Mode, problems: Iterable[Problem]) -> list[Problem]:
+    """The problems that are evaluated in `mode`: all but those whose data names the other."""
+    return [problem for problem in problems if problem.mode in (None, mode)]
 
 
 def prompt_ids(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_fraction: float = 0.0) -> list[int]:
-    """What the policy reads. Whether the question carries a flag depends on the problem alone."""
+    """What the policy is asked. Whether we add a flag depends on the problem alone, and so does a flag of its own.
+
+    A flag is added to the user's last turn: a tool's result after it is nobody's wish.
+    """
     messages = problem.conversation
     if not _flagged(problem, flag_fraction):
-        return tokenizer.prompt_ids(messages, mode)
-    messages[-1]["content"] = with_flag(messages[-1]["content"], "think" if mode == THINKING else "no_think")
+        return tokenizer.prompt_ids(messages, mode, tools=problem.tools)
+    if last_flag(messages) is None:
+        turn = next(message for message in reversed(messages) if message["role"] == "user")
+        turn["content"] = with_flag(turn["content"], MODE_FLAGS[mode])
     # A flag alone must do: the template is rendered in its default mode, so /no_think has nothing prefilled to help.
-    return tokenizer.prompt_ids(messages, THINKING)
+    return tokenizer.prompt_ids(messages, THINKING, tools=problem.tools)
 
 
 def worked_document(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_fraction: float = 0.0) -> Rollout:
@@ -54,17 +98,18 @@ def worked_document(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, f
     """
     prompt = prompt_ids(problem, mode, tokenizer, flag_fraction=flag_fraction)
     if mode == THINKING:
-        response = tokenizer.response_ids(_solution(problem), problem.answer, THINKING)
+        response = tokenizer.response_ids(_solution(problem), _answer(problem), THINKING)
     elif _flagged(problem, flag_fraction):
-        response = tokenizer.response_ids("", problem.answer, THINKING)
+        response = tokenizer.response_ids("", _answer(problem), THINKING)
     else:
-        response = tokenizer.response_ids(None, problem.answer, NON_THINKING)
+        response = tokenizer.response_ids(None, _answer(problem), NON_THINKING)
     return _document(problem, mode, prompt, response)
 
 
 def raw_document(problem: Problem, tokenizer: ChatTokenizer) -> Rollout:
     """Question, working and answer as running text without any chat format, as a base model would meet them."""
-    text = f"{problem.question_text}\n{_solution(problem)}\n{problem.answer}"
+    turns = [message["content"] for message in problem.conversation if message.get("content")]
+    text = "\n".join([*turns, _solution(problem), _answer(problem)])
     ids = tokenizer.encode(text)
     return _document(problem, THINKING, ids[:1], [*ids[1:], tokenizer.pad_id])
 
@@ -92,9 +137,30 @@ def _solution(problem: Problem) -> str:
             f"problem {problem.problem_id} of family {problem.family!r} has no worked solution; "
             "give the data a solution column or train on non-thinking mode only (modes.thinking_fraction 0)"
         )
-    return problem.solution
+    return _unmarked(problem, "solution", problem.solution)
+
+
+def _answer(problem: Problem) -> str:
+    return _unmarked(problem, "answer", problem.answer)
+
+
+def _unmarked(problem: Problem, what: str, text: str) -> str:
+    """A text that goes into or behind the one think block of a response, and must not hold marks of another."""
+    if THINK_START in text or THINK_END in text:
+        raise UserError(
+            f"problem {problem.problem_id} of family {problem.family!r}: its {what} has {THINK_START} or {THINK_END} "
+            "inside, which would be trained beside our own; take them out of the data"
+        )
+    return text
 
 
 def _flagged(problem: Problem, fraction: float) -> bool:
-    digest = hashlib.blake2b(f"flag {problem.problem_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) / 2**64 < fraction
+    """Whether a flag tells the mode: the prompt's own, or one that we add where there is a user's turn to hold it."""
+    if last_flag(problem.conversation) is not None:
+        return True
+    drawn = int.from_bytes(_digest(f"flag {problem.problem_id}")) / 2**64 < fraction
+    return drawn and any(message["role"] == "user" for message in problem.conversation)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -305,3 +305,8 @@ def last_flag(messages: Sequence[Message]) -> Flag | None:
             if flags:
                 return flags[-1]
     return None
+
+
+def without_flags(text: str) -> str:
+    """The text without its soft switches: what is asked, whichever mode it is asked in."""
+    return _FLAG.sub("", text)

@@ -1,12 +1,16 @@
 """Several tasks in one experiment stay apart: in what is held out, and in who judges."""
 
+import dataclasses
 import json
+import math
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from distill.tasks import Arithmetic, ChainSum, Products, PromptFile
+from distill.tasks.drawing import turns_by_weight
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.problem import Problem, Task
 from qwen3.errors import UserError
@@ -93,3 +97,67 @@ def test_generated_tasks_are_spread_evenly_and_never_repeat() -> None:
     assert [problem.source for problem in found] == ["first", "second"] * 30
     assert len({problem.problem_id for problem in found}) == 60
     assert mixture.problems("train", 20, seed=0) == found[:20]
+
+
+@pytest.mark.parametrize(
+    "weights", [(1, 1), (1, 1, 1), (3, 1), (0.1, 0.2, 0.7), (5, 2, 2, 1), (1, 1000), (0.3, 0.3, 0.3, 0.05, 0.05), (7,)]
+)
+def test_every_prefix_holds_every_tasks_share(weights: tuple[float, ...]) -> None:
+    named = {f"task {n}": weight for n, weight in enumerate(weights)}
+    shares = {name: Fraction(repr(weight)) / sum(Fraction(repr(w)) for w in weights) for name, weight in named.items()}
+    turns = turns_by_weight(named, 2500)
+    taken: Counter[str] = Counter()
+    for length, turn in enumerate(turns, start=1):
+        taken[turn] += 1
+        for name, share in shares.items():
+            assert math.floor(share * length) <= taken[name] <= math.ceil(share * length)
+    assert turns_by_weight(named, 777) == turns[:777]
+    assert turns_by_weight({name: 10 * weight for name, weight in named.items()}, 100) == turns[:100]
+
+
+def test_tasks_are_mixed_by_weight(tmp_path: Path) -> None:
+    files = {
+        name: prompt_file(tmp_path, name, [f"{name} {n}?" for n in range(100)], weight=weight)
+        for name, weight in (("often", 3.0), ("seldom", 1.0), ("never", 0.0))
+    }
+    mixture = TaskMixture(files)
+    for split, count in (("train", 80), ("held_out", 8)):
+        found = mixture.problems(split, count, seed=1)
+        assert Counter(problem.source for problem in found) == {"often": count * 3 // 4, "seldom": count // 4}
+        assert mixture.problems(split, count // 2, seed=1) == found[: count // 2]
+    with pytest.raises(UserError, match=r"task 'often': .*often\.jsonl: has \d\d train problems, 150 were asked for"):
+        mixture.problems("train", 200, seed=1)
+    # Asked again and again, in a new order each time.
+    assert len(mixture.problems("train", 400, seed=1, repeat=True)) == 400
+
+
+def test_a_task_of_no_weight_still_holds_out(tmp_path: Path) -> None:
+    shared = [f"Question {n}?" for n in range(100)]
+    tested = prompt_file(tmp_path, "tested", shared[:40], held_out_fraction=1, weight=0)
+    mixture = TaskMixture({"trained": prompt_file(tmp_path, "trained", shared, held_out_fraction=0), "tested": tested})
+    assert questions(mixture.problems("train", 60, seed=0)) == set(shared[40:])
+    with pytest.raises(
+        UserError, match=r"tasks\.tested\.weight is 0, as that of all tasks; give one a positive weight"
+    ):
+        TaskMixture({"tested": tested})
+    for kind in (tested, SMALL):
+        with pytest.raises(UserError, match=r"weight is -1; give 0 to leave it out, or a positive number"):
+            dataclasses.replace(kind, weight=-1)
+
+
+def test_what_is_left_out_is_counted_and_said_by_task(tmp_path: Path) -> None:
+    asked = [f"Question {n}?" for n in range(20)]
+    test = prompt_file(tmp_path, "test", asked[:3])
+    train = prompt_file(tmp_path, "train", [*asked, asked[4], asked[5]], held_out_path=test.path)
+    (tmp_path / "train.jsonl").open("a").write(json.dumps({"prompt": asked[6], "answer": "another"}) + "\n")
+    alone = TaskMixture({"ours": train})
+    assert alone.left_out() == [
+        f"task 'ours': {train.path}: rows left out because an earlier one asks the same: 3, of them with another "
+        "answer: 1",
+        f"task 'ours': {train.path}: problems not trained on because {test.path} holds them out: 3",
+    ]
+    other = prompt_file(tmp_path, "other", asked[10:14], held_out_fraction=1)
+    assert TaskMixture({"ours": train, "sums": SMALL, "other": other}).left_out() == [
+        *alone.left_out(),
+        f"task 'ours': {train.path}: problems not trained on because another task holds them out: 4",
+    ]

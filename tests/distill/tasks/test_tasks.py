@@ -1,6 +1,8 @@
+import dataclasses
 import itertools
 import re
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from reasoning_gym import create_dataset
 from distill.tasks import Arithmetic, ChainSum, Problem, Products, split_of
 from distill.tasks.arithmetic import _CHAIN_EXPRESSION
 from distill.tasks.drawing import mix, unique_problems
+from distill.tasks.problem import plain_words
 from distill.tasks.working import (
     chain_steps,
     chain_working,
@@ -38,6 +41,87 @@ def test_one_question_in_two_families_falls_on_one_side() -> None:
     second = Problem(prompt="What is 2 + 2?", answer="4", family="b")
     assert first.problem_id != second.problem_id
     assert first.question_text == second.question_text
+
+
+def of_turns(*turns: tuple[str, str], **fields: Any) -> Problem:
+    messages = tuple({"role": role, "content": content} for role, content in turns)
+    return Problem(prompt=turns[-1][1], answer="4", family="a", messages=messages, **fields)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Problem(prompt="What is\n2 + 2?", answer="4", family="a"),
+        Problem(prompt="\ufeffWhat is 2\u00a0+ 2", answer="4", family="a"),
+        Problem(prompt="What is 2 + 2 ? …", answer="4", family="a"),
+        Problem(prompt="What is 2 + 2? /think", answer="4", family="a"),
+        of_turns(("user", "What is\n\n2 + 2?")),
+        of_turns(("system", "Be brief."), ("user", "What is 2 + 2?")),
+        of_turns(("system", ""), ("user", "What is 2 + 2? /no_think")),
+        of_turns(("user", "What is 2 + 2?"), ("assistant", ""), ("tool", "4")),
+        of_turns(("user", "What is 2 + 2?"), tools=({"name": "add"},)),
+        Problem(prompt="What is 2 + 2?", answer="4", family="a", mode="thinking"),
+    ],
+    ids=lambda other: repr(other.question_text),
+)
+def test_the_users_words_alone_decide_what_is_held_out(other: Problem) -> None:
+    assert other.user_words == Problem(prompt="What is 2 + 2?", answer="4", family="a").user_words
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Who is Bill?", "Who is bill?"),
+        ("What is 2 + 2?", "What is 2 - 2?"),
+        ("Is it a/think/b?", "Is it a/b?"),
+        ("What is x²?", "What is x2?"),
+        ("Why not?", "Why? Not"),
+        ("What is 1.5 =", "What is 15 ="),
+    ],
+)
+def test_other_words_are_another_question(one: str, other: str) -> None:
+    assert plain_words(one) != plain_words(other)
+    assert plain_words(plain_words(one)) == plain_words(one)
+
+
+def test_the_user_asks_another_question_where_a_turn_differs() -> None:
+    first = of_turns(("user", "Hi"), ("assistant", "Hello"), ("user", "2 + 2?"))
+    assert first.user_words == of_turns(("user", "Hi"), ("assistant", "Yes?"), ("user", "2 + 2?")).user_words
+    assert first.user_words != of_turns(("user", "2 + 2?")).user_words
+    nobody = [of_turns(("system", "Go on."), ("tool", result)) for result in "12"]
+    assert nobody[0].user_words != nobody[1].user_words
+
+
+def test_decomposed_letters_are_the_letters() -> None:
+    one, other = (Problem(prompt=prompt, answer="x", family="é") for prompt in ("Où est-ce ?", "Ou\u0300 est-ce ?"))
+    assert one.prompt != other.prompt
+    assert one.problem_id == other.problem_id
+    assert one.user_words == other.user_words
+
+
+def test_one_question_is_another_problem_in_another_mode_or_with_tools() -> None:
+    def asked(**fields: Any) -> str:
+        return Problem(prompt="What is 2 + 2?", answer="4", family="a", **fields).problem_id
+
+    ids = [asked(), asked(mode="thinking"), asked(mode="non_thinking"), asked(tools=({"name": "add"},))]
+    assert len(set(ids)) == 4
+    # What it was before problems had modes of their own.
+    assert ids[0] == "bee0d2a29cc32fdc"
+
+
+@pytest.mark.parametrize(("flag", "mode"), [("/think", "thinking"), ("/no_think", "non_thinking")])
+def test_a_prompts_own_flag_is_its_mode(flag: str, mode: str) -> None:
+    other = {"thinking": "non_thinking", "non_thinking": "thinking"}[mode]
+    for problem in (
+        Problem(prompt=f"What is 2 + 2? {flag}", answer="4", family="a"),
+        of_turns(("system", f"Be brief. {flag}"), ("user", "What is 2 + 2?")),
+        of_turns(("user", "Hi /think /no_think"), ("assistant", "/think"), ("user", f"{flag} 2 + 2?"), ("tool", "4")),
+    ):
+        assert problem.mode == mode
+        assert dataclasses.replace(problem, source="b").mode == mode
+        with pytest.raises(ValueError, match=re.escape(f"mode is '{other}', but the prompt says {flag}")):
+            dataclasses.replace(problem, mode=other)  # type: ignore[arg-type]
+    assert of_turns(("user", "2 + 2?"), ("tool", f"4 {flag}")).mode is None
 
 
 def test_the_split_has_the_asked_for_share() -> None:
@@ -152,7 +236,7 @@ def test_an_exhausted_family_says_how_many_there_are() -> None:
 
 
 def test_a_side_without_problems_ends_instead_of_searching_for_ever() -> None:
-    same = itertools.repeat(Problem(prompt="only one", answer="1", family="a"))
+    same = itertools.repeat(Problem(prompt="only one =", answer="1", family="a"))
     assert len(list(unique_problems(same, "train", 0.1))) == 1
     assert list(unique_problems(same, "held_out", 0.1)) == []
     assert list(unique_problems(same, "held_out", 0.0)) == []
