@@ -142,6 +142,38 @@ def test_the_longest_prompt_is_the_one_that_is_named(experiment: Experiment, sho
         check(whole)
 
 
+def test_what_of_the_data_is_left_out_is_said(
+    experiment: Experiment, short_file: PromptFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path(short_file.path).open("a") as lines:
+        lines.write(json.dumps({"prompt": "Is it 3?", "answer": "3", "working": "3=3"}) + "\n")
+        lines.write(json.dumps({"prompt": "What is 0 + 1?", "answer": "2", "working": "2=2"}) + "\n")
+    whole = changed(dataclasses.replace(experiment, tasks={"ours": short_file}), "pretraining", problems=18)
+    check(changed(whole, "off_policy", prompts=18))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "an earlier one asks the same: 1, of them with another answer: 1" in said
+    assert f"not trained on because {short_file.held_out_path} holds them out: 1" in said.replace("- ", "-")
+
+
+def test_an_evaluation_in_a_mode_that_no_problem_is_for_is_refused(
+    experiment: Experiment, short_file: PromptFile
+) -> None:
+    held_out = Path(short_file.path).parent / "flagged.jsonl"
+    held_out.write_text(
+        "".join(json.dumps({"prompt": f"Is it {n}? /no_think", "answer": "1"}) + "\n" for n in range(6))
+    )
+    flagged = PromptFile(path=short_file.path, held_out_path=str(held_out))
+    whole = dataclasses.replace(
+        experiment, tasks={"ours": flagged}, stages={"on_policy": experiment.stages["on_policy"]}
+    )
+    whole = dataclasses.replace(whole, export_stage=None)
+    with pytest.raises(
+        UserError, match=r"evaluation\.modes has 'thinking', but .* all of its 6 problems in the other mode"
+    ):
+        check(whole)
+    check(dataclasses.replace(whole, evaluation=dataclasses.replace(whole.evaluation, modes=("non_thinking",))))
+
+
 def test_kernels_of_the_loss_are_asked_what_stages_need(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +208,8 @@ def test_a_prompt_twice_in_one_step_is_sampled_anew(teacher: str) -> None:
     stage = OnPolicy(samples_per_prompt=2)
     one, two = (Problem(prompt=f"What is {n}?", answer=str(n), family="f") for n in (1, 2))
     context = SimpleNamespace(tokenizer=ChatTokenizer.from_folder(teacher))
-    requests = _OwnRollouts._requests(SimpleNamespace(_stage=stage, _context=context), [one, two, one])  # type: ignore[arg-type]
+    asked = [(problem, "thinking") for problem in (one, two, one)]
+    requests = _OwnRollouts._requests(SimpleNamespace(_stage=stage, _context=context), asked)  # type: ignore[arg-type]
     drawn = [(request.prompt_id, request.sample_index) for request in requests]
     first, second = one.problem_id, two.problem_id
     assert drawn == [(first, 0), (first, 1), (second, 0), (second, 1), (first, 2), (first, 3)]

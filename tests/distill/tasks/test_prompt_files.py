@@ -1,11 +1,14 @@
+import datetime
+import decimal
 import json
 import re
+import unicodedata
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from distill.tasks import PromptFile
+from distill.tasks import Problem, PromptFile
 from qwen3.errors import UserError
 
 
@@ -122,7 +125,10 @@ GOOD = '{"prompt": "a", "answer": "b"}\n'
         ("", "a.jsonl: has no rows"),
         ("\n \n", "a.jsonl: has no rows"),
         ('{"prompt": 3, "answer": "b"}', "a.jsonl:1: prompt is the number 3; give a text"),
-        ('{"prompt": "a", "answer": 0.5}', "a.jsonl:1: answer is the number 0.5; give a text"),
+        ('{"prompt": "a", "answer": Infinity}', "a.jsonl:1: answer holds the number inf; store it as text"),
+        ('{"prompt": "a", "answer": NaN}', "a.jsonl:1: answer is null"),
+        ('{"prompt": "a", "answer": "<think>b"}', "a.jsonl:1: answer holds thinking and nothing after it; add the ans"),
+        ('{"prompt": {"a": ' + "[" * 600 + "]" * 600 + "}}", "a.jsonl:1: nested too deeply"),
         ('{"prompt": "a", "answer": true}', "a.jsonl:1: answer is the truth value True"),
         ('{"prompt": "a", "answer": null}', "a.jsonl:1: answer is null"),
         ('{"prompt": " ", "answer": "b"}', "a.jsonl:1: prompt is an empty text"),
@@ -156,6 +162,8 @@ def test_bytes_that_are_no_text_are_named_and_a_byte_order_mark_is_not_text(tmp_
         ("hello", "chat is a text; give a list of messages"),
         ([{"role": "human", "content": "a"}], "message 1 has no role of system, user, assistant, tool"),
         ([{"role": "user", "content": 3}], "chat message 1 content is the number 3"),
+        ([{"role": "user", "content": ""}], "chat message 1 content is an empty text"),
+        ([{"role": "system", "content": 3}, {"role": "user", "content": "a"}], "message 1 content is the number 3"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
             "ends with a message of the assistant",
@@ -169,9 +177,13 @@ def test_a_bad_conversation_is_named(tmp_path, messages, message) -> None:
 
 
 def test_bad_values_of_optional_columns_are_named(tmp_path) -> None:
+    (tmp_path / "listed").mkdir()
+    listed = write(tmp_path / "listed" / "a.jsonl", [{"prompt": "a", "answer": "b", "mode": ["thinking"]}])
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "b", "mode": "fast"}])
     with pytest.raises(UserError, match=r"a.jsonl:1: mode is 'fast'; use one of thinking, non_thinking, or null"):
         PromptFile(path=path, mode_column="mode").problems("train", 1, 0)
+    with pytest.raises(UserError, match=r"a.jsonl:1: mode is \['thinking'\]; use one of"):
+        PromptFile(path=listed, mode_column="mode").problems("train", 1, 0)
     with pytest.raises(UserError, match=r"a.jsonl:1: answer is 'b', which verifier 'integer' cannot compare"):
         PromptFile(path=path, verifier="integer").problems("train", 1, 0)
 
@@ -208,3 +220,235 @@ def test_bad_paths_and_fields_are_named(tmp_path) -> None:
         PromptFile(path="a.jsonl", held_out_fraction=-0.1)
     with pytest.raises(ValueError, match=r"count is -1"):
         PromptFile(path="a.jsonl").problems("train", -1, 0)
+
+
+def only(path: str, **fields) -> list[Problem]:
+    """All problems of a file, in its order."""
+    task = PromptFile(path=path, held_out_fraction=0.0, **fields)
+    return list(task._files[path].problems)
+
+
+CALLS = [
+    {"role": "system", "content": ""},
+    {"role": "user", "content": "Weather in Rome?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Rome", "days": 1, "unit": None}}}],
+    },
+    {"role": "tool", "content": ""},
+]
+OTHER_CALLS = [
+    {"role": "user", "content": "Wind?", "name": "Ada"},
+    {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "wind", "arguments": {"city": "Bonn", "height": 2.5}}, "id": "1"}],
+    },
+    {"role": "tool", "content": "calm"},
+]
+TOOLS = [
+    {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string", "enum": None}}}},
+    {"name": "wind", "parameters": {"type": "object", "properties": {"height": {"type": "number", "minimum": 0}}}},
+]
+
+
+def test_parquet_gives_the_prompts_of_jsonl(tmp_path) -> None:
+    rows = [
+        {"chat": CALLS, "answer": "Sunny.", "tools": TOOLS},
+        {"chat": OTHER_CALLS, "answer": "None.", "tools": TOOLS[1:]},
+        {"chat": OTHER_CALLS[:1], "answer": "None.", "tools": None},
+    ]
+    # As pandas would have them, which knows no missing whole number.
+    floats = [
+        {**row, "tools": row["tools"] and json.loads(json.dumps(row["tools"]).replace(" 0", " 0.0"))} for row in rows
+    ]
+    found = [
+        only(write(tmp_path / name, of), messages_column="chat", tools_column="tools")
+        for name, of in (("a.jsonl", rows), ("a.parquet", rows), ("b.parquet", floats))
+    ]
+    assert [(one.conversation, one.tools, one.problem_id) for one in found[0]] == [
+        (one.conversation, one.tools, one.problem_id) for one in found[1]
+    ]
+    assert [json.dumps((one.conversation, one.tools)) for one in found[1]] == [
+        json.dumps((one.conversation, one.tools)) for one in found[2]
+    ]
+    called = found[0][0].conversation
+    assert called[0] == {"role": "system", "content": ""}
+    assert called[2]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "days": 1}
+    assert called[3] == {"role": "tool", "content": ""}
+    assert found[0][0].tools[0]["parameters"]["properties"] == {"city": {"type": "string"}}
+    assert found[0][2].tools is None
+    as_text = [{**row, "tools": json.dumps(row["tools"])} for row in rows[:2]] + [{**rows[2], "tools": ""}]
+    written = only(write(tmp_path / "c.jsonl", as_text), messages_column="chat", tools_column="tools")
+    assert [one.tools for one in written] == [one.tools for one in found[0]]
+
+
+def test_maps_of_parquet_are_objects(tmp_path) -> None:
+    kind = pyarrow.list_(pyarrow.struct([("name", pyarrow.string()), ("about", pyarrow.map_("string", "string"))]))
+    tools = pyarrow.array([[{"name": "add", "about": [("a", "first"), ("b", None)]}]], kind)
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": ["b"], "tools": tools}), path)
+    assert only(str(path), tools_column="tools")[0].tools == ({"name": "add", "about": {"a": "first"}},)
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("add", "a.jsonl:1: tools is a text, but not JSON (Expecting value"),
+        ({"name": "add"}, "a.jsonl:1: tools is a dict; give a list of JSON schemas"),
+        (["add"], "a.jsonl:1: tools is a list; give a list of JSON schemas"),
+        (0, "a.jsonl:1: tools is the number 0; give a list of JSON schemas"),
+        ('[{"name": "\\ud800"}]', "a.jsonl:1: tools has half of a surrogate pair"),
+    ],
+)
+def test_bad_tools_are_named(tmp_path, tools, message) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "b", "tools": tools}])
+    with pytest.raises(UserError, match=re.escape(message)):
+        only(path, tools_column="tools")
+
+
+@pytest.mark.parametrize("name", ["verl.jsonl", "verl.parquet"])
+def test_dots_name_fields_inside_of_columns(tmp_path, name) -> None:
+    row = {
+        "data_source": "sums",
+        "prompt": [{"role": "user", "content": "2 + 2?"}],
+        "reward_model": {"style": "rule", "ground_truth": "4"},
+        "extra_info": {"split": {"name": "easy"}, "mode": "thinking", "tools": None, "cot": "Two and two."},
+    }
+    null = {**row, "prompt": [{"role": "user", "content": "3?"}], "extra_info": None}
+    fields = {
+        "messages_column": "prompt",
+        "answer_column": "reward_model.ground_truth",
+        "family_column": "extra_info.split.name",
+        "mode_column": "extra_info.mode",
+        "solution_column": "extra_info.cot",
+        "tools_column": "extra_info.tools",
+    }
+    first, second = only(write(tmp_path / name, [row, null]), **fields)
+    assert (first.prompt, first.answer, first.family, first.mode) == ("2 + 2?", "4", "easy", "thinking")
+    assert (first.solution, first.tools) == ("Two and two.", None)
+    assert (second.answer, second.family, second.mode, second.solution) == ("4", "verl", None, None)
+    path = str(tmp_path / name)
+    with pytest.raises(UserError, match=r"no column 'reward_model.ground_truths'; perhaps you meant 'reward_model.gr"):
+        only(path, messages_column="prompt", answer_column="reward_model.ground_truths")
+    with pytest.raises(UserError, match=r"no column 'reward_model.ground_truth.x'"):
+        only(path, messages_column="prompt", answer_column="reward_model.ground_truth.x")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_column_of_the_very_name_counts(tmp_path, name) -> None:
+    row = {"prompt": "a", "to": {"do": "inside"}, "to.do": "itself", "not": {"to.be": "both"}}
+    path = write(tmp_path / name, [row])
+    assert only(path, answer_column="to.do")[0].answer == "itself"
+    assert only(path, answer_column="not.to.be")[0].answer == "both"
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [
+        (72.0, "72"), (-0.0, "0"), (0.1, "0.1"), (1e-07, "0.0000001"), (2.5e20, "250000000000000000000"), (7, "7"),
+        (decimal.Decimal("72.00"), "72"), (decimal.Decimal("1.50"), "1.5"), ("72.0", "72.0"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_numbers_are_answers(tmp_path, name, value, answer) -> None:
+    if isinstance(value, decimal.Decimal) and name == "a.jsonl":
+        value = float(value)
+    assert only(write(tmp_path / name, [{"prompt": "a", "answer": value}]))[0].answer == answer
+
+
+def test_whole_numbers_beside_a_missing_one_stay_whole(tmp_path) -> None:
+    path = write(tmp_path / "a.parquet", [{"prompt": "a", "answer": 7, "level": 3.0}, {"prompt": "b", "answer": 8}])
+    first, second = only(path, family_column="level", verifier="integer")
+    assert (first.answer, first.family, second.family) == ("7", "3", "a")
+
+
+def test_what_json_does_not_know_is_named(tmp_path) -> None:
+    path = write(tmp_path / "a.parquet", [{"prompt": "a", "answer": datetime.date(2026, 1, 1)}])
+    with pytest.raises(UserError, match=r"a.parquet row 1: answer holds a date; store it as text"):
+        only(path)
+    assert only(path, answer_column="prompt")[0].answer == "a", "a column that nobody asked for"
+
+
+def test_think_blocks_of_the_data_are_taken_apart(tmp_path) -> None:
+    block = "<think>\nTwo and two.\n</think>\n\n"
+    rows = [
+        {"answer": f"{block}4", "cot": None},
+        {"answer": "4", "cot": f"\n{block}"},
+        {"answer": "4", "cot": f"{block}The answer is 4."},
+        {"answer": "4", "cot": "Two and two.\n</think>\n\nSo 4."},
+        {"answer": "<think>\nElse.\n</think>\n\n4", "cot": "Two and two."},
+        {"answer": "<think>\n\n</think>\n\n4", "cot": None},
+        {"answer": "4", "cot": None},
+    ]
+    path = write(tmp_path / "a.jsonl", [{"prompt": f"{n}?", **row} for n, row in enumerate(rows)])
+    found = only(path, solution_column="cot")
+    assert [one.answer for one in found] == ["4"] * 7
+    assert [one.solution for one in found] == ["Two and two."] * 5 + [None] * 2
+    assert [one.mode for one in found] == [None] * 5 + ["non_thinking", None]
+
+
+def test_one_question_in_both_modes_is_two_rows(tmp_path) -> None:
+    rows = [
+        {"prompt": "Why?", "answer": str(mode), "mode": mode} for mode in ("thinking", "non_thinking", None, "thinking")
+    ]
+    found = only(write(tmp_path / "a.jsonl", rows), mode_column="mode")
+    assert [one.mode for one in found] == ["thinking", "non_thinking", None]
+    assert len({one.user_words for one in found}) == 1
+    assert len({one.problem_id for one in found}) == 3
+
+
+@pytest.mark.parametrize("flag", ["/think", "/no_think"])
+def test_a_flag_and_a_mode_must_say_the_same(tmp_path, flag) -> None:
+    mode = {"/think": "thinking", "/no_think": "non_thinking"}[flag]
+    path = write(
+        tmp_path / "a.jsonl",
+        [
+            {"prompt": f"Why? {flag}", "answer": "b", "mode": None},
+            {"prompt": f"How? {flag}", "answer": "b", "mode": mode},
+        ],
+    )
+    assert [one.mode for one in only(path, mode_column="mode")] == [mode] * 2
+    other = {"/think": "non_thinking", "/no_think": "thinking"}[flag]
+    path = write(tmp_path / "b.jsonl", [{"prompt": f"Why? {flag}", "answer": "b", "mode": other}])
+    with pytest.raises(UserError, match=f"b.jsonl:1: mode is '{other}', but the prompt says {flag}; mend the row"):
+        only(path, mode_column="mode")
+
+
+def test_decomposed_letters_are_held_out_counted_and_verified_as_composed(tmp_path) -> None:
+    composed = [{"prompt": f"Où est le n\u00ba {n} ?", "answer": "Là, près du café"} for n in range(20)]
+    decomposed = [{key: unicodedata.normalize("NFD", text) for key, text in row.items()} for row in composed]
+    assert composed != decomposed
+    both = only(write(tmp_path / "a.jsonl", [*composed, *decomposed]))
+    assert len(both) == 20
+    task = PromptFile(path=write(tmp_path / "b.jsonl", decomposed), held_out_path=str(tmp_path / "c.jsonl"))
+    write(tmp_path / "c.jsonl", composed[:5])
+    assert task.size("train") == 15
+    assert all(task.holds_out(row["prompt"]) for row in composed[:5])
+    for problem in task.problems("train", 15, 0):
+        assert task.verify(problem, composed[0]["answer"])
+        assert task.verify(problem, decomposed[0]["answer"])
+
+
+def test_a_question_is_on_one_side_with_a_system_turn_or_without(tmp_path) -> None:
+    def turns(n: int, *before: str) -> list[dict[str, str]]:
+        spoken = f"What is\n{n} + {n}?" if n % 2 else f"What is {n} + {n}"
+        return [*({"role": "system", "content": text} for text in before), {"role": "user", "content": spoken}]
+
+    asked = [turns(n, *before) for n in range(60) for before in ((), ("Be brief.",), ("",))]
+    asked += [[{"role": "user", "content": f"What is {n} + {n}? /no_think"}] for n in range(60)]
+    task = PromptFile(
+        path=write(tmp_path / "a.jsonl", [{"chat": chat, "answer": "b"} for chat in asked]),
+        messages_column="chat",
+        held_out_fraction=0.5,
+    )
+    sides = [{problem.user_words for problem in task._sides[split]} for split in ("train", "held_out")]
+    assert len(task._files[task.path].problems) == 240
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 60
+    plain = PromptFile(
+        path=write(tmp_path / "b.jsonl", [{"prompt": f"What is {n} + {n}?", "answer": "b"} for n in range(60)])
+    )
+    assert {problem.user_words for problem in plain._side("train", task.holds_out)} == sides[0] - {
+        problem.user_words for problem in plain._sides["held_out"]
+    }
