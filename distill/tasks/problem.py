@@ -1,6 +1,7 @@
 """What a task hands out and what it must be able to do, so that stages and evaluation know no task by name."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -70,7 +71,7 @@ class Problem:
         """The conversation as one string; what uniqueness goes by."""
         return self.prompt if self.messages is None else json.dumps(self.conversation, ensure_ascii=False)
 
-    @property
+    @functools.cached_property
     def user_words(self) -> str:
         """What the user's turns ask, as it is compared with others: what the split goes by.
 
@@ -126,7 +127,9 @@ def split_of(question_text: str, held_out_fraction: float) -> Split:
 def plain_words(question_text: str) -> str:
     """The question as it is compared with others: composed (NFC), without soft switches and characters that nobody
     sees, white space and the marks at its end aside. Case and everything else count."""
-    visible = _INVISIBLE.sub("", without_flags(composed(question_text)))
+    visible = question_text if question_text.isascii() else _INVISIBLE.sub("", composed(question_text))
+    if "/" in visible:
+        visible = without_flags(visible)
     bare = " ".join(visible.split()).rstrip(_MARKS_AT_THE_END)
     # One mark stands for all and for none. Which one is kept leaves generated questions on the side they always had.
     return bare if bare.endswith("=") else f"{bare}."
@@ -140,7 +143,7 @@ def flagged_mode(conversation: Sequence[Mapping[str, Any]]) -> Mode | None:
 
 def composed(text: str) -> str:
     """The text in NFC, in which an accent is part of its letter, so that equal texts are equal strings."""
-    return unicodedata.normalize("NFC", text)
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def _digest(text: str) -> bytes:

@@ -153,8 +153,9 @@ class PromptFile:
     def _read(self, path: str) -> _Rows:
         found: dict[str, Problem] = {}
         repeated = contradicting = 0
+        stem = Path(path).stem
         for where, row in read_rows(Path(path), self._columns):
-            problem = self._problem(where, row, family=Path(path).stem)
+            problem = self._problem(where, row, family=stem)
             first = found.setdefault(problem.problem_id, problem)
             repeated += first is not problem
             contradicting += first.answer != problem.answer

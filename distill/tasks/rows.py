@@ -92,7 +92,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Map
             blank = {field.name: _blank(field.type) for field in file.schema_arrow}
             for column in columns:
                 _cell(str(path), blank, column)
-            held = sorted({head for column in columns for head, _ in _heads(column) if head in blank})
+            held = [name for name in blank if any(f"{column}.".startswith(f"{name}.") for column in columns)]
             number = 0
             for batch in file.iter_batches(columns=held):
                 for row in batch.to_pylist(maps_as_pydicts="lossy"):
@@ -124,16 +124,15 @@ def _cell(where: str, row: Mapping[str, Any], column: str) -> Any:
 def _looked_up(held: Any, name: str) -> Any:
     if not isinstance(held, Mapping):
         return None if held is None else _MISSING
-    head, rest = next(((head, rest) for head, rest in _heads(name) if head in held), (None, ""))
-    if head is None:
-        return _MISSING
-    return _looked_up(held[head], rest) if rest else held[head]
+    if name in held:
+        return held[name]
+    return next((_looked_up(held[head], rest) for head, rest in _heads(name) if head in held), _MISSING)
 
 
 def _heads(column: str) -> Iterator[tuple[str, str]]:
     """Every way to cut a dotted name in two, the longest head first."""
     parts = column.split(".")
-    return ((".".join(parts[:cut]), ".".join(parts[cut:])) for cut in range(len(parts), 0, -1))
+    return ((".".join(parts[:cut]), ".".join(parts[cut:])) for cut in range(len(parts) - 1, 0, -1))
 
 
 def _names(row: Mapping[str, Any]) -> Iterator[str]:
