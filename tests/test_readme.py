@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = sorted(
-    file for file in ROOT.rglob("README.md") if not {".venv", "runs"} & set(file.relative_to(ROOT).parts)
-)
+READMES = sorted(file for file in ROOT.rglob("README.md") if not {".venv", "runs"} & set(file.relative_to(ROOT).parts))
 _NAMED = re.compile(r"`(?P<name>[\w.]+\.(?:py|jsonl))`[^`\n]*:\n\n```\w+\n(?P<text>.*?)```\n", re.DOTALL)
 _PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")

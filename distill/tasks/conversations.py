@@ -11,10 +11,11 @@ _ROLES: Final = ("system", "user", "assistant", "tool")
 
 
 def checked_messages(where: str, column: str, value: object) -> tuple[Mapping[str, Any], ...]:
-    """The turns of a conversation that waits for an answer.
+    """The turns of a conversation that waits for an answer, from a list or its JSON text.
 
     A system turn and a tool's result may be empty, and a turn of the assistant that calls tools. Raises UserError.
     """
+    value = _parsed(where, column, value)
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: {column} is {kind(value)}; give a list of messages with role and content")
     messages = []
@@ -36,13 +37,8 @@ def checked_messages(where: str, column: str, value: object) -> tuple[Mapping[st
 
 def checked_tools(where: str, column: str, value: object) -> tuple[Mapping[str, Any], ...] | None:
     """JSON schemas of functions, as a list or as its JSON text; None where there are none. Raises UserError."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: {column} is a text, but not JSON ({error}); give a list of schemas") from error
-        value = plain(f"{where}: {column}", value)
-    if not value and (value is None or isinstance(value, list)):
+    value = _parsed(where, column, value)
+    if value is None or value in ("", []):
         return None
     if not isinstance(value, list) or not all(isinstance(schema, dict) for schema in value):
         raise UserError(f"{where}: {column} is {kind(value)}; give a list of JSON schemas, one a function")
@@ -54,3 +50,14 @@ def checked_text(where: str, column: str, value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {column} is {kind(value)}; give a text")
     return value
+
+
+def _parsed(where: str, column: str, value: object) -> object:
+    """The value, or the list whose JSON text it is: some data sets keep lists so, to fit any column."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        listed = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {column} begins like a list, but is not JSON ({error}); mend the row") from error
+    return plain(f"{where}: {column}", listed)

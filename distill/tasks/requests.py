@@ -79,9 +79,12 @@ def asked_in(mode: Mode, problems: Iterable[Problem]) -> list[Problem]:
 def prompt_ids(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_fraction: float = 0.0) -> list[int]:
     """What the policy is asked. Whether we add a flag depends on the problem alone, and so does a flag of its own.
 
-    A flag is added to the user's last turn: a tool's result after it is nobody's wish.
+    A flag is added to the user's last turn: a tool's result after it is nobody's wish. Raises UserError where a turn
+    holds a token that ends turns, as prompts do to which a chat template was applied already.
     """
     messages = problem.conversation
+    for message in messages:
+        _require_none_of(_ends(tokenizer), problem, f"{message['role']} turn", str(message.get("content", "")))
     if not _flagged(problem, flag_fraction):
         return tokenizer.prompt_ids(messages, mode, tools=problem.tools)
     if last_flag(messages) is None:
@@ -94,22 +97,23 @@ def prompt_ids(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_f
 def worked_document(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_fraction: float = 0.0) -> Rollout:
     """The ideal response to `problem` in `mode` as a rollout whose response is trained.
 
-    Raises UserError where the problem has no worked solution to think with.
+    Raises UserError where the problem has no worked solution to think with, or where a text that is to be trained holds
+    marks that are added here.
     """
     prompt = prompt_ids(problem, mode, tokenizer, flag_fraction=flag_fraction)
     if mode == THINKING:
-        response = tokenizer.response_ids(_solution(problem), _answer(problem), THINKING)
+        response = tokenizer.response_ids(_solution(problem, tokenizer), _answer(problem, tokenizer), THINKING)
     elif _flagged(problem, flag_fraction):
-        response = tokenizer.response_ids("", _answer(problem), THINKING)
+        response = tokenizer.response_ids("", _answer(problem, tokenizer), THINKING)
     else:
-        response = tokenizer.response_ids(None, _answer(problem), NON_THINKING)
+        response = tokenizer.response_ids(None, _answer(problem, tokenizer), NON_THINKING)
     return _document(problem, mode, prompt, response)
 
 
 def raw_document(problem: Problem, tokenizer: ChatTokenizer) -> Rollout:
     """Question, working and answer as running text without any chat format, as a base model would meet them."""
     turns = [message["content"] for message in problem.conversation if message.get("content")]
-    text = "\n".join([*turns, _solution(problem), _answer(problem)])
+    text = "\n".join([*turns, _solution(problem, tokenizer), _answer(problem, tokenizer)])
     ids = tokenizer.encode(text)
     return _document(problem, THINKING, ids[:1], [*ids[1:], tokenizer.pad_id])
 
@@ -131,27 +135,32 @@ def _document(problem: Problem, mode: Mode, prompt: Sequence[int], response: Seq
     )
 
 
-def _solution(problem: Problem) -> str:
+def _solution(problem: Problem, tokenizer: ChatTokenizer) -> str:
     if problem.solution is None:
         raise UserError(
             f"problem {problem.problem_id} of family {problem.family!r} has no worked solution; "
             "give the data a solution column or train on non-thinking mode only (modes.thinking_fraction 0)"
         )
-    return _unmarked(problem, "solution", problem.solution)
+    _require_none_of((THINK_START, THINK_END, *_ends(tokenizer)), problem, "solution", problem.solution)
+    return problem.solution
 
 
-def _answer(problem: Problem) -> str:
-    return _unmarked(problem, "answer", problem.answer)
+def _answer(problem: Problem, tokenizer: ChatTokenizer) -> str:
+    _require_none_of((THINK_START, THINK_END, *_ends(tokenizer)), problem, "answer", problem.answer)
+    return problem.answer
 
 
-def _unmarked(problem: Problem, what: str, text: str) -> str:
-    """A text that goes into or behind the one think block of a response, and must not hold marks of another."""
-    if THINK_START in text or THINK_END in text:
+def _ends(tokenizer: ChatTokenizer) -> list[str]:
+    return [tokenizer.decode([one]) for one in tokenizer.eos_ids]
+
+
+def _require_none_of(marks: Iterable[str], problem: Problem, what: str, text: str) -> None:
+    """Refuses a text with marks of a chat format inside: its own would stand beside them."""
+    if found := [mark for mark in marks if mark in text]:
         raise UserError(
-            f"problem {problem.problem_id} of family {problem.family!r}: its {what} has {THINK_START} or {THINK_END} "
-            "inside, which would be trained beside our own; take them out of the data"
+            f"problem {problem.problem_id} of family {problem.family!r}: its {what} has {found[0]} inside, a mark of "
+            "the chat format, which is added to plain texts; take it out of the data"
         )
-    return text
 
 
 def _flagged(problem: Problem, fraction: float) -> bool:

@@ -278,9 +278,10 @@ def test_parquet_gives_the_prompts_of_jsonl(tmp_path) -> None:
     assert called[3] == {"role": "tool", "content": ""}
     assert found[0][0].tools[0]["parameters"]["properties"] == {"city": {"type": "string"}}
     assert found[0][2].tools is None
-    as_text = [{**row, "tools": json.dumps(row["tools"])} for row in rows[:2]] + [{**rows[2], "tools": ""}]
+    as_text = [{**row, "chat": json.dumps(row["chat"]), "tools": json.dumps(row["tools"])} for row in rows[:2]]
+    as_text.append({**rows[2], "tools": ""})
     written = only(write(tmp_path / "c.jsonl", as_text), messages_column="chat", tools_column="tools")
-    assert [one.tools for one in written] == [one.tools for one in found[0]]
+    assert [(one.conversation, one.tools) for one in written] == [(one.conversation, one.tools) for one in found[0]]
 
 
 def test_maps_of_parquet_are_objects(tmp_path) -> None:
@@ -294,7 +295,8 @@ def test_maps_of_parquet_are_objects(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
-        ("add", "a.jsonl:1: tools is a text, but not JSON (Expecting value"),
+        ("add", "a.jsonl:1: tools is a text; give a list of JSON schemas"),
+        ("[add]", "a.jsonl:1: tools begins like a list, but is not JSON (Expecting value"),
         ({"name": "add"}, "a.jsonl:1: tools is a dict; give a list of JSON schemas"),
         (["add"], "a.jsonl:1: tools is a list; give a list of JSON schemas"),
         (0, "a.jsonl:1: tools is the number 0; give a list of JSON schemas"),

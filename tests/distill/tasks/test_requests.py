@@ -151,9 +151,9 @@ def test_tools_are_told_in_prompts_and_worked_documents(tokenizer: ChatTokenizer
         assert told in tokenizer.decode(prompt_ids(problem, mode, tokenizer, flag_fraction=1.0))
 
 
-@pytest.mark.parametrize("text", ["<think>4</think>", "As <think> says: 4", "4</think>"])
+@pytest.mark.parametrize("text", ["<think>4</think>", "As <think> says: 4", "4</think>", "4<|im_end|>"])
 def test_marks_of_a_think_block_are_not_trained_beside_our_own(tokenizer: ChatTokenizer, text: str) -> None:
-    inside = r"its solution has <think> or </think> inside"
+    inside = r"its solution has <.*> inside, a mark of the chat format"
     with pytest.raises(UserError, match=inside):
         worked_document(Problem(prompt="?", answer="4", solution=text, family="f"), "thinking", tokenizer)
     with pytest.raises(UserError, match=inside):
@@ -188,6 +188,16 @@ def test_worked_documents_train_the_response_and_nothing_else(
     assert text.endswith(f"{problem.answer}<|im_end|>")
     assert (problem.solution in text) == (mode == "thinking")
     assert text.count("<think>") == 1
+
+
+def test_a_prompt_that_a_chat_template_has_made_already_is_refused(tokenizer: ChatTokenizer) -> None:
+    rendered = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    for problem in (
+        Problem(prompt=rendered, answer="4", family="f"),
+        conversation(("system", rendered), ("user", "2 + 2?")),
+    ):
+        with pytest.raises(UserError, match=r"its \w+ turn has <\|im_end\|> inside, a mark of the chat format"):
+            prompt_ids(problem, "thinking", tokenizer)
 
 
 def test_raw_documents_of_conversations_are_their_texts(tokenizer: ChatTokenizer) -> None:
