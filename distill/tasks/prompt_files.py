@@ -4,25 +4,21 @@ import dataclasses
 import decimal
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from distill.tasks.conversations import checked_messages, checked_text, checked_tools
 from distill.tasks.drawing import check_fraction, check_weight
-from distill.tasks.problem import Excluded, Problem, Split, composed, flagged_mode, plain_words, split_of
+from distill.tasks.problem import Excluded, Problem, Split, flagged_mode, plain_words, split_of
 from distill.tasks.rows import read_rows
-from distill.tasks.verifiers import equal_integers, equal_mathematics, equal_texts
+from distill.tasks.verifiers import VERIFIERS, Verifier, unusable_references
 from qwen3.chat.chat import MODE_FLAGS, split_response
 from qwen3.errors import UserError
 from qwen3.rollout import MODES, NON_THINKING, Mode
 
-Verifier = Literal["exact", "integer", "math"]
-_VERIFIERS: Final[Mapping[Verifier, Callable[[str, str], bool]]] = {
-    "exact": equal_texts,
-    "integer": equal_integers,
-    "math": equal_mathematics,
-}
+_SHOWN: Final = 4
+_SHOWN_CHARACTERS: Final = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,15 +64,16 @@ class PromptFile:
     """Column that says `thinking` or `non_thinking`, in which alone a row is then asked; null leaves the choice to
     stage and evaluation. A question in both modes has two rows."""
     verifier: Verifier = "exact"
-    """`exact`: the same text but for white space; `integer`: one whole number; `math`: math-verify."""
+    """`exact`: the same text but for white space; `integer`: one whole number; `math`: the same mathematical object,
+    see `distill.tasks.verifiers.equal_mathematics`. An answer that no text can equal is refused with its row."""
     weight: float = 1.0
     """Share of this file's problems, relative to the other tasks'; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         check_fraction(self.held_out_fraction)
         check_weight("weight", self.weight)
-        if self.verifier not in _VERIFIERS:
-            raise UserError(f"verifier is {self.verifier!r}; use one of {', '.join(_VERIFIERS)}")
+        if self.verifier not in VERIFIERS:
+            raise UserError(f"verifier is {self.verifier!r}; use one of {', '.join(VERIFIERS)}")
 
     def problems(self, split: Split, count: int, seed: int, without: Excluded | None = None) -> list[Problem]:
         """See `Task.problems`; the seed orders the rows."""
@@ -119,7 +116,7 @@ class PromptFile:
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether the text is the answer, as `verifier` compares them."""
-        return _VERIFIERS[self.verifier](composed(answer_text), composed(problem.answer))
+        return VERIFIERS[self.verifier](answer_text, problem.answer)
 
     def working_is_correct(self, problem: Problem, thinking_text: str) -> None:
         """None: a file says what is right, not which ways lead there."""
@@ -152,16 +149,30 @@ class PromptFile:
 
     def _read(self, path: str) -> _Rows:
         found: dict[str, Problem] = {}
+        places: dict[str, str] = {}
         repeated = contradicting = 0
         stem = Path(path).stem
         for where, row in read_rows(Path(path), self._columns):
             problem = self._problem(where, row, family=stem)
             first = found.setdefault(problem.problem_id, problem)
+            places.setdefault(problem.problem_id, where)
             repeated += first is not problem
             contradicting += first.answer != problem.answer
         if not found:
             raise UserError(f"{path}: has no rows; give a file with at least one problem")
+        self._check_answers(list(places.values()), [problem.answer for problem in found.values()])
         return _Rows(problems=list(found.values()), repeated=repeated, contradicting=contradicting)
+
+    def _check_answers(self, places: list[str], answers: list[str]) -> None:
+        unusable = unusable_references(self.verifier, answers)
+        if not unusable:
+            return
+        first, *others = [f"{places[i]}: {self.answer_column} is {answers[i][:_SHOWN_CHARACTERS]!r}" for i in unusable]
+        more = f" (nor {'; '.join(others[:_SHOWN])}; {len(unusable)} in all)" if others else ""
+        raise UserError(
+            f"{first}, which verifier {self.verifier!r} cannot compare{more}; "
+            f"use another verifier ({', '.join(VERIFIERS)}), or mend the {'rows' if others else 'row'}"
+        )
 
     def _problem(self, where: str, row: Mapping[str, Any], *, family: str) -> Problem:
         messages = None
@@ -173,11 +184,6 @@ class PromptFile:
         else:
             prompt = checked_text(where, self.prompt_column, row[self.prompt_column])
         thinking, answer = _answer(where, self.answer_column, row[self.answer_column])
-        if self.verifier == "integer" and not equal_integers(answer, answer):
-            raise UserError(
-                f"{where}: {self.answer_column} is {answer!r}, which verifier 'integer' cannot compare; "
-                "use verifier 'exact' or 'math', or mend the row"
-            )
         mode = _mode(where, self.mode_column, row, flagged_mode(messages or [{"role": "user", "content": prompt}]))
         if mode is None and thinking is not None and not thinking.strip():
             mode = NON_THINKING

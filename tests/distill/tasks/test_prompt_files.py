@@ -188,6 +188,16 @@ def test_bad_values_of_optional_columns_are_named(tmp_path) -> None:
         PromptFile(path=path, verifier="integer").problems("train", 1, 0)
 
 
+def test_references_that_equal_nothing_are_named_with_their_rows(tmp_path) -> None:
+    answers = ["5", "\\frac{1}{", "x+1", "x^", *["3+"] * 5, "\\frac{1}{0}"]
+    path = write(tmp_path / "a.jsonl", [{"prompt": f"{n}?", "answer": answer} for n, answer in enumerate(answers)])
+    with pytest.raises(UserError) as caught:
+        PromptFile(path=path, verifier="math").problems("train", 1, 0)
+    first = f"{path}:2: answer is '\\\\frac{{1}}{{', which verifier 'math' cannot compare"
+    assert str(caught.value).startswith(f"{first} (nor {path}:4: answer is 'x^'; {path}:5: answer is '3+'; ")
+    assert str(caught.value).endswith("8 in all); use another verifier (exact, integer, math), or mend the rows")
+
+
 def test_bad_parquet_is_named(tmp_path, rows) -> None:
     whole = tmp_path / "whole.parquet"
     write(whole, [*rows, {"prompt": None, "answer": "1"}])
