@@ -43,8 +43,8 @@ class PromptFile:
     path: str
     """The file."""
     held_out_path: str | None = None
-    """A file of the same columns whose problems are all held out. Its questions are then left out of `path`, and
-    `held_out_fraction` is not used."""
+    """A file of the same columns, but for solutions, whose problems are all held out. Its questions are then left out
+    of `path`, and `held_out_fraction` is not used."""
     held_out_fraction: float = 0.1
     """Share of the questions in `path` that is kept from training."""
     prompt_column: str = "prompt"
@@ -152,7 +152,9 @@ class PromptFile:
         places: dict[str, str] = {}
         repeated = contradicting = 0
         stem = Path(path).stem
-        for where, row in read_rows(Path(path), self._columns):
+        # Nobody trains on what is held out.
+        columns = self._columns(solutions=path == self.path)
+        for where, row in read_rows(Path(path), columns):
             problem = self._problem(where, row, family=stem)
             first = found.setdefault(problem.problem_id, problem)
             places.setdefault(problem.problem_id, where)
@@ -197,10 +199,10 @@ class PromptFile:
             tools=checked_tools(where, self.tools_column, row[self.tools_column]) if self.tools_column else None,
         )
 
-    @property
-    def _columns(self) -> list[str]:
+    def _columns(self, *, solutions: bool) -> list[str]:
         question = self.prompt_column if self.messages_column is None else self.messages_column
-        optional = [self.tools_column, self.solution_column, self.family_column, self.mode_column]
+        solution = self.solution_column if solutions else None
+        optional = [self.tools_column, solution, self.family_column, self.mode_column]
         return [question, self.answer_column, *(column for column in optional if column is not None)]
 
 
@@ -214,7 +216,7 @@ def _answer(where: str, column: str, value: object) -> tuple[str | None, str]:
 
 def _solution(where: str, column: str | None, row: Mapping[str, Any]) -> str | None:
     """Worked thinking without the block around it. What comes after a block is the answer's place."""
-    if column is None or row[column] is None:
+    if column is None or row.get(column) is None:
         return None
     thinking, text = split_response(checked_text(where, column, row[column]))
     return text if thinking is None else thinking

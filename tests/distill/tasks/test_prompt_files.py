@@ -95,6 +95,13 @@ def test_a_question_of_the_held_out_file_never_trains(tmp_path, rows) -> None:
         task.problems("held_out", 21, 0)
 
 
+def test_held_out_problems_need_no_solutions(tmp_path, rows) -> None:
+    worked = write(tmp_path / "train.jsonl", [row | {"working": "1+1"} for row in rows])
+    task = PromptFile(path=worked, held_out_path=write(tmp_path / "test.jsonl", rows[:5]), solution_column="working")
+    assert {problem.solution for problem in task.problems("train", 195, 0)} == {"1+1"}
+    assert {problem.solution for problem in task.problems("held_out", 5, 0)} == {None}
+
+
 def test_repeated_questions_count_once(tmp_path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "Why?", "answer": str(i)} for i in range(3)])
     task = PromptFile(path=path, held_out_fraction=0.0)
