@@ -80,11 +80,17 @@ def prompt_ids(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_f
     """What the policy is asked. Whether we add a flag depends on the problem alone, and so does a flag of its own.
 
     A flag is added to the user's last turn: a tool's result after it is nobody's wish. Raises UserError where a turn
-    holds a token that ends turns, as prompts do to which a chat template was applied already.
+    holds a token that ends turns, as prompts do to which a chat template was applied already, or where the template
+    leaves the problem's tools out.
     """
     messages = problem.conversation
     for message in messages:
         _require_none_of(_ends(tokenizer), problem, f"{message['role']} turn", str(message.get("content", "")))
+    if problem.tools and tokenizer.render(messages, tools=problem.tools) == tokenizer.render(messages):
+        raise UserError(
+            f"problem {problem.problem_id} of family {problem.family!r} has tools, of which the chat template says "
+            "nothing; use a checkpoint whose template does, or leave out the tools"
+        )
     if not _flagged(problem, flag_fraction):
         return tokenizer.prompt_ids(messages, mode, tools=problem.tools)
     if last_flag(messages) is None:

@@ -151,6 +151,17 @@ def test_tools_are_told_in_prompts_and_worked_documents(tokenizer: ChatTokenizer
         assert told in tokenizer.decode(prompt_ids(problem, mode, tokenizer, flag_fraction=1.0))
 
 
+def test_tools_that_a_template_leaves_out_are_refused(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    toolless = ChatTokenizer.from_folder(tmp_path)
+    with_tools = Problem(prompt="2 + 2?", answer="4", family="f", tools=({"name": "add"},))
+    with pytest.raises(UserError, match="has tools, of which the chat template says nothing"):
+        prompt_ids(with_tools, "non_thinking", toolless)
+    prompt_ids(Problem(prompt="2 + 2?", answer="4", family="f"), "non_thinking", toolless)
+
+
 @pytest.mark.parametrize("text", ["<think>4</think>", "As <think> says: 4", "4</think>", "4<|im_end|>"])
 def test_marks_of_a_think_block_are_not_trained_beside_our_own(tokenizer: ChatTokenizer, text: str) -> None:
     inside = r"its solution has <.*> inside, a mark of the chat format"
