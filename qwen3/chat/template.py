@@ -10,11 +10,8 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qwen3.chat.sandbox import SECONDS, OutOfTime, Sandbox
 from qwen3.errors import UserError
 
 Message = Mapping[str, Any]
@@ -24,65 +21,29 @@ Message = Mapping[str, Any]
 _THINKING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks what an assistant wrote: here a scope and nothing more."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja's own filter escapes <, > and & for HTML, which would put other tokens into tool definitions.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
 class ChatTemplate:
     """One compiled template.
 
     Args:
         source: The jinja text.
         origin: Where it came from, for error messages.
+        now: The moment that a template which tells the date is told.
 
     Raises:
         UserError: The text is not a valid template.
     """
 
-    def __init__(self, source: str, origin: str):
+    def __init__(self, source: str, origin: str, now: datetime | None = None):
         self.source = source
         self.origin = origin
+        self._sandbox = Sandbox(now or datetime.now())
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+            self._template = self._sandbox.template(source)
+        except Exception as error:
+            # jinja's own for what it cannot parse; Python's for what it cannot compile, such as 20 nested loops.
+            line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise UserError(
-                f"{origin}: chat template, line {error.lineno}: {error.message}; take the original model's template"
+                f"{origin}: chat template{line}: {_one_line(error)}; take the original model's template"
             ) from error
 
     def render(
@@ -105,23 +66,31 @@ class ChatTemplate:
             variables: Whatever else the template reads, such as eos_token or enable_thinking.
 
         Raises:
-            UserError: No messages, a value that JSON does not know, or the template raised; names the message.
+            UserError: No messages, a value that JSON does not know, the template raised, or it takes too long; names
+                the message.
         """
         if not messages:
             raise UserError(f"{self.origin}: cannot render a conversation without messages; give at least one")
         variables = {"tools": _plain(tools, "tools"), "documents": None, **(variables or {})}
         plain = [_as_template_reads(message, number) for number, message in enumerate(messages, 1)]
+        self._sandbox.start_clock()
         try:
             return self._template.render(messages=plain, add_generation_prompt=add_generation_prompt, **variables)
+        except OutOfTime as error:
+            raise UserError(
+                f"{self.origin}: the chat template does not end within {SECONDS:.0f} seconds on a conversation of "
+                f"{len(plain)} messages; take the original model's template, or shorten the conversation"
+            ) from error
         except Exception as error:
             number = self._first_unrenderable(plain, variables)
             raise UserError(
                 f"{self.origin}: the chat template cannot render message {number} of {len(plain)} "
-                f"(role {plain[number - 1].get('role')!r}): {error}; correct that message"
+                f"(role {plain[number - 1].get('role')!r}): {_one_line(error)}; correct that message"
             ) from error
 
     def _first_unrenderable(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> int:
         for number in range(1, len(messages)):
+            self._sandbox.start_clock()
             try:
                 self._template.render(messages=messages[:number], add_generation_prompt=False, **variables)
             except Exception:  # noqa: BLE001 - the template's own code; the caller reports the error of the whole
@@ -141,6 +110,16 @@ def _as_template_reads(message: Message, number: int) -> dict[str, Any]:
 
 def _plain(value: Any, what: str) -> Any:
     try:
-        return json.loads(json.dumps(value))
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
+        return json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{what}: lists and objects are nested too deeply; nest them less") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what}: has half of a surrogate pair; write the whole character") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{what}: {error}; use text, numbers, lists and objects only") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import threading
+from datetime import datetime
 from importlib import resources
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from qwen3.chat import sandbox
 from qwen3.chat.template import ChatTemplate
 from qwen3.errors import UserError
 
-SOURCE = resources.files("qwen3").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+SOURCE = resources.files("qwen3.chat").joinpath("chat_template.jinja").read_text(encoding="utf-8")
 
 TOOLS = [
     {
@@ -298,6 +301,11 @@ OTHER_TEMPLATES = {
     "date": "{{ strftime_now('%Y') }}",
     "variables": "{{ tools is none }}{{ documents is defined }}{{ enable_thinking is defined }}{{ eos_token }}",
     "aliases": "{% for m in messages %}{{ m.thinking }}{{ m.reasoning_content }}{{ m.reasoning }};{% endfor %}",
+    "sums and products": "{{ 'a' + 'b' * 2 }}{{ 2 ** 10 + 3 * 4 }}{{ 1.5 * 2 }}{{ [1] + [2] * 2 }}{{ 1 ~ none ~ 'a' }}",
+    "loops that filter": "{% for m in messages if m.role == 'user' %}{{ m.content }}{% else %}none{% endfor %}",
+    "filters in filters": "{{ messages | map(attribute='role') | select('equalto', 'user') | map('upper') | join }}",
+    "macros": "{% macro f(x) %}<{{ x }}>{% endmacro %}{% for m in messages %}{{ f(m.role) }}{% endfor %}",
+    "blocks": "{% block a %}{{ messages | length }}{% endblock %}{{ self.a() }}",
     "absent": "{% for m in messages %}{{ m.tool_calls is defined }}{% endfor %}",
 }
 
@@ -333,6 +341,85 @@ def test_syntax_error_names_origin_and_line():
         ChatTemplate("ok\n{% if %}", "models/x")
 
 
+NEVER_ENDING = {
+    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "loops that drop everything": "{% for a in range(99999) if range(99999) | join | length == 0 %}{% endfor %}",
+    "recursive": "{% for a in [1] recursive %}{% if loop.depth < 99 %}{{ loop([1, 1]) }}{% endif %}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "calls": "{% macro f() %}{% for a in range(99999) %}{{ caller() }}{% endfor %}{% endmacro %}"
+    "{% call f() %}{% for a in range(99999) %}{% endfor %}{% endcall %}",
+    "mapped filters": "{{ ([range(99999)] * 99999) | map('list') | map('length') | list }}",
+    "selecting tests": "{{ ([range(9999) | list] * 999999) | select('in', [[1]]) | list }}",
+}
+
+
+@pytest.mark.parametrize("name", NEVER_ENDING)
+def test_a_template_that_never_ends_is_stopped_in_any_thread(name, monkeypatch):
+    monkeypatch.setattr(sandbox, "SECONDS", 0.05)
+    told = []
+
+    def render_it():
+        with pytest.raises(
+            UserError, match=r"models/x: the chat template does not end within .* 1 messages; take"
+        ) as caught:
+            ChatTemplate(NEVER_ENDING[name], "models/x").render([user("a")])
+        told.append(str(caught.value))
+
+    thread = threading.Thread(target=render_it)
+    thread.start()
+    thread.join()
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10000000000 }}",
+        "{{ 10000000000 * [1] }}",
+        "{{ 10 ** 100000000 }}",
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{{ range(10 ** 9) | list }}",
+    ],
+)
+def test_what_would_fill_the_memory_is_not_made(source):
+    with pytest.raises(UserError, match=r"cannot render message 1 of 1 .*(larger than|too big|Range)"):
+        ChatTemplate(source, "models/x").render([user("a")])
+
+
+def test_a_conversation_has_its_time_anew(monkeypatch):
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    template = ChatTemplate("{% for a in range(1000) %}{{ messages[0].content }}{% endfor %}", "models/x")
+    for _ in range(20):
+        assert len(template.render([user("a")])) == 1_000
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "{% if 1 %}" * 500 + "{% endif %}" * 500,
+        "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+        "{{ 1 | nothing }}",
+    ],
+)
+def test_sources_that_do_not_compile_are_refused(source):
+    with pytest.raises(UserError, match=r"models/x: chat template.*; take the original") as caught:
+        ChatTemplate(source, "models/x")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_several_lines_is_told_in_one():
+    with pytest.raises(UserError, match=r"\(role 'user'\): no such role: a; correct that message$"):
+        ChatTemplate("{{ raise_exception('no such\n  role: ' + messages[0].content) }}", "model").render([user("a")])
+
+
+def test_the_date_is_the_one_that_is_given():
+    source = "{% set date_string = strftime_now('%d %b %Y') %}Today: {{ date_string }} {{ strftime_now('%H:%M:%S') }}"
+    template = ChatTemplate(source, "model", datetime(2024, 7, 26, 23, 59, 58))
+    assert template.render([user("a")]) == "Today: 26 Jul 2024 23:59:58"
+
+
 def test_raising_template_names_the_message():
     source = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
     with pytest.raises(UserError, match=r"message 2 of 3 \(role 'tool'\): no tools"):
@@ -358,10 +445,29 @@ def test_sandbox_refuses(source):
         ChatTemplate(source, "model").render([user("a")])
 
 
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("messages", "told"),
-    [([], "without messages"), (["hi"], "message 1: expected"), ([user({1, 2})], "message 1: .*not JSON serializable")],
+    [
+        ([], "without messages"),
+        (["hi"], "message 1: expected"),
+        ([user({1, 2})], "message 1: .*not JSON serializable"),
+        ([user("a"), user(nested(10**5))], "message 2: lists and objects are nested too deeply"),
+        ([user({"a": nested(10**5)})], "message 1: lists and objects are nested too deeply"),
+        ([user("a"), user("half \ud83d")], "message 2: has half of a surrogate pair"),
+    ],
 )
 def test_bad_messages_are_refused(messages, told):
     with pytest.raises(UserError, match=told):
         ChatTemplate(SOURCE, "model").render(messages)
+
+
+def test_tools_are_held_to_the_same():
+    with pytest.raises(UserError, match="tools: lists and objects are nested too deeply"):
+        ChatTemplate(SOURCE, "model").render([user("a")], tools=[{"parameters": nested(10**5)}])
