@@ -10,7 +10,7 @@ from qwen3.errors import UserError
 
 # What model folders consist of. Anything else in the way is somebody's work and is not replaced.
 _SUFFIXES = {".json", ".safetensors", ".jinja", ".txt", ".md", ".model"}
-_FOLDERS = {"chat_templates"}
+_FOLDERS = {"additional_chat_templates"}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from qwen3.chat.chat import ChatTokenizer, check_vocabulary
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.chat.vocabulary import check_vocabulary
 from qwen3.checkpoint import hf
 from qwen3.decoder.model import Qwen3
 from qwen3.folder import complete_folder

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from qwen3.chat.chat import ChatTokenizer, check_vocabulary
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.chat.vocabulary import check_vocabulary
 from qwen3.checkpoint import hf
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3

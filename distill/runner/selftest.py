@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from distill.training.losses import Loss, distillation_loss
 from kernels_pallas.linear_kl import DivergenceName
-from qwen3.chat.chat import ChatTokenizer, check_same_vocabulary, check_vocabulary
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.chat.vocabulary import check_same_vocabulary, check_vocabulary
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError

@@ -4,22 +4,23 @@ Everything that knows a chat marker or a mode's prefix is here, so that the engi
 never spell one out.
 """
 
+import copy
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from qwen3.chat.template import ChatTemplate, Message
 from qwen3.chat.tokenizer import TokenizerFiles, read_tokenizer, stop_ids_of_generation
+from qwen3.chat.turns import THINK_END, THINK_START, Turns
 from qwen3.errors import UserError
 from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode
 
 Flag = Literal["think", "no_think"]
 MODE_FLAGS: Final[Mapping[Mode, Flag]] = {THINKING: "think", NON_THINKING: "no_think"}
 
-THINK_START: Final = "<think>"
-THINK_END: Final = "</think>"
 STOP_THINKING_TEXT: Final = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
     "\n</think>\n\n"
@@ -28,12 +29,15 @@ STOP_THINKING_TEXT: Final = (
 
 # A flag stands alone or before punctuation: paths such as a/think/b and words such as /thinking are not flags.
 _FLAG = re.compile(r"(?<![\w/])/(no_think|think)(?![\w/-])")
+# Before one of these a text has the tokens that it has behind any text with which it does not merge.
+_ANCHORS = ("\n", "a")
 
 
 class ChatTokenizer:
     """A checkpoint's tokenizer with its chat template and stop tokens.
 
     Attributes:
+        folder: Where it was read from.
         vocab_size: Rows that an embedding needs: the highest id plus one.
         eos_ids: Tokens that end a response; the tokenizer's own end token first.
         pad_id: Fills up batches. The end token where the checkpoint names none: padding is masked everywhere.
@@ -41,11 +45,13 @@ class ChatTokenizer:
         think_end_id: `</think>` likewise.
     """
 
-    def __init__(self, files: TokenizerFiles, stop_ids: Sequence[int] = ()):
+    def __init__(self, files: TokenizerFiles, stop_ids: Sequence[int] = (), now: datetime | None = None):
         self._files = files
+        self.folder = files.folder
         self._tokenizer = files.tokenizer
+        now = now or datetime.now()
         self._templates = {
-            name: ChatTemplate(source, str(files.folder)) for name, source in sorted(files.templates.items())
+            name: ChatTemplate(source, str(files.folder), now) for name, source in sorted(files.templates.items())
         }
         self.vocab_size = max(self.tokens_by_id()) + 1
         eos_id = self._special_id("eos_token")
@@ -58,13 +64,28 @@ class ChatTokenizer:
         self.think_end_id = self._tokenizer.token_to_id(THINK_END)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "ChatTokenizer":
+    def from_folder(cls, folder: str | Path, *, now: datetime | None = None) -> "ChatTokenizer":
         """Reads a Hugging Face folder: tokenizer, template, and the stop tokens of generation_config.json.
+
+        Args:
+            folder: The folder.
+            now: What templates that tell the date are told; None for this moment. A run that goes on another day says
+                when it began, so that its prompts stay the same.
 
         Raises:
             UserError: A file is missing or malformed, or no end token is named.
         """
-        return cls(read_tokenizer(folder), stop_ids_of_generation(folder))
+        return cls(read_tokenizer(folder), stop_ids_of_generation(folder), now)
+
+    def stopping_at_turns(self) -> "ChatTokenizer":
+        """The same, with the token that ends a turn of its template among `eos_ids`.
+
+        A base checkpoint's own end token ends documents. One that is trained on turns writes it never again.
+        """
+        stopping = copy.copy(self)
+        if "default" in self._templates and self._turns.end_token is not None:
+            stopping.eos_ids = tuple(dict.fromkeys([*self.eos_ids, self.turn_end_id]))
+        return stopping
 
     def save(self, folder: str | Path) -> None:
         """Writes the files that this was read from, byte for byte (not generation_config.json).
@@ -136,15 +157,18 @@ class ChatTokenizer:
 
         Raises:
             ValueError: Thinking is given in non-thinking mode, or missing in thinking mode.
+            UserError: The template does not end a turn with one special token.
         """
         if (thinking is None) != (mode == NON_THINKING):
             raise ValueError(
                 f"thinking: {thinking!r} in {mode} mode; pass text, possibly empty, in thinking mode and None otherwise"
             )
-        text = join_response(thinking, answer)
+        text = self._turns.lead + answer if thinking is None else join_response(thinking, answer)
         if self.starts_in_thinking(mode):
             text = text.removeprefix(THINK_START + "\n")
-        return [*self.encode(text), self.turn_end_id]
+        if self._turns.end is None:
+            raise self._endless()
+        return self._behind(f"?{self._turns.openings[mode]}", text + self._turns.end)
 
     def split_response_ids(self, ids: Sequence[int], mode: Mode) -> tuple[str | None, str]:
         """`split_response` for sampled ids: stop and other special tokens are dropped first."""
@@ -152,7 +176,7 @@ class ChatTokenizer:
             self.decode(ids, skip_special_tokens=True), started_in_thinking=self.starts_in_thinking(mode)
         )
 
-    @functools.cached_property
+    @property
     def turn_end_id(self) -> int:
         """The token that the template writes after an assistant's answer.
 
@@ -161,13 +185,10 @@ class ChatTokenizer:
         Raises:
             UserError: The template does not end a turn with one special token.
         """
-        answer = "ANSWER"
-        conversation = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
-        after = self.encode(self.render(conversation).rpartition(answer)[2])
-        added = self._tokenizer.get_added_tokens_decoder()
-        if not after or after[0] not in added:
-            raise UserError(f"{self._files.folder}: the chat template ends no turn with a special token; use another")
-        return after[0]
+        end = self._turns.end_token
+        if end is None:
+            raise self._endless()
+        return self._added_ids[end]
 
     @functools.cached_property
     def stop_thinking_ids(self) -> tuple[int, ...]:
@@ -177,45 +198,71 @@ class ChatTokenizer:
             UserError: The vocabulary has no thinking tokens.
         """
         self._require_think_tokens("a thinking budget")
-        return tuple(self.encode(STOP_THINKING_TEXT))
+        return tuple(self._behind("a", STOP_THINKING_TEXT))
 
     def starts_in_thinking(self, mode: Mode) -> bool:
         """Whether the prompt of `mode` ends inside an open think block, as in thinking-only checkpoints."""
-        return mode in self._modes_started_in_thinking
+        return mode in self._turns.started_in_thinking
 
     @functools.cached_property
-    def _modes_started_in_thinking(self) -> frozenset[Mode]:
-        question = "QUESTION"
-        started: set[Mode] = set()
-        for mode in MODES:
-            prompt = self.render(
-                [{"role": "user", "content": question}], enable_thinking=mode == THINKING, add_generation_prompt=True
-            )
-            opening = prompt.rpartition(question)[2]
-            if opening.rfind(THINK_START) > opening.rfind(THINK_END):
-                started.add(mode)
-        return frozenset(started)
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that template and vocabulary can express; none without a template."""
+        if "default" not in self._templates:
+            return ()
+        thinks = self.think_start_id is not None and self.think_end_id is not None
+        return tuple(mode for mode in self._turns.modes if thinks or mode != THINKING)
 
     def check_mode(self, mode: Mode) -> None:
-        """Refuses a mode that tokenizer and template cannot express.
+        """Refuses a mode that is not among `modes`.
 
         Raises:
-            UserError: Thinking without `<think>` and `</think>` tokens; non-thinking with a thinking-only template.
+            UserError: No template; thinking without `<think>` and `</think>` tokens, or with a template that has no
+                think block; non-thinking with a template that always opens one.
         """
+        if mode in self.modes:
+            return
+        if mode not in MODES:
+            raise UserError(f"mode {mode!r}: unknown; use {THINKING!r} or {NON_THINKING!r}")
+        self._template(None)
         if mode == THINKING:
             self._require_think_tokens("thinking mode")
-        elif mode != NON_THINKING:
-            raise UserError(f"mode {mode!r}: unknown; use {THINKING!r} or {NON_THINKING!r}")
-        elif self.starts_in_thinking(NON_THINKING):
-            raise UserError(
-                f"{self._files.folder}: the chat template always opens a think block, so non_thinking mode is not "
-                "possible; leave that mode out or use a checkpoint with both"
-            )
+            reason, other = "has no thinking mode", NON_THINKING
+        else:
+            reason, other = "always opens a think block, so non_thinking mode is not possible", THINKING
+        raise UserError(
+            f"{self.folder}: the chat template {reason}; ask in {other} mode only, or use a checkpoint with both"
+        )
+
+    @functools.cached_property
+    def _turns(self) -> Turns:
+        return Turns.of(self.render, self._added_ids)
+
+    @functools.cached_property
+    def _added_ids(self) -> dict[str, int]:
+        return {token.content: token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items()}
+
+    def _endless(self) -> UserError:
+        return UserError(f"{self.folder}: the chat template ends no turn with a special token; use another")
+
+    def _behind(self, before: str, text: str) -> list[int]:
+        """Ids of `text` behind `before`, which sentencepiece-style tokenizers give other ids than a text on its own.
+
+        Where both merge across their border, a model that has read `before` still writes `text` in tokens of its own:
+        those that it has behind a character with which it does not merge.
+        """
+        for start in (before, *_ANCHORS):
+            prefix, whole = self.encode(start), self.encode(start + text)
+            if whole[: len(prefix)] == prefix:
+                return whole[len(prefix) :]
+        raise UserError(
+            f"{self.folder}: the tokenizer merges {text[:20]!r} with whatever stands before it, so that a response has "
+            "no tokens of its own; use another tokenizer"
+        )
 
     def _require_think_tokens(self, purpose: str) -> None:
         if self.think_start_id is None or self.think_end_id is None:
             raise UserError(
-                f"{self._files.folder}: {purpose} needs {THINK_START} and {THINK_END} as tokens and the vocabulary "
+                f"{self.folder}: {purpose} needs {THINK_START} and {THINK_END} as tokens and the vocabulary "
                 "lacks them; use a Qwen3 tokenizer or non_thinking mode only"
             )
 
@@ -224,46 +271,19 @@ class ChatTokenizer:
         token_id = None if text is None else self._tokenizer.token_to_id(text)
         if text is not None and token_id is None:
             raise UserError(
-                f"{self._files.folder}: {role} {text!r} is not in tokenizer.json; take both files from one checkpoint"
+                f"{self.folder}: {role} {text!r} is not in tokenizer.json; take both files from one checkpoint"
             )
         return token_id
 
     def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         if name not in self._templates:
+            named = f" but {', '.join(self._templates)}" if self._templates else ""
             raise UserError(
-                f"{self._files.folder}: no chat template; add chat_template.jinja or the chat_template entry of "
+                f"{self.folder}: no chat template{named}; add chat_template.jinja or the chat_template entry of "
                 "tokenizer_config.json from the instruction-tuned checkpoint"
             )
         return self._templates[name]
-
-
-def check_vocabulary(tokenizer: ChatTokenizer, model_vocab_size: int) -> None:
-    """Refuses a tokenizer with ids that the model has no embedding for; a larger, padded model is as it should be.
-
-    Raises:
-        UserError: The highest id is not below `model_vocab_size`.
-    """
-    if tokenizer.vocab_size > model_vocab_size:
-        raise UserError(
-            f"tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {model_vocab_size}; "
-            "take tokenizer and weights from the same checkpoint"
-        )
-
-
-def check_same_vocabulary(teacher: ChatTokenizer, student: ChatTokenizer) -> None:
-    """Refuses two tokenizers that mean different text by the same id: token-level targets would be wrong.
-
-    Raises:
-        UserError: The vocabularies differ; names the first id that does.
-    """
-    theirs, ours = teacher.tokens_by_id(), student.tokens_by_id()
-    for one in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(one) != ours.get(one):
-            raise UserError(
-                f"tokenizers disagree: id {one} is {theirs.get(one)!r} to the teacher, {ours.get(one)!r} to the "
-                "student; give the student the teacher's tokenizer"
-            )
 
 
 def split_response(text: str, *, started_in_thinking: bool = False) -> tuple[str | None, str]:

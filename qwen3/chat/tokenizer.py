@@ -18,6 +18,8 @@ from qwen3.errors import UserError
 
 _REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json")
 _OPTIONAL_FILES = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+_TEMPLATES_FOLDER = "additional_chat_templates"
+"""Where transformers keeps the templates that have names; other folders it does not read."""
 
 # Qwen2's and Qwen3's: contractions, words with at most one leading sign, single digits, signs, line ends, blanks.
 _SPLIT_PATTERN = (
@@ -67,7 +69,8 @@ class TokenizerFiles:
 def read_tokenizer(folder: str | Path) -> TokenizerFiles:
     """Reads tokenizer.json, tokenizer_config.json and the files beside them.
 
-    A chat_template.jinja file wins over the template in tokenizer_config.json, as in transformers.
+    Template files win over the templates in tokenizer_config.json, as in transformers: chat_template.jinja is the
+    usual one, and those in additional_chat_templates/ are known by their names.
 
     Raises:
         UserError: A file is missing or malformed, or the two disagree about the id of an added token.
@@ -193,7 +196,7 @@ def _read_files(folder: Path) -> dict[str, bytes]:
                 "(transformers' AutoTokenizer.save_pretrained writes both)"
             )
         contents[name] = path.read_bytes()
-    further = [folder / name for name in _OPTIONAL_FILES] + sorted((folder / "chat_templates").glob("*.jinja"))
+    further = [folder / name for name in _OPTIONAL_FILES] + sorted((folder / _TEMPLATES_FOLDER).glob("*.jinja"))
     return contents | {path.relative_to(folder).as_posix(): path.read_bytes() for path in further if path.is_file()}
 
 

@@ -10,14 +10,13 @@ from qwen3.chat.chat import (
     MODE_FLAGS,
     STOP_THINKING_TEXT,
     ChatTokenizer,
-    check_same_vocabulary,
-    check_vocabulary,
     join_response,
     last_flag,
     split_response,
     with_flag,
 )
 from qwen3.chat.tokenizer import train_byte_level_bpe
+from qwen3.chat.vocabulary import check_same_vocabulary, check_vocabulary
 from qwen3.errors import UserError
 from qwen3.rollout import MODES, NON_THINKING, THINKING
 

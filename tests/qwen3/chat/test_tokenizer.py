@@ -99,11 +99,11 @@ def test_vocabulary_sizes(tmp_path):
 def test_save_copies_bytes(copy, tmp_path):
     (copy / "chat_template.jinja").write_bytes(b"{{ 'x' }}\r\n")
     (copy / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
-    (copy / "chat_templates").mkdir()
-    (copy / "chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (copy / "model.safetensors").write_text("not a tokenizer's file")
     names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
-    names.append("chat_templates/tool_use.jinja")
+    names.append("additional_chat_templates/tool_use.jinja")
     originals = {name: (copy / name).read_bytes() for name in names}
     files = read_tokenizer(copy)
     (copy / "tokenizer.json").unlink()
