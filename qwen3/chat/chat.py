@@ -251,9 +251,11 @@ class ChatTokenizer:
         those that it has behind a character with which it does not merge.
         """
         for start in (before, *_ANCHORS):
-            prefix, whole = self.encode(start), self.encode(start + text)
-            if whole[: len(prefix)] == prefix:
-                return whole[len(prefix) :]
+            prefix = self.encode(start)
+            whole = self._tokenizer.encode(start + text, add_special_tokens=False)
+            # By their places too: a token for all that is unknown stays the same when it takes more in.
+            if whole.ids[: len(prefix)] == prefix and whole.offsets[len(prefix) - 1][1] <= len(start):
+                return whole.ids[len(prefix) :]
         raise UserError(
             f"{self.folder}: the tokenizer merges {text[:20]!r} with whatever stands before it, so that a response has "
             "no tokens of its own; use another tokenizer"

@@ -125,6 +125,23 @@ def test_named_templates(copy):
     assert read_tokenizer(copy).templates == {"default": "a", "tool_use": "b"}
 
 
+def test_named_templates_as_transformers_writes_them(copy, tmp_path):
+    named = {"default": "a", "tool_use": "b {{ tools | length }}", "rag": "c\n"}
+    theirs = AutoTokenizer.from_pretrained(copy)
+    theirs.chat_template = named
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "additional_chat_templates" / "tool_use.jinja").exists()
+    files = read_tokenizer(tmp_path / "theirs")
+    assert files.templates == named
+    files.save(tmp_path / "ours")
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours").chat_template == named
+    # What is not transformers' folder, it does not read.
+    (copy / "chat_templates").mkdir()
+    (copy / "chat_templates" / "tool_use.jinja").write_text("d")
+    assert "tool_use" not in read_tokenizer(copy).templates
+    assert isinstance(AutoTokenizer.from_pretrained(copy).chat_template, str)
+
+
 def test_special_tokens_from_the_map_and_as_objects(copy):
     config = copy / "tokenizer_config.json"
     change(config, eos_token=None, pad_token={"content": "<|im_end|>", "special": True})
