@@ -222,7 +222,7 @@ def test_a_tokenizer_that_merges_all_is_refused(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    template = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else ':') }}{% endfor %}"
     config = {"eos_token": "</s>", "chat_template": template}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert ChatTokenizer.from_folder(tmp_path).encode("ab cd") == [0]
