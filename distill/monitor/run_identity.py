@@ -1,16 +1,18 @@
-"""Which run a directory belongs to: a random id, by which a run tells its directory from a later one of that name.
+"""Which run a directory belongs to: when it began, and a random id, by which it tells its directory from a later one.
 
 A directory can be deleted, and made anew by the next run, under a process that goes on writing there by name. What
 that process saved would be the next run's checkpoint.
 """
 
 import secrets
+from datetime import datetime
 from pathlib import Path
 
 from distill.monitor.records import write_atomically
 from qwen3.errors import UserError
 
 _FILE = "run_id"
+_BEGAN = "began"
 
 
 def claim_id(directory: Path) -> str:
@@ -29,3 +31,25 @@ def require_id(directory: Path, run_id: str) -> None:
             f"{directory} was deleted or replaced while this run was writing to it, and the run has stopped; start "
             "the command again, once no other process runs there"
         )
+
+
+def began_at(directory: Path) -> datetime:
+    """When the run in `directory` began, in the time of the place; now, to the second, where none has.
+
+    Chat templates that tell the date tell this one, so that a run that goes on another day asks what it has asked.
+    Raises UserError where the file that says it is damaged.
+    """
+    file = directory / _BEGAN
+    if not file.exists():
+        return datetime.now().replace(microsecond=0)
+    try:
+        return datetime.fromisoformat(file.read_text())
+    except ValueError:
+        raise UserError(
+            f"{file} is damaged; write into it when the run began, as in 2026-01-31T12:00:00: prompts may tell the day"
+        ) from None
+
+
+def keep_began(directory: Path, began: datetime) -> None:
+    """Write down when the run in `directory` began."""
+    write_atomically(directory / _BEGAN, began.isoformat())

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,13 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
     started = time.monotonic()
     with RunDirectory.claim(directory, experiment) as run, contextlib.ExitStack() as opened:
         mesh, teacher_mesh = experiment.meshes()
-        teacher_tokenizer = ChatTokenizer.from_folder(
-            experiment.teacher.path if experiment.teacher else experiment.student.tokenizer_folder
-        )
+        tokenizer = _tokenizer(experiment, run.began)
         tasks = TaskMixture(experiment.tasks)
-        agreements = _agreements(experiment, teacher_tokenizer)
+        agreements = _agreements(experiment, tokenizer, run.began)
         finished = [name for name in experiment.stages if run.cost(name) is not None]
-        preflight(experiment, mesh, teacher_mesh, teacher_tokenizer, tasks, progress, finished)
-        student = _student(experiment, teacher_tokenizer, mesh)
-        agreements += selftest.check_numerics(student, teacher_tokenizer, experiment.evaluation.modes[0], mesh)
+        preflight(experiment, mesh, teacher_mesh, tokenizer, tasks, progress, finished)
+        student = _student(experiment, tokenizer, mesh)
+        agreements += selftest.check_numerics(student, tokenizer, experiment.evaluation.modes[0], mesh)
         for agreement in agreements:
             progress.print(f"self-test  {agreement.check}: {agreement.finding}")
 
@@ -67,7 +66,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             run_id=run.run_id,
             seed=experiment.seed,
             mesh=mesh,
-            tokenizer=teacher_tokenizer,
+            tokenizer=tokenizer,
             tasks=tasks,
             load_teacher=functools.cache(lambda: _teacher(experiment, teacher_mesh, progress)),
             metrics=metrics,
@@ -135,16 +134,22 @@ def _teacher(experiment: Experiment, mesh: Mesh, progress: Progress) -> TeacherM
     return TeacherModel(model=model, mesh=mesh, fingerprint=known_as)
 
 
-def _agreements(experiment: Experiment, tokenizer: ChatTokenizer) -> list[selftest.Agreement]:
+def _tokenizer(experiment: Experiment, began: datetime) -> ChatTokenizer:
+    """The teacher's; without a teacher the student's, which then stops where the turns end that it learns to write."""
+    if experiment.teacher is not None:
+        return ChatTokenizer.from_folder(experiment.teacher.path, now=began)
+    return ChatTokenizer.from_folder(experiment.student.tokenizer_folder, now=began).stopping_at_turns()
+
+
+def _agreements(experiment: Experiment, tokenizer: ChatTokenizer, began: datetime) -> list[selftest.Agreement]:
     """What student and teacher, whose tokenizer is given, agree upon."""
     if experiment.teacher is None:
         return []
     return selftest.check_tokenizers(
-        ChatTokenizer.from_folder(experiment.student.tokenizer_folder),
+        ChatTokenizer.from_folder(experiment.student.tokenizer_folder, now=began),
         experiment.student.model_config(),
         tokenizer,
         ModelConfig.from_folder(experiment.teacher.path),
-        list(experiment.evaluation.modes),
     )
 
 

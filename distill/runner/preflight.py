@@ -13,6 +13,7 @@ from distill.evaluation.evaluate import Evaluation
 from distill.experiment import Experiment
 from distill.monitor.progress import Progress
 from distill.monitor.progress import Task as Bar
+from distill.runner.chat_format import check_chat_format
 from distill.stages import OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.context import stage_seed
 from distill.tasks import Problem
@@ -57,6 +58,7 @@ def preflight(
     if teacher_mesh != mesh and any(isinstance(stage, OnPolicy) for stage in stages.values()):
         # On-policy, the teacher's head goes to the student's devices.
         partition_spec(("embed",), (models["teacher"].hidden_size,), mesh)
+    check_chat_format(experiment, stages, tokenizer)
     _check_evaluation_lengths(experiment.evaluation, models)
     for name, stage in stages.items():
         _check_stage_lengths(f"stages.{name}", stage, models)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from distill.experiment import Experiment, differing_fields
 from distill.hosts.processes import first_says, is_first, require_same
 from distill.monitor.environment import environment
 from distill.monitor.records import write_atomically
-from distill.monitor.run_identity import claim_id, require_id
+from distill.monitor.run_identity import began_at, claim_id, keep_began, require_id
 from distill.report.results import EvaluationRow, StageCost
 from qwen3.errors import UserError
 
@@ -24,8 +25,9 @@ _WORK = ("evaluations", "stages", "targets", "checkpoints")
 class RunDirectory:
     """What is done already, and where the rest goes."""
 
-    def __init__(self, path: Path, config: Any):
+    def __init__(self, path: Path, config: Any, began: datetime):
         self.path = path
+        self.began = began
         self.run_id = ""
         self._config = config
 
@@ -42,7 +44,7 @@ class RunDirectory:
         require_same("the experiment's fields", json.dumps(wanted).encode)
         with contextlib.ExitStack() as held:
             first_says(lambda: cls._claim(path, wanted, held))
-            yield cls(path, wanted)
+            yield cls(path, wanted, datetime.fromisoformat(first_says(lambda: began_at(path).isoformat())))
 
     @staticmethod
     def _claim(path: Path, wanted: Any, held: contextlib.ExitStack) -> None:
@@ -68,6 +70,7 @@ class RunDirectory:
     def _begin(self) -> str:
         write_atomically(self.path / "config.json", json.dumps(self._config, indent=2) + "\n")
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        keep_began(self.path, self.began)
         return claim_id(self.path)
 
     def evaluation(self, name: str) -> list[EvaluationRow] | None:

@@ -35,7 +35,6 @@ def check_tokenizers(
     student_config: ModelConfig,
     teacher: ChatTokenizer,
     teacher_config: ModelConfig,
-    modes: list[Mode],
 ) -> list[Agreement]:
     """Vocabulary, template and end tokens. Raises UserError where they cannot be reconciled.
 
@@ -52,7 +51,9 @@ def check_tokenizers(
             "divergence needs one vocabulary; pad the smaller embedding to the larger size"
         )
     messages = [{"role": "user", "content": _PROBE}]
-    same = all(teacher.prompt_ids(messages, mode) == student.prompt_ids(messages, mode) for mode in modes)
+    same = teacher.modes == student.modes and all(
+        teacher.prompt_ids(messages, mode) == student.prompt_ids(messages, mode) for mode in teacher.modes
+    )
     finding = "the same for both" if same else "the student's differs; both are asked in the teacher's"
     found.append(Agreement(check="chat template", finding=finding))
     finding = f"{list(teacher.eos_ids)}, the same for both"

@@ -18,7 +18,7 @@ from distill.stages.loop import Training
 from distill.tasks import Arithmetic, ChainSum, Products
 from distill.training.losses import Loss
 from distill.training.optimizer import Optimizer
-from qwen3.chat.chat import ChatTokenizer
+from qwen3.chat.chat import STOP_THINKING_TEXT, ChatTokenizer
 from qwen3.chat.tokenizer import train_byte_level_bpe
 from qwen3.generation.sampling import SamplingParams
 from student.export import export
@@ -78,7 +78,9 @@ def make_teacher(folder: Path, architecture: Mapping[str, Any] = MOE) -> str:
     """An untrained teacher with a tokenizer of the task's texts, as a Hugging Face folder."""
     problems = task().problems("train", 300, seed=0)
     tokenizer = folder / "tokenizer"
-    train_byte_level_bpe((f"{p.prompt}\n{p.solution}\n{p.answer}" for p in problems), 320, tokenizer)
+    texts = [f"{p.prompt}\n{p.solution}\n{p.answer}" for p in problems]
+    # A tokenizer that has met it says the text that ends thinking in 24 tokens.
+    train_byte_level_bpe([*texts, *[STOP_THINKING_TEXT] * len(texts)], 384, tokenizer)
     model = FromScratch(architecture=architecture, tokenizer=str(tokenizer)).build(jax.random.key(7))
     export(folder / "teacher", model, ChatTokenizer.from_folder(tokenizer), dtype=jnp.float32)
     return str(folder / "teacher")
@@ -98,7 +100,7 @@ def _training(steps: int | None, row_length: int = 128) -> Training:
 def experiment(teacher: str) -> Experiment:
     """All three stages, a comparison, and on-policy with rollouts generated ahead, over a student from scratch."""
     sampling = {
-        "thinking": SamplingParams(max_new_tokens=24, thinking_budget=8),
+        "thinking": SamplingParams(max_new_tokens=36, thinking_budget=8),
         "non_thinking": SamplingParams(max_new_tokens=8),
         "max_prompt_tokens": 80,
     }
@@ -133,7 +135,7 @@ def experiment(teacher: str) -> Experiment:
             batch_size=8,
             max_prompt_tokens=80,
             thinking=SamplingParams(
-                max_new_tokens=24, thinking_budget=8, temperature=0.9, top_p=0.95, top_k=30, min_p=0.01
+                max_new_tokens=36, thinking_budget=8, temperature=0.9, top_p=0.95, top_k=30, min_p=0.01
             ),
             non_thinking=SamplingParams(max_new_tokens=8),
         ),

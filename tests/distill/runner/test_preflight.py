@@ -39,7 +39,7 @@ def short_file(tmp_path: Path) -> PromptFile:
     """Eighteen problems to train on, of which the tenth is the longest."""
     path = tmp_path / "short.jsonl"
     rows = [{"prompt": f"What is {n} + 1?", "answer": n + 1, "working": f"{n}+1={n + 1}"} for n in range(18)]
-    rows[9]["prompt"] = "State the final answer to the following arithmetic problem: 9 + 1 ="
+    rows[9]["prompt"] = "State the final answer to the following arithmetic problem: 9 + 1 = ? (0123456789)"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(json.dumps(row | {"prompt": f"Is it {row['answer']}?"}) + "\n" for row in rows[:7]))
@@ -82,7 +82,7 @@ def _longer_responses(experiment: Experiment) -> Experiment:
             lambda whole: dataclasses.replace(
                 whole, evaluation=dataclasses.replace(whole.evaluation, max_prompt_tokens=240)
             ),
-            r"evaluation: prompt and response may have 264 tokens, but the student's positions end at 256 ",
+            r"evaluation: prompt and response may have 276 tokens, but the student's positions end at 256 ",
         ),
         (
             lambda whole: changed(whole, "on_policy", max_prompt_tokens=20),

@@ -16,8 +16,6 @@ from qwen3.errors import UserError
 from qwen3.sharding import MeshShape, make_mesh
 from tests.distill import miniature
 
-MODES = ["thinking", "non_thinking"]
-
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,7 +34,7 @@ def edited(folder: Path, target: Path, name: str, **fields: object) -> Path:
 
 def test_a_student_like_its_teacher_passes(teacher: Path) -> None:
     tokenizer, config = ChatTokenizer.from_folder(teacher), ModelConfig.from_folder(teacher)
-    found = selftest.check_tokenizers(tokenizer, config, tokenizer, config, MODES)
+    found = selftest.check_tokenizers(tokenizer, config, tokenizer, config)
     assert [agreement.check for agreement in found] == ["vocabulary", "chat template", "end tokens"]
     assert all("same for both" in agreement.finding for agreement in found)
 
@@ -45,7 +43,7 @@ def test_other_end_tokens_and_templates_are_reconciled_to_the_teachers(teacher: 
     tokenizer, config = ChatTokenizer.from_folder(teacher), ModelConfig.from_folder(teacher)
     base = edited(teacher, tmp_path / "base", "tokenizer_config.json", eos_token="<|endoftext|>")
     (base / "generation_config.json").unlink()
-    found = selftest.check_tokenizers(ChatTokenizer.from_folder(base), config, tokenizer, config, MODES)
+    found = selftest.check_tokenizers(ChatTokenizer.from_folder(base), config, tokenizer, config)
     end = next(agreement for agreement in found if agreement.check == "end tokens")
     assert f"stopped at the teacher's {list(tokenizer.eos_ids)}" in end.finding
     other = edited(
@@ -55,7 +53,20 @@ def test_other_end_tokens_and_templates_are_reconciled_to_the_teachers(teacher: 
         chat_template="{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
     )
     (other / "chat_template.jinja").unlink(missing_ok=True)
-    found = selftest.check_tokenizers(ChatTokenizer.from_folder(other), config, tokenizer, config, MODES)
+    found = selftest.check_tokenizers(ChatTokenizer.from_folder(other), config, tokenizer, config)
+    assert "asked in the teacher's" in next(a.finding for a in found if a.check == "chat template")
+
+
+@pytest.mark.parametrize("template", [None, "{{ '<|im_start|>' + messages[-1].content + '<|im_end|>' }}"])
+def test_a_student_without_a_template_or_with_fewer_modes_is_asked_in_the_teachers(
+    teacher: Path, tmp_path: Path, template: str | None
+) -> None:
+    tokenizer, config = ChatTokenizer.from_folder(teacher), ModelConfig.from_folder(teacher)
+    base = ChatTokenizer.from_folder(
+        edited(teacher, tmp_path / "base", "tokenizer_config.json", chat_template=template)
+    )
+    assert base.modes != tokenizer.modes
+    found = selftest.check_tokenizers(base, config, tokenizer, config)
     assert "asked in the teacher's" in next(a.finding for a in found if a.check == "chat template")
 
 
@@ -65,16 +76,16 @@ def test_a_teacher_whose_turns_never_end_is_refused(teacher: Path, tmp_path: Pat
     (folder / "generation_config.json").unlink()
     endless = ChatTokenizer.from_folder(folder)
     with pytest.raises(UserError, match="would never stop"):
-        selftest.check_tokenizers(endless, config, endless, config, MODES)
+        selftest.check_tokenizers(endless, config, endless, config)
 
 
 def test_vocabularies_must_be_one(teacher: Path) -> None:
     tokenizer, config = ChatTokenizer.from_folder(teacher), ModelConfig.from_folder(teacher)
     padded = dataclasses.replace(config, vocab_size=config.vocab_size + 128)
     with pytest.raises(UserError, match="pad the smaller embedding"):
-        selftest.check_tokenizers(tokenizer, padded, tokenizer, config, MODES)
+        selftest.check_tokenizers(tokenizer, padded, tokenizer, config)
     with pytest.raises(UserError, match="same checkpoint"):
-        selftest.check_tokenizers(tokenizer, dataclasses.replace(config, vocab_size=100), tokenizer, config, MODES)
+        selftest.check_tokenizers(tokenizer, dataclasses.replace(config, vocab_size=100), tokenizer, config)
 
 
 def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
