@@ -1,6 +1,7 @@
-"""A folder that appears under its name complete or not at all."""
+"""Model folders: one that appears under its name complete or not at all, and one that is no model of its own."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from qwen3.errors import UserError
 # What model folders consist of. Anything else in the way is somebody's work and is not replaced.
 _SUFFIXES = {".json", ".safetensors", ".jinja", ".txt", ".md", ".model"}
 _FOLDERS = {"additional_chat_templates"}
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 @contextlib.contextmanager
@@ -60,3 +62,36 @@ def _check_replaceable(target: Path) -> None:
     )
     if foreign:
         raise UserError(f"{target} holds {foreign[0]}, which is no part of a model; name an empty or a new folder")
+
+
+def check_whole_model(folder: str | Path) -> None:
+    """Refuses a folder that holds an adapter (PEFT), alone or beside weights.
+
+    transformers loads the base that an adapter names, or the weights beside it, and adds the adapter. Here whole
+    weights are read, so it would be left out.
+
+    Raises:
+        UserError: Names the adapter's files and its base, and what to do.
+    """
+    folder = Path(folder)
+    found = [name for name in _ADAPTER_FILES if (folder / name).exists()]
+    if not found:
+        return
+    merge = "(in PEFT: merge_and_unload, then save_pretrained)"
+    if (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter ({', '.join(found)}) beside the weights, and weights alone are read; merge it "
+            f"into them {merge}, or move its files elsewhere"
+        )
+    raise UserError(
+        f"{folder} holds an adapter of {_base_of(folder)} ({', '.join(found)}) and no model; merge it into that base "
+        f"{merge} and name the folder of the whole"
+    )
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        base = json.loads((folder / _ADAPTER_FILES[0]).read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = None
+    return repr(base) if isinstance(base, str) and base else "a base that it does not name"

@@ -10,7 +10,7 @@ from distill.tasks import Problem
 from distill.tasks.drawing import exact_decimal
 from qwen3.chat.chat import MODE_FLAGS, THINK_END, THINK_START, ChatTokenizer, last_flag, with_flag
 from qwen3.errors import UserError
-from qwen3.rollout import NON_THINKING, THINKING, Mode, Rollout
+from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode, Rollout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class ModeMix:
     """How prompts are divided between thinking and non-thinking, and how many say so in the text.
 
     The forms are those of Qwen3's training data (arXiv 2505.09388, table 9): a flag `/think` or `/no_think` at the
-    end of the question, or none, where the chat template alone tells the mode.
+    end of the question, or none, where the chat template alone tells the mode. A checkpoint of one mode gets no flags.
     """
 
     thinking_fraction: float = 0.5
@@ -91,7 +91,7 @@ def prompt_ids(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_f
             f"problem {problem.problem_id} of family {problem.family!r} has tools, of which the chat template says "
             "nothing; use a checkpoint whose template does, or leave out the tools"
         )
-    if not _flagged(problem, flag_fraction):
+    if not _flagged(problem, flag_fraction, tokenizer):
         return tokenizer.prompt_ids(messages, mode, tools=problem.tools)
     if last_flag(messages) is None:
         turn = next(message for message in reversed(messages) if message["role"] == "user")
@@ -109,7 +109,7 @@ def worked_document(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, f
     prompt = prompt_ids(problem, mode, tokenizer, flag_fraction=flag_fraction)
     if mode == THINKING:
         response = tokenizer.response_ids(_solution(problem, tokenizer), _answer(problem, tokenizer), THINKING)
-    elif _flagged(problem, flag_fraction):
+    elif _flagged(problem, flag_fraction, tokenizer):
         response = tokenizer.response_ids("", _answer(problem, tokenizer), THINKING)
     else:
         response = tokenizer.response_ids(None, _answer(problem, tokenizer), NON_THINKING)
@@ -169,8 +169,13 @@ def _require_none_of(marks: Iterable[str], problem: Problem, what: str, text: st
         )
 
 
-def _flagged(problem: Problem, fraction: float) -> bool:
-    """Whether a flag tells the mode: the prompt's own, or one that we add where there is a user's turn to hold it."""
+def _flagged(problem: Problem, fraction: float, tokenizer: ChatTokenizer) -> bool:
+    """Whether a flag tells the mode: the prompt's own, or one that we add where there is a user's turn to hold it.
+
+    None does where a checkpoint has but one mode.
+    """
+    if len(tokenizer.modes) < len(MODES):
+        return False
     if last_flag(problem.conversation) is not None:
         return True
     drawn = int.from_bytes(_digest(f"flag {problem.problem_id}")) / 2**64 < fraction

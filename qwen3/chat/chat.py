@@ -165,7 +165,8 @@ class ChatTokenizer:
             )
         text = self._turns.lead + answer if thinking is None else join_response(thinking, answer)
         if self.starts_in_thinking(mode):
-            text = text.removeprefix(THINK_START + "\n")
+            line_end = "\n" if self._turns.openings[mode].endswith("\n") else ""
+            text = text.removeprefix(THINK_START + line_end)
         if self._turns.end is None:
             raise self._endless()
         return self._behind(f"?{self._turns.openings[mode]}", text + self._turns.end)

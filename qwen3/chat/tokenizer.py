@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qwen3.errors import UserError
+from qwen3.folder import check_whole_model
 
 _REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json")
 _OPTIONAL_FILES = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
@@ -191,6 +192,7 @@ def _read_files(folder: Path) -> dict[str, bytes]:
     for name in _REQUIRED_FILES:
         path = folder / name
         if not path.is_file():
+            check_whole_model(folder)
             raise UserError(
                 f"{path}: not found; a model folder needs {' and '.join(_REQUIRED_FILES)} "
                 "(transformers' AutoTokenizer.save_pretrained writes both)"

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from qwen3.checkpoint.hf_names import HEAD_NAME, Leaf, Tensor, leaves_of
+from qwen3.checkpoint.hf_names import EMBEDDING_NAME, HEAD_NAME, Leaf, Tensor, leaves_of
 from qwen3.checkpoint.quantisation import Quantisation
 from qwen3.checkpoint.safetensors_folder import SafetensorsFolder, some_names, split_shards, write_index
 from qwen3.checkpoint.streaming import OnRead, stream
@@ -25,6 +26,7 @@ from qwen3.errors import UserError
 from qwen3.folder import complete_folder
 from qwen3.sharding import fetch, shardings
 
+_COMPARED_ENTRIES = 2**22
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer that old Llama checkpoints store and that is computed here
 
 
@@ -42,12 +44,13 @@ def load(
     Host memory stays near what is kept there (on CPU the weights themselves, on accelerators nothing): beside it
     come three slabs of weights, see `qwen3.checkpoint.streaming.stream`. With `mesh` the table of `qwen3.sharding`
     places every part, and every process reads what its devices need; else the default device gets all. A head that is
-    stored beside tied embeddings is ignored. With `quantisation` projections and experts are kept in eight bits,
+    stored beside tied embeddings must be the same. With `quantisation` projections and experts are kept in eight bits,
     rounded as they come (see `qwen3.checkpoint.quantisation`); such a model is read, not trained or saved.
 
     Raises:
         UserError: config.json or a weight file is missing or malformed, tensors are missing, unexpected or of the
-            wrong shape, or a weight is not a finite number; one line names them.
+            wrong shape, a weight is not a finite number, the embeddings are tied to another head than is stored, or the
+            folder holds an adapter; one line names them.
     """
     config = ModelConfig.from_folder(folder)
     files = SafetensorsFolder(folder)
@@ -62,9 +65,9 @@ def load(
 
 
 def check(folder: str | Path, mesh: Mesh | None = None) -> ModelConfig:
-    """The architecture of a checkpoint whose files' headers fit it, and that `mesh` can share; no weight is read.
+    """The architecture of a checkpoint whose files' headers fit it, and that `mesh` can share.
 
-    Raises UserError as `load` does.
+    No weight is read but a head that is stored beside tied embeddings. Raises UserError as `load` does.
     """
     config = ModelConfig.from_folder(folder)
     model = jax.eval_shape(lambda: Qwen3(config, jax.random.key(0)))
@@ -132,8 +135,24 @@ def _check(files: SafetensorsFolder, leaves: list[Leaf], config: ModelConfig, fo
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
         if names
     ]
+    if HEAD_NAME in missing:
+        faults.append("if its head is its embedding, set tie_word_embeddings to true")
     if faults:
         raise UserError(f"{folder}: weights do not fit config.json; {'; '.join(faults)}")
+    if config.tie_word_embeddings and HEAD_NAME in files.shapes and not _equal(files, HEAD_NAME, EMBEDDING_NAME):
+        # transformers keeps both and says that it does.
+        raise UserError(
+            f"{folder}: tie_word_embeddings is true in config.json, but {HEAD_NAME} is stored and differs from "
+            f"{EMBEDDING_NAME}; set tie_word_embeddings to false to use that head"
+        )
+
+
+def _equal(files: SafetensorsFolder, one: str, other: str) -> bool:
+    if files.shapes[one] != files.shapes[other]:
+        return False
+    size = math.prod(files.shapes[one])
+    pieces = [(start, min(_COMPARED_ENTRIES, size - start)) for start in range(0, size, _COMPARED_ENTRIES)]
+    return all(np.array_equal(files.read(one, *piece), files.read(other, *piece)) for piece in pieces)
 
 
 def _host_tensors(order: list[tuple[Leaf, Tensor]], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:

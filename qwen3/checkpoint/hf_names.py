@@ -18,8 +18,9 @@ from qwen3.decoder.model import Qwen3
 # table that both sides store alike).
 _Names = dict[str, tuple[str, int | None]]
 HEAD_NAME = "lm_head.weight"
+EMBEDDING_NAME = "model.embed_tokens.weight"
 _MODEL: _Names = {
-    "embed": ("model.embed_tokens.weight", None),
+    "embed": (EMBEDDING_NAME, None),
     "final_norm": ("model.norm.weight", 0),
     "untied_head": (HEAD_NAME, None),
 }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from qwen3.decoder.dual_chunk import DualChunk, read_dual_chunk
 from qwen3.decoder.rope_scaling import RopeScaling, read_rope
 from qwen3.errors import UserError
+from qwen3.folder import check_whole_model
 from qwen3.json_fields import JsonFields
 
 __all__ = ["DualChunk", "ModelConfig", "RopeScaling"]
@@ -145,6 +146,7 @@ class ModelConfig:
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
         """Read `config.json` of a Hugging Face folder. Raises UserError naming the file and what is wrong."""
         path = Path(folder) / "config.json"
+        check_whole_model(folder)
         try:
             raw = json.loads(path.read_bytes())
         except FileNotFoundError:

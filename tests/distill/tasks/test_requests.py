@@ -216,6 +216,20 @@ def test_raw_documents_of_conversations_are_their_texts(tokenizer: ChatTokenizer
     assert text == "2 + 2?\nTwo and two.\n4<|endoftext|>"
 
 
+def test_a_checkpoint_of_one_mode_gets_no_flags(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((tokenizer.folder / file).read_bytes())
+    source = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+    for template, mode, thinks in ((source, "non_thinking", ""), (source + "<think>", "thinking", "<think>\n")):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        of_one_mode = ChatTokenizer.from_folder(tmp_path)
+        problem = PROBLEMS[0]
+        text = of_one_mode.decode(worked_document(problem, mode, of_one_mode, flag_fraction=1).tokens)  # type: ignore[arg-type]
+        assert text.startswith(f"user: {problem.prompt}<|im_end|>{thinks}")
+        assert text.endswith(f"{problem.answer}<|im_end|>")
+        assert "/" not in text.removeprefix(f"user: {problem.prompt}").replace("</think>", "")
+
+
 def test_raw_documents_train_all_but_the_first_token(tokenizer: ChatTokenizer) -> None:
     document = raw_document(PROBLEMS[0], tokenizer)
     assert document.loss_mask.tolist() == [True] * (len(document.tokens) - 1) + [False]

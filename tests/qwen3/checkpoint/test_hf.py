@@ -1,5 +1,6 @@
 """Reading and writing checkpoint folders: shards, dtypes, meshes, memory, and damage that is named."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import transformers
 from jax.sharding import NamedSharding
 from safetensors.numpy import load_file, save_file
 
+from qwen3.chat.chat import ChatTokenizer
 from qwen3.checkpoint import hf, streaming
 from qwen3.checkpoint.hf_names import leaves_of
 from qwen3.checkpoint.safetensors_folder import SafetensorsFolder
@@ -207,6 +209,77 @@ def test_buffers_of_old_llama_checkpoints_are_ignored(folder, model):
     assert_equal(hf.load(folder), model)
 
 
+@pytest.fixture
+def tied(tmp_path):
+    """A dense model with tied embeddings, as a folder."""
+    config = dataclasses.replace(CONFIG, model_type="qwen3", num_experts=0, tie_word_embeddings=True)
+    hf.save(tmp_path / "tied", Qwen3(config, jax.random.key(0)))
+    return tmp_path / "tied"
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def test_a_head_beside_tied_embeddings_must_be_the_same(tied, monkeypatch):
+    monkeypatch.setattr(hf, "_COMPARED_ENTRIES", 7)
+    before = hf.load(tied)
+    change(tied, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].copy()}))
+    assert_equal(hf.load(tied), before)
+    # Of another dtype but the same values.
+    change(tied, lambda tensors: tensors.update({EMBEDDING: tensors[HEAD].astype(np.float16)}))
+    change(tied, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].astype(np.float32)}))
+    hf.load(tied)
+    change(tied, lambda tensors: tensors[HEAD].__setitem__((-1, -1), 5))
+    for read in (hf.load, hf.check):
+        with pytest.raises(UserError, match=r"lm_head\.weight is stored and differs .* tie_word_embeddings to false"):
+            read(tied)
+    # The remedy gives what transformers makes of both.
+    tokens = np.arange(12)[None] % 16
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tied, dtype="float32")(torch.tensor(tokens)).logits
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    ours = hf.load(tied).logits(tokens, np.arange(12)[None], np.ones_like(tokens))
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-4)  # float32 sums in another order
+    change(tied, lambda tensors: tensors.pop(HEAD))
+    with pytest.raises(UserError, match=r"missing: lm_head\.weight; if its head is its embedding, set tie_word_"):
+        hf.load(tied)
+
+
+def test_tied_embeddings_of_another_shape_or_name_are_refused(tied):
+    change(tied, lambda tensors: tensors.update({HEAD: np.ones((16, 4), np.float32)}))
+    with pytest.raises(UserError, match="is stored and differs"):
+        hf.check(tied)
+    change(tied, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+    with pytest.raises(UserError, match=r"missing: model\.embed_tokens\.weight"):
+        hf.check(tied)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_the_weights_is_not_left_out_in_silence(folder, name):
+    (folder / name).write_text("{}")
+    for read in (hf.load, hf.check):
+        with pytest.raises(UserError, match=rf"holds an adapter \({name}\) beside the weights, .* merge it into them"):
+            read(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "base"),
+    [
+        ('{"base_model_name_or_path": "Qwen/Qwen3-8B"}', "'Qwen/Qwen3-8B'"),
+        ('{"base_model_name_or_path": null}', "a base that it does not name"),
+        ("[]", "a base that it does not name"),
+        ("{", "a base that it does not name"),
+    ],
+)
+def test_an_adapter_without_its_base_is_named(tmp_path, config, base):
+    (tmp_path / "adapter_config.json").write_text(config)
+    (tmp_path / "adapter_model.safetensors").touch()
+    message = rf"holds an adapter of {base} \(adapter_config.json, adapter_model.safetensors\) and no model; merge it"
+    for read in (hf.load, ModelConfig.from_folder, ChatTokenizer.from_folder):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
+
+
 def test_all_that_does_not_fit_is_named_at_once(folder):
     def spoil(tensors):
         del tensors["model.norm.weight"]
@@ -371,6 +444,7 @@ def test_a_model_is_replaced_but_nothing_else(folder, model):
 MEMORY = """
 import json, sys
 import jax, numpy as np
+from qwen3.chat.chat import ChatTokenizer
 from qwen3.checkpoint import hf, streaming
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
