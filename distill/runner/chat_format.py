@@ -23,7 +23,7 @@ def check_chat_format(experiment: Experiment, stages: Mapping[str, Stage], token
 
 def _check_modes(experiment: Experiment, stages: Mapping[str, Stage], tokenizer: ChatTokenizer) -> None:
     if not tokenizer.modes:
-        tokenizer.check_mode(experiment.evaluation.modes[0])
+        tokenizer.check_mode(THINKING)
     if len(tokenizer.modes) == len(MODES):
         return
     (only,) = tokenizer.modes
