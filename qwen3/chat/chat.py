@@ -49,6 +49,7 @@ class ChatTokenizer:
         self._files = files
         self.folder = files.folder
         self._tokenizer = files.tokenizer
+        self._prefixes: dict[str, list[int]] = {}  # what stands before responses: a few texts
         now = now or datetime.now()
         self._templates = {
             name: ChatTemplate(source, str(files.folder), now) for name, source in sorted(files.templates.items())
@@ -80,7 +81,7 @@ class ChatTokenizer:
     def stopping_at_turns(self) -> "ChatTokenizer":
         """The same, with the token that ends a turn of its template among `eos_ids`.
 
-        A base checkpoint's own end token ends documents. One that is trained on turns writes it never again.
+        A base checkpoint's own end token ends documents. One that is trained on turns never generates it again.
         """
         stopping = copy.copy(self)
         if "default" in self._templates and self._turns.end_token is not None:
@@ -236,7 +237,7 @@ class ChatTokenizer:
 
     @functools.cached_property
     def _turns(self) -> Turns:
-        return Turns.of(self.render, self._added_ids)
+        return Turns.of(self.render, self._added_ids, str(self.folder))
 
     @functools.cached_property
     def _added_ids(self) -> dict[str, int]:
@@ -252,10 +253,13 @@ class ChatTokenizer:
         those that it has behind a character with which it does not merge.
         """
         for start in (before, *_ANCHORS):
-            prefix = self.encode(start)
+            if start not in self._prefixes:
+                self._prefixes[start] = self.encode(start)
+            prefix = self._prefixes[start]
             whole = self._tokenizer.encode(start + text, add_special_tokens=False)
             # By their places too: a token for all that is unknown stays the same when it takes more in.
-            if whole.ids[: len(prefix)] == prefix and whole.offsets[len(prefix) - 1][1] <= len(start):
+            apart = not prefix or whole.offsets[len(prefix) - 1][1] <= len(start)
+            if apart and whole.ids[: len(prefix)] == prefix:
                 return whole.ids[len(prefix) :]
         raise UserError(
             f"{self.folder}: the tokenizer merges {text[:20]!r} with whatever stands before it, so that a response has "

@@ -9,12 +9,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Protocol
 
 from qwen3.chat.template import Message
+from qwen3.errors import UserError
 from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode
 
 THINK_START: Final = "<think>"
 THINK_END: Final = "</think>"
-_QUESTION: Final = "QUESTION"
-_ANSWER: Final = "ANSWER"
+# Digits come through whatever a template does to texts, and no template has these of its own.
+_QUESTION: Final = "4815162342"
+_ANSWER: Final = "2718281828"
 
 
 class Render(Protocol):
@@ -43,17 +45,25 @@ class Turns:
     """That token."""
 
     @classmethod
-    def of(cls, render: Render, tokens: Collection[str]) -> "Turns":
-        """Of a template; `tokens` are those that may end a turn. Raises UserError where it renders no question."""
+    def of(cls, render: Render, tokens: Collection[str], origin: str) -> "Turns":
+        """Of a template from `origin`; `tokens` are those that may end a turn.
+
+        Raises UserError where it cannot render a user's question, or does not show it.
+        """
         question = {"role": "user", "content": _QUESTION}
         prompts = {
             mode: render([question], enable_thinking=mode == THINKING, add_generation_prompt=True) for mode in MODES
         }
+        if not all(_QUESTION in prompt for prompt in prompts.values()):
+            raise UserError(
+                f"{origin}: the chat template does not show the text of a user's turn; take one for texts from the "
+                "original model"
+            )
         openings = {mode: prompt.rpartition(_QUESTION)[2] for mode, prompt in prompts.items()}
         whole = render([question, {"role": "assistant", "content": _ANSWER}])
-        before, _, after = whole.rpartition(_ANSWER)
+        before, answer, after = whole.rpartition(_ANSWER)
         lead = before.removeprefix(prompts[NON_THINKING])
-        ending = re.match(rf"\s*({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})", after)
+        ending = answer and re.match(rf"\s*({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})", after)
         return cls(
             modes=_modes(prompts, openings),
             started_in_thinking=frozenset(mode for mode in MODES if _block(openings[mode]) == "open"),

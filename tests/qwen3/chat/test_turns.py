@@ -103,6 +103,26 @@ def test_without_tokens_or_template_there_is_no_mode(folder, with_template):
         named.check_mode(NON_THINKING)
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["", "hello", "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"],
+)
+def test_a_template_that_shows_no_question_is_refused(with_template, template):
+    tokenizer = ChatTokenizer.from_folder(with_template(template))
+    with pytest.raises(UserError, match="does not show the text of a user's turn; take one for texts"):
+        tokenizer.prompt_ids(QUESTION, NON_THINKING)
+
+
+@pytest.mark.parametrize("filters", ["lower", "upper", "trim", "replace('\n', ' ')"])
+def test_what_a_template_does_to_texts_hides_no_end(with_template, filters):
+    template = CHATML.replace("m['content']", f"m['content'] | {filters}") + "{% endif %}"
+    tokenizer = ChatTokenizer.from_folder(with_template(template))
+    assert tokenizer.decode(tokenizer.response_ids(None, "4", NON_THINKING)) == "4<|im_end|>"
+    silent = "{% for m in messages if m.role == 'user' %}{{ '<|im_end|>' + m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="ends no turn with a special token"):
+        ChatTokenizer.from_folder(with_template(silent)).response_ids(None, "4", NON_THINKING)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_prompt_and_response_are_what_transformers_makes_of_the_conversation(name, with_template):
     template, modes = TEMPLATES[name]
@@ -128,7 +148,7 @@ def test_a_base_checkpoint_stops_where_its_turns_end(with_template):
     assert stopping.stopping_at_turns().eos_ids == stopping.eos_ids
     assert stopping.pad_id == tokenizer.pad_id
     # What ends no turn or has no turns stops as before.
-    for template in (None, "{{ messages[0].content }}"):
+    for template in (None, "{{ messages[0].content }}", "{{ messages[-1].content }}!"):
         plain = ChatTokenizer.from_folder(with_template(template))
         assert plain.stopping_at_turns().eos_ids == plain.eos_ids
 
