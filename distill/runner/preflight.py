@@ -188,6 +188,12 @@ def _drawn(field: str, count: int, draw: Callable[[], list[_Drawn]]) -> list[_Dr
 def _check_asked(asked: _Asked, tokenizer: ChatTokenizer, models: Mapping[str, ModelConfig], bar: Bar) -> None:
     most, longest = 0, ""
     for number, (problem, mode) in enumerate(asked.prompts, start=1):
+        if asked.documents != "raw" and mode not in tokenizer.modes:
+            # The stage's own fields ask for no such mode: `check_chat_format`.
+            raise UserError(
+                f"{asked.field}: the data asks for {mode} mode, as in {_shown(problem.prompt)}, and the chat format of "
+                f"{tokenizer.folder} has {', '.join(tokenizer.modes)} only; take that mode out of the data"
+            )
         tokens = asked.tokens(problem, mode, tokenizer)
         if tokens > most:
             most, longest = tokens, problem.prompt
@@ -195,14 +201,18 @@ def _check_asked(asked: _Asked, tokenizer: ChatTokenizer, models: Mapping[str, M
             bar.advance(_PROMPTS_AT_ONCE)
     bar.advance(len(asked.prompts) % _PROMPTS_AT_ONCE)
     what = "prompt" if asked.documents is None else "document"
-    shown = longest if len(longest) <= _SHOWN_CHARACTERS else f"{longest[:_SHOWN_CHARACTERS]}…"
+    shown = _shown(longest)
     if most > asked.limit_tokens:
         raise UserError(
-            f"{asked.field}.{asked.limit} is {asked.limit_tokens}, but the longest {what}, of {shown!r}, has {most} "
+            f"{asked.field}.{asked.limit} is {asked.limit_tokens}, but the longest {what}, of {shown}, has {most} "
             "tokens; raise it, or leave that problem out"
         )
     if asked.documents is not None and most > models["student"].longest_context:
         raise UserError(
-            f"{asked.field}: the longest {what}, of {shown!r}, has {most} tokens, but the student's positions end at "
+            f"{asked.field}: the longest {what}, of {shown}, has {most} tokens, but the student's positions end at "
             f"{models['student'].longest_context} (max_position_embeddings); leave that problem out"
         )
+
+
+def _shown(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= _SHOWN_CHARACTERS else f"{prompt[:_SHOWN_CHARACTERS]}…")

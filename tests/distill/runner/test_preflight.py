@@ -16,11 +16,13 @@ from distill.runner.preflight import preflight
 from distill.stages.on_policy import OnPolicy, _OwnRollouts
 from distill.tasks import Problem, PromptFile
 from distill.tasks.mixture import TaskMixture
+from distill.tasks.requests import ModeMix
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
 from qwen3.generation.sampling import SamplingParams
 from qwen3.sharding import MeshShape, make_mesh
+from student.init import FromScratch
 from tests.distill import miniature
 
 
@@ -133,6 +135,43 @@ def test_a_file_has_enough_prompts_or_is_refused(experiment: Experiment, short_f
     evaluation = dataclasses.replace(whole.evaluation, problems=8)
     with pytest.raises(UserError, match=r"evaluation\.problems is 8, but task 'ours': .* has 7 held_out problems"):
         check(dataclasses.replace(whole, evaluation=evaluation))
+
+
+def test_data_that_asks_for_a_mode_that_the_template_has_not_is_named(
+    experiment: Experiment, teacher: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "answers only"
+    folder.mkdir()
+    for file in Path(teacher).iterdir():
+        (folder / file.name).symlink_to(file)
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    rows = [{"prompt": f"What is {n}?", "answer": n, "mode": "thinking" if n == 9 else None} for n in range(12)]
+    file = tmp_path / "modes.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row | {"prompt": f"{row['answer']}?", "mode": None}) + "\n" for row in rows))
+    off_policy = dataclasses.replace(
+        experiment.stages["off_policy"], prompts=12, modes=ModeMix(thinking_fraction=0), start_from=None
+    )
+    assert experiment.teacher is not None
+    whole = dataclasses.replace(
+        experiment,
+        teacher=dataclasses.replace(experiment.teacher, path=str(folder)),
+        student=FromScratch(architecture=miniature.DENSE, tokenizer=str(folder)),
+        tasks={"ours": PromptFile(path=str(file), held_out_path=str(held_out), mode_column="mode")},
+        stages={"off_policy": off_policy},
+        evaluation=dataclasses.replace(experiment.evaluation, modes=("non_thinking",)),
+        export_stage=None,
+    )
+    message = (
+        r"stages\.off_policy: the data asks for thinking mode, as in 'What is 9\?', .* has non_thinking only; take"
+    )
+    with pytest.raises(UserError, match=message):
+        check(whole)
+    file.write_text(file.read_text().replace('"thinking"', "null"))
+    task = PromptFile(path=str(file), held_out_path=str(held_out), mode_column="mode")
+    check(dataclasses.replace(whole, tasks={"ours": task}))
 
 
 def test_the_longest_prompt_is_the_one_that_is_named(experiment: Experiment, short_file: PromptFile) -> None:
