@@ -3,9 +3,10 @@
 import dataclasses
 import difflib
 import json
+import numbers
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -16,6 +17,7 @@ from distill.tasks import Arithmetic, PromptFile, ReasoningGym
 from qwen3.checkpoint.quantisation import Quantisation
 from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
+from qwen3.field_types import MOST, Bounds, check_fields
 from qwen3.sharding import MeshShape, check_batch, check_rows, make_mesh
 from student.init import FromCheckpoint, FromScratch
 from teacher.placement import own_mesh
@@ -45,6 +47,9 @@ class Teacher:
     """With own_mesh the teacher's devices along each axis; the student's are those that are left."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "teacher")
+        if not self.path:
+            raise UserError("teacher.path is empty; name a folder in Hugging Face format")
         if self.placement == "colocated" and self.mesh != MeshShape():
             raise UserError(
                 "teacher.mesh is set, but teacher.placement is colocated, on the student's mesh; leave it, or set "
@@ -80,45 +85,54 @@ class Experiment:
     """What the exported weights are stored in."""
     export_adapter: bool = False
     """Export the student's adapters alone, for PEFT to load onto their base, instead of a whole model."""
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, MOST, f"lie in 0..{MOST}")] = 0
     """Decides everything that is random, except which problems are held out and evaluated."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if faults := [*self._faults()]:
+            raise UserError("; and ".join(faults))
+
+    def _faults(self) -> Iterator[str]:
+        """What fields say that other fields contradict: all of it at once."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise UserError(f"name is {self.name!r}; it names a folder: use letters, digits, '.', '_' and '-'")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"seed is {self.seed}; it must lie in 0..{2**31 - 1}")
-        if not self.stages:
-            raise UserError("stages is empty; an experiment needs at least one stage")
+            yield f"name is {self.name!r}; it names a folder: use letters, digits, '.', '_' and '-'"
+        for field in ("tasks", "stages"):
+            if not getattr(self, field):
+                yield f"{field} is empty; an experiment needs at least one"
+        for name in self.tasks:
+            if not re.fullmatch(r"\S(.*\S)?", name):
+                yield f"tasks has {name!r}; give every task a name of one line, without white space around it"
         names = list(self.stages)
         for index, (name, stage) in enumerate(self.stages.items()):
             if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in _RESERVED:
-                raise UserError(f"stages has {name!r}; use letters, digits and '_', and none of {', '.join(_RESERVED)}")
-            self._check_references(name, stage, names[:index])
+                yield f"stages has {name!r}; use letters, digits and '_', and none of {', '.join(_RESERVED)}"
+            yield from self._wrong_references(name, stage, names[:index])
             if self.teacher is None and stage.kind != "Sft":
-                raise UserError(f"stages.{name} needs a teacher; give the experiment one")
+                yield f"stages.{name} needs a teacher; give the experiment one"
         if self.export_adapter and self.adapted_base is None:
-            raise UserError("export_adapter is True, but the student has no adapters; give student.lora, or leave it")
+            yield "export_adapter is True, but the student has no adapters; give student.lora, or leave it"
         if self.export_stage is not None and self.export_stage not in self.stages:
-            raise UserError(_unknown_stage("export_stage", self.export_stage, names))
+            yield _unknown_stage("export_stage", self.export_stage, names)
 
-    def _check_references(self, name: str, stage: Stage, earlier: list[str]) -> None:
+    def _wrong_references(self, name: str, stage: Stage, earlier: list[str]) -> Iterator[str]:
         fields = ("start_from", "targets_of", "flops_of")
         for field in fields:
             other = getattr(stage, field, None)
             if other is not None and other not in earlier:
-                raise UserError(_unknown_stage(f"stages.{name}.{field}", other, earlier))
-        if isinstance(stage, OffPolicy) and stage.targets_of is not None:
+                yield _unknown_stage(f"stages.{name}.{field}", other, earlier)
+        if isinstance(stage, OffPolicy) and stage.targets_of in earlier:
             source = self.stages[stage.targets_of]
             if not isinstance(source, OffPolicy) or source.targets_of is not None:
-                raise UserError(f"stages.{name}.targets_of is {stage.targets_of!r}, which writes no targets of its own")
+                yield f"stages.{name}.targets_of is {stage.targets_of!r}, which writes no targets of its own"
+                return
             if source.sampled_tokens is not None and stage.loss.name != "forward_kl":
-                raise UserError(
+                yield (
                     f"stages.{name}.loss is {stage.loss.name}, but {stage.targets_of} keeps sampled tokens, which give "
                     "only forward_kl"
                 )
             if source.longest_tokens > stage.training.row_length:
-                raise UserError(
+                yield (
                     f"stages.{name}.training.row_length is {stage.training.row_length}, but what {stage.targets_of} "
                     f"writes may have {source.longest_tokens} tokens; raise it"
                 )
@@ -209,4 +223,9 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    return value
+    if isinstance(value, bool):
+        return value
+    # NumPy's numbers are no JSON.
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value

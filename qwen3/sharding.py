@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 
 from kernels_pallas.attention import from_zigzag, to_zigzag
 from qwen3.errors import UserError
+from qwen3.field_types import MOST, Bounds, Count, check_fields
 
 Tree = TypeVar("Tree")
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -53,30 +54,29 @@ TOKENS = PartitionSpec(("data", "fsdp", "expert"), "context")
 class MeshShape:
     """Devices along each axis of the mesh; the sizes multiply to the number of devices."""
 
-    data: int = -1
+    data: Annotated[int, Bounds(-1, MOST, "be at least 1 or -1")] = -1
     """Devices that share the rows of a batch; -1 takes what the others leave."""
-    fsdp: int = 1
+    fsdp: Count = 1
     """Devices that share rows, and each weight by its rows."""
-    expert: int = 1
+    expert: Count = 1
     """Devices that share rows, the experts of a layer, and every other weight by its rows."""
-    tensor: int = 1
+    tensor: Count = 1
     """Devices that share heads, feed-forward columns and the vocabulary."""
-    context: int = 1
+    context: Count = 1
     """Devices that share the tokens of each row where it is trained or scored, and rows where they are sampled; and
     each weight by its rows."""
 
     def __post_init__(self) -> None:
-        for axis in MESH_AXES:
-            size = getattr(self, axis)
-            if size < 1 and not (axis == "data" and size == -1):
-                raise UserError(f"mesh.{axis} is {size}; it must be at least 1" + (" or -1" if axis == "data" else ""))
+        check_fields(self, "mesh")
+        if self.data == 0:
+            raise UserError("mesh.data is 0; it must be at least 1 or -1")
 
 
 def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices`, all by default. Raises UserError where the sizes do not multiply to their number."""
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(shape)
-    others = int(np.prod([sizes[axis] for axis in MESH_AXES[1:]]))
+    others = math.prod(sizes[axis] for axis in MESH_AXES[1:])
     if shape.data == -1:
         sizes["data"] = max(1, len(devices) // others)
     if sizes["data"] * others != len(devices):

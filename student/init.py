@@ -17,6 +17,7 @@ from qwen3.checkpoint import hf
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
+from qwen3.field_types import check_fields
 from qwen3.sharding import make_placed
 from student.lora import Lora
 
@@ -33,6 +34,7 @@ class FromCheckpoint:
     """Train adapters beside these weights instead of the weights; None trains the weights."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.path:
             raise UserError("path is empty; name a folder in Hugging Face format")
 
@@ -79,6 +81,7 @@ class FromScratch:
     """The folder with the tokenizer, usually the teacher's: both must mean the same by a token."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for field in ("architecture", "tokenizer"):
             if not getattr(self, field):
                 raise UserError(f"{field} is empty; it must name what the student is made from")

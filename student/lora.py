@@ -1,9 +1,7 @@
 """Students that are trained through low-rank adapters (LoRA, arXiv 2106.09685) while their base stays as it was."""
 
 import dataclasses
-import difflib
 import json
-import math
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -21,6 +19,7 @@ from qwen3.decoder.adapter import Adapter
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
+from qwen3.field_types import Count, Positive, check_fields
 from qwen3.sharding import fetch, make_placed
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -32,9 +31,9 @@ _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 class Lora:
     """Adapters of rank R beside projections of every layer; nothing else is trained, saved or given moments."""
 
-    rank: int = 16
+    rank: Count = 16
     """R: an adapter of a projection [in, out] has R · (in + out) weights."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     """What an adapter computes is scaled by alpha / rank."""
     targets: tuple[Target, ...] = _TARGETS
     """Projections that get adapters, by their names in Hugging Face models. Experts' own get none."""
@@ -42,20 +41,19 @@ class Lora:
     """What the frozen weights are kept in; nothing is lost where the folder holds bfloat16, as released ones do."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"lora.rank is {self.rank}; it must be at least 1")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"lora.alpha is {self.alpha}; it must be a number above 0")
+        check_fields(self, "lora")
         if not self.targets:
             raise UserError(f"lora.targets is empty; name some of {', '.join(_TARGETS)}")
-        for target in self.targets:
-            if target not in _TARGETS:
-                near = difflib.get_close_matches(target, _TARGETS, n=1)
-                hint = f"perhaps you meant {near[0]!r}" if near else f"use some of {', '.join(_TARGETS)}"
-                raise UserError(f"lora.targets has {target!r}, which is no projection; {hint}")
+        if len(set(self.targets)) < len(self.targets):
+            raise UserError(f"lora.targets is {self.targets}; name every projection once")
 
     def check(self, config: ModelConfig) -> None:
-        """Raises UserError where the architecture lacks a target."""
+        """Raises UserError where the architecture lacks a target or has no use for the rank."""
+        if self.rank > config.hidden_size:
+            raise UserError(
+                f"lora.rank is {self.rank}, but no projection of this model has a rank above its hidden_size, "
+                f"{config.hidden_size}; lower it"
+            )
         absent = [target for target in self.targets if target in _FEED_FORWARD]
         if absent and any(moe for moe, _ in config.layer_runs()):
             raise UserError(

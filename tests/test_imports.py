@@ -38,7 +38,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"checkpoint"},
         {"decoder", "chat"},
         {"sharding", "folder"},
-        {"json_fields", "rollout", "cores"},
+        {"field_types", "json_fields", "rollout", "cores"},
         {"errors"},
     ),
 }

@@ -11,6 +11,7 @@ from distill.tasks.requests import asked_in, prompt_ids
 from distill.tasks.samples import judge
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
+from qwen3.field_types import MOST_PROBLEMS, Count, Natural, Problems, check_fields, check_product
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
 from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode
@@ -20,11 +21,11 @@ from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode
 class Evaluation:
     """What is measured before training and after every stage."""
 
-    problems: int = 200
+    problems: Problems = 200
     """Held-out problems, the same for every model and seed; one whose data names a mode is asked in that mode only."""
-    samples_per_problem: int = 8
+    samples_per_problem: Count = 8
     """Responses to each problem in each mode; pass@1 is their mean."""
-    pass_at: tuple[int, ...] = (8,)
+    pass_at: tuple[Count, ...] = (8,)
     """k of the pass@k that are reported beside pass@1; each at most samples_per_problem."""
     modes: tuple[Mode, ...] = MODES
     """The modes that are measured."""
@@ -32,24 +33,29 @@ class Evaluation:
     """How every model samples in thinking mode."""
     non_thinking: SamplingParams = dataclasses.field(default_factory=lambda: non_thinking_params(8_192))
     """How every model samples in non-thinking mode."""
-    max_prompt_tokens: int = 2_048
+    max_prompt_tokens: Count = 2_048
     """Most tokens of a prompt, the chat template's own included; a longer one is refused, not cut."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Sequences generated at once."""
-    shown: int = 4
+    shown: Natural = 4
     """Responses of each model and mode that are kept for people to read."""
 
     def __post_init__(self) -> None:
-        for name in ("problems", "samples_per_problem", "max_prompt_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"evaluation.{name} is {getattr(self, name)}; it must be at least 1")
-        if bad := [k for k in self.pass_at if not 1 <= k <= self.samples_per_problem]:
+        check_fields(self, "evaluation")
+        for name in ("pass_at", "modes"):
+            entries = getattr(self, name)
+            if twice := [entry for entry in entries if entries.count(entry) > 1]:
+                raise UserError(f"evaluation.{name} holds {twice[0]!r} twice; leave one")
+        if not self.modes:
+            raise UserError(f"evaluation.modes is empty; name one or both of {' and '.join(MODES)}")
+        asked = {"evaluation.problems": self.problems, "samples_per_problem": self.samples_per_problem}
+        check_product(asked, "for all responses are kept in memory", MOST_PROBLEMS)
+        self.generation.check("evaluation.batch_size")
+        if bad := [k for k in self.pass_at if k > self.samples_per_problem]:
             raise UserError(
                 f"evaluation.pass_at holds {bad[0]}, but samples_per_problem is {self.samples_per_problem}; "
                 "pass@k needs at least k samples"
             )
-        if unknown := [mode for mode in self.modes if mode not in MODES]:
-            raise UserError(f"evaluation.modes holds {unknown[0]!r}; use {' and '.join(MODES)}")
 
     @property
     def generation(self) -> EngineSizes:

@@ -23,6 +23,7 @@ from distill.tasks.mixture import TaskMixture
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
+from qwen3.field_types import check_product
 from qwen3.generation.engine import Engine
 from qwen3.generation.sampling import SamplingParams
 
@@ -87,6 +88,11 @@ class EngineSizes:
     def longest_tokens(self) -> int:
         """The most that a prompt and the response to it may have."""
         return self.max_prompt_tokens + max(params.max_new_tokens for params in self.sampling)
+
+    def check(self, field: str) -> None:
+        """Refuses, naming the `field` that says how many, sequences with more tokens than a cache can number."""
+        sizes = {field: self.batch_size, "tokens of a prompt and its response": self.longest_tokens}
+        check_product(sizes, "for the tokens in a cache are numbered in 32 bits")
 
 
 class EndTokens(Protocol):

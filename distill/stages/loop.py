@@ -20,29 +20,33 @@ from distill.training.train_state import TrainState, abstract_state
 from distill.training.train_step import Batch, TrainStep
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
+from qwen3.field_types import Count, check_fields, check_product
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     """What every stage decides about its updates."""
 
-    steps: int | None = None
+    steps: Count | None = None
     """Optimiser steps; None where the stage takes as many as another stage's FLOPs pay for."""
-    rows: int = 8
+    rows: Count = 8
     """Rows of a microbatch, spread over the data-parallel devices."""
-    row_length: int = 4096
+    row_length: Count = 4096
     """Tokens of a row; documents are packed into rows whole."""
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     rematerialise: bool = True
     """Keep only the residual stream between layers and recompute the rest in the backward pass."""
-    checkpoint_every_steps: int = 100
+    checkpoint_every_steps: Count = 100
     """Steps between checkpoints, which are what a killed run goes back to."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows", "row_length", "checkpoint_every_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"training.{name} is {value}; it must be at least 1")
+        check_fields(self, "training")
+        self.check_tokens({})
+
+    def check_tokens(self, more: Mapping[str, int]) -> None:
+        """Refuses steps of more tokens than can be counted; `more` are the sizes of a step beside its rows."""
+        sizes = {**more, "training.rows": self.rows, "training.row_length": self.row_length}
+        check_product(sizes, "for the tokens of a step are counted in 32 bits")
 
 
 @dataclasses.dataclass

@@ -21,6 +21,7 @@ from distill.training.train_step import Batch
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
+from qwen3.field_types import Count, Problems, check_fields
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
 from qwen3.rollout import THINKING, Mode
@@ -39,24 +40,24 @@ class OffPolicy:
 
     kind: ClassVar[str] = "OffPolicy"
 
-    prompts: int = 10_000
+    prompts: Problems = 10_000
     """Different training prompts that the teacher answers, once each."""
     modes: ModeMix = dataclasses.field(default_factory=ModeMix)
     thinking: SamplingParams = dataclasses.field(default_factory=lambda: thinking_params(30_720))
     """How the teacher samples in thinking mode."""
     non_thinking: SamplingParams = dataclasses.field(default_factory=lambda: non_thinking_params(8_192))
     """How the teacher samples in non-thinking mode."""
-    max_prompt_tokens: int = 2_048
+    max_prompt_tokens: Count = 2_048
     """Most tokens of a prompt, the chat template's own included; a longer one is refused, not cut."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Sequences that the teacher generates at once."""
-    top_k: int = 64
+    top_k: Count = 64
     """Teacher entries kept per token; the mass of all others is kept as one number."""
-    sampled_tokens: int | None = None
+    sampled_tokens: Count | None = None
     """Tokens sampled from the teacher at each position, kept in place of its top_k: a dozen give a small store from
     which the forward KL, and no other loss, is right on average over the whole vocabulary. None: keep the top_k."""
     loss: Loss = dataclasses.field(default_factory=Loss)
-    microbatches_per_step: int = 1
+    microbatches_per_step: Count = 1
     """Microbatches whose gradients are added up for one update, to train on more rows than fit at once."""
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=1000, row_length=32_768))
     start_from: str | None = None
@@ -67,13 +68,9 @@ class OffPolicy:
     """Stage whose whole cost in FLOPs (teacher included) this one may use up; training.steps is then None."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "max_prompt_tokens", "batch_size", "top_k", "microbatches_per_step"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.sampled_tokens is not None and self.sampled_tokens < 1:
-            raise UserError(
-                f"sampled_tokens is {self.sampled_tokens}; it must be at least 1, or None to keep the top_k"
-            )
+        check_fields(self)
+        self.training.check_tokens({"microbatches_per_step": self.microbatches_per_step})
+        self.generation.check("batch_size")
         if self.sampled_tokens is not None and self.loss.name != "forward_kl":
             raise UserError(
                 f"loss {self.loss.name} cannot be had from sampled tokens: use forward_kl, or sampled_tokens None"

@@ -36,6 +36,7 @@ from distill.training.train_step import Batch
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
+from qwen3.field_types import MOST_PROBLEMS, Count, Natural, Problems, check_fields, check_product
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import MODES, THINKING, Mode, Rollout
@@ -49,41 +50,38 @@ class OnPolicy:
 
     kind: ClassVar[str] = "OnPolicy"
 
-    prompts_per_step: int = 64
+    prompts_per_step: Problems = 64
     """Training prompts of every step. Those of a file come again, in a new order, when all of them were asked: at
     another step the student generates anew."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: Count = 1
     """Responses that the student generates to each prompt of a step."""
     modes: ModeMix = dataclasses.field(default_factory=ModeMix)
     thinking: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(max_new_tokens=30_720))
     """How the student samples in thinking mode; temperature 1 without truncation is the policy itself."""
     non_thinking: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(max_new_tokens=8_192))
     """How the student samples in non-thinking mode."""
-    max_prompt_tokens: int = 2_048
+    max_prompt_tokens: Count = 2_048
     """Most tokens of a prompt, the chat template's own included; a longer one is refused, not cut."""
     loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=32_768))
     """How it learns; a step has as many microbatches as its packed rollouts fill."""
-    max_staleness: int = 0
+    max_staleness: Natural = 0
     """Updates by which the weights that generate a step's rollouts lag behind those that learn from them: step n learns
     from what the weights after max(0, n - max_staleness) updates have written. 0 is strictly on-policy; above it,
     a student on one device trains while the next rollouts are written and scored, and a teacher on devices of its own
     scores while the student generates and trains."""
-    samples_every_steps: int = 25
+    samples_every_steps: Count = 25
     """Steps between rollouts that are kept for people to read."""
     start_from: str | None = None
     """Stage whose student this one starts from; None for the stage before."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "samples_every_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_staleness < 0:
-            raise UserError(
-                f"max_staleness is {self.max_staleness}; it must be at least 0, which is strictly on-policy"
-            )
+        check_fields(self)
         if self.training.steps is None:
             raise UserError("training.steps is None; on-policy distillation needs a number of steps")
+        drawn = {"prompts_per_step": self.prompts_per_step, "training.steps": self.training.steps}
+        check_product(drawn, "for the problems of all steps are kept in memory", MOST_PROBLEMS)
+        self.generation.check("prompts_per_step × samples_per_prompt")
         longest = self.max_prompt_tokens + max(self.thinking.max_new_tokens, self.non_thinking.max_new_tokens)
         if longest > self.training.row_length:
             raise UserError(

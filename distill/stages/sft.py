@@ -19,6 +19,7 @@ from distill.training.train_step import Batch
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
+from qwen3.field_types import Count, Problems, check_fields
 from qwen3.rollout import Mode
 from teacher.targets import one_hot
 
@@ -29,21 +30,20 @@ class Sft:
 
     kind: ClassVar[str] = "Sft"
 
-    problems: int = 10_000
+    problems: Problems = 10_000
     """Different training problems; they are repeated in a new order each epoch."""
     form: Literal["chat", "raw"] = "chat"
     """chat: responses in the chat format, prompts not trained. raw: running text, all of it trained."""
     modes: ModeMix = dataclasses.field(default_factory=ModeMix)
-    microbatches_per_step: int = 1
+    microbatches_per_step: Count = 1
     """Microbatches whose gradients are added up for one update, to train on more rows than fit at once."""
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=1000))
     start_from: str | None = None
     """Stage whose student this one starts from; None for the stage before."""
 
     def __post_init__(self) -> None:
-        for name in ("problems", "microbatches_per_step"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_fields(self)
+        self.training.check_tokens({"microbatches_per_step": self.microbatches_per_step})
         if self.training.steps is None:
             raise UserError("training.steps is None; supervised fine-tuning needs a number of steps")
 

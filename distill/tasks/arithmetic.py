@@ -8,8 +8,9 @@ import math
 import random
 import re
 from collections.abc import Iterator
+from typing import Annotated
 
-from distill.tasks.drawing import check_fraction, check_weight, mix, stream_seed, unique_problems
+from distill.tasks.drawing import Weight, check_searchable, mix, stream_seed, unique_problems
 from distill.tasks.problem import Excluded, Problem, Split, plain_words, split_of
 from distill.tasks.verifiers import equal_integers
 from distill.tasks.working import (
@@ -20,6 +21,7 @@ from distill.tasks.working import (
     product_working_is_correct,
 )
 from qwen3.errors import UserError
+from qwen3.field_types import Bounds, Share, check_fields
 
 CHAIN_SUM = "chain_sum"
 PRODUCTS = "products"
@@ -29,30 +31,36 @@ _CHAIN_EXPRESSION = re.compile(re.escape(_CHAIN_QUESTION).replace(r"\{\}", "([0-
 _PRODUCT_QUESTION = "Solve the following multiplication: {} * {}. Give only the result as your final answer."
 _PRODUCT_FACTORS = re.compile(re.escape(_PRODUCT_QUESTION).replace(r"\{\}", "([0-9]+)"))
 
+_Terms = Annotated[int, Bounds(2, 1_000, why="for the working of more fills more than a context")]
+_Digits = Annotated[int, Bounds(1, 20, why="for working with longer numbers cannot be checked")]
+_Total = Annotated[int, Bounds(-(10**23), 10**23, why="beyond which no chain comes")]
+_MOST_DROPPED_TERMS = 10**6
+"""Terms of chains in a row with totals out of range, after which no further chain is looked for: a second or two."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainSum:
     """Sums and differences as reasoning-gym's `chain_sum` draws them, e.g. `4 - 1 + 7`."""
 
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Share of this family, relative to the other's."""
-    min_terms: int = 4
+    min_terms: _Terms = 4
     """Fewest numbers in a chain."""
-    max_terms: int = 8
+    max_terms: _Terms = 8
     """Most numbers in a chain."""
-    min_digits: int = 1
+    min_digits: _Digits = 1
     """Fewest digits of each term; all terms of a problem have equally many."""
-    max_digits: int = 1
+    max_digits: _Digits = 1
     """Most digits of each term."""
-    min_total: int | None = None
+    min_total: _Total | None = None
     """Keep only chains whose running totals are all at least this (0: never negative)."""
-    max_total: int | None = None
+    max_total: _Total | None = None
     """Keep only chains whose running totals are all at most this."""
 
     def __post_init__(self) -> None:
-        check_weight("chain_sum.weight", self.weight)
-        _check_range("chain_sum", "terms", self.min_terms, self.max_terms, least=2)
-        _check_range("chain_sum", "digits", self.min_digits, self.max_digits, least=1)
+        check_fields(self, "chain_sum")
+        _check_range("chain_sum", "terms", self.min_terms, self.max_terms)
+        _check_range("chain_sum", "digits", self.min_digits, self.max_digits)
         low, high = self.min_total, self.max_total
         # The first term is a total too: bounds that leave no room for one would search for ever.
         if (low is not None and low > 0) or (high is not None and high < 10**self.max_digits - 1):
@@ -62,14 +70,22 @@ class ChainSum:
             )
 
     def candidates(self, seed: int) -> Iterator[Problem]:
-        """Endless problems, with repeats."""
+        """Endless problems, with repeats. Raises UserError where hardly any chain stays within the totals."""
         rng = random.Random(stream_seed(CHAIN_SUM, seed))
+        dropped_terms = 0
         low = -math.inf if self.min_total is None else self.min_total
         high = math.inf if self.max_total is None else self.max_total
         while True:
             expression = self._expression(rng)
             steps = chain_steps(expression)
+            dropped_terms += len(steps) + 1
+            if dropped_terms > _MOST_DROPPED_TERMS:
+                raise UserError(
+                    f"hardly any chain of {self.min_terms} to {self.max_terms} terms has totals from {self.min_total} "
+                    f"to {self.max_total}; widen chain_sum's totals or lower its max_terms"
+                )
             if all(low <= step.result <= high for step in steps):
+                dropped_terms = 0
                 yield Problem(
                     prompt=_CHAIN_QUESTION.format(expression),
                     answer=str(steps[-1].result),
@@ -93,21 +109,21 @@ class Products:
     The larger factor comes first: a product and its mirror image are one problem, never one on each side of the split.
     """
 
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Share of this family, relative to the other's."""
-    min_digits: int = 2
+    min_digits: _Digits = 2
     """Fewest digits of the first factor."""
-    max_digits: int = 3
+    max_digits: _Digits = 3
     """Most digits of the first factor."""
-    min_multiplier_digits: int = 1
+    min_multiplier_digits: _Digits = 1
     """Fewest digits of the second factor."""
-    max_multiplier_digits: int = 1
+    max_multiplier_digits: _Digits = 1
     """Most digits of the second factor."""
 
     def __post_init__(self) -> None:
-        check_weight("products.weight", self.weight)
-        _check_range("products", "digits", self.min_digits, self.max_digits, least=1)
-        _check_range("products", "multiplier_digits", self.min_multiplier_digits, self.max_multiplier_digits, least=1)
+        check_fields(self, "products")
+        _check_range("products", "digits", self.min_digits, self.max_digits)
+        _check_range("products", "multiplier_digits", self.min_multiplier_digits, self.max_multiplier_digits)
 
     def candidates(self, seed: int) -> Iterator[Problem]:
         """Endless problems, with repeats."""
@@ -132,14 +148,14 @@ class Arithmetic:
 
     chain_sum: ChainSum = dataclasses.field(default_factory=ChainSum)
     products: Products = dataclasses.field(default_factory=Products)
-    held_out_fraction: float = 0.1
+    held_out_fraction: Share = 0.1
     """Share of all questions that is kept from training."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Share of this task's problems, relative to the other tasks'; 0 leaves it out."""
 
     def __post_init__(self) -> None:
-        check_fraction(self.held_out_fraction)
-        check_weight("weight", self.weight)
+        check_fields(self)
+        check_searchable(self.held_out_fraction)
         if self.chain_sum.weight + self.products.weight == 0:
             raise UserError("chain_sum.weight and products.weight are both 0; give one of them a positive weight")
 
@@ -189,6 +205,6 @@ def _number(rng: random.Random, digits: int) -> int:
     return rng.randint(0 if digits == 1 else 10 ** (digits - 1), 10**digits - 1)
 
 
-def _check_range(family: str, unit: str, low: int, high: int, *, least: int) -> None:
-    if not least <= low <= high:
-        raise UserError(f"{family} has {unit} from {low} to {high}; use {least} <= min_{unit} <= max_{unit}")
+def _check_range(family: str, unit: str, low: int, high: int) -> None:
+    if low > high:
+        raise UserError(f"{family} has {unit} from {low} to {high}; use min_{unit} <= max_{unit}")

@@ -6,9 +6,15 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
+from typing import Annotated
 
 from distill.tasks.problem import Excluded, Problem, Split, split_of
 from qwen3.errors import UserError
+from qwen3.field_types import Bounds
+
+Weight = Annotated[float, Bounds(0, 1e9, "be 0, to leave it out, or a positive number of at most 1e9")]
+"""How often a family or a task is drawn, relative to others."""
+_SMALLEST_SIDE = 0.001
 
 
 def stream_seed(*parts: object) -> int:
@@ -108,13 +114,10 @@ def exact_decimal(value: float) -> Fraction:
     return Fraction(str(float(value)))
 
 
-def check_fraction(value: float) -> None:
-    """Refuses a held_out_fraction outside 0 to 1."""
-    if not 0 <= value <= 1:
-        raise UserError(f"held_out_fraction is {value}; give a share from 0 (nothing) to 1 (everything held out)")
-
-
-def check_weight(field: str, value: float) -> None:
-    """Refuses a negative or infinite weight."""
-    if not 0 <= value < float("inf"):
-        raise UserError(f"{field} is {value}; give 0 to leave it out, or a positive number")
+def check_searchable(held_out_fraction: float) -> None:
+    """Refuses a split of what generators ask of which one side is so small that its questions are hardly ever met."""
+    if 0 < min(held_out_fraction, 1 - held_out_fraction) < _SMALLEST_SIDE:
+        raise UserError(
+            f"held_out_fraction is {held_out_fraction}; one side of the split would be searched for very long: use 0, "
+            f"1, or a share from {_SMALLEST_SIDE} to {1 - _SMALLEST_SIDE}"
+        )

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, Final
 
-from distill.tasks.drawing import check_fraction, check_weight, mix, stream_seed, unique_problems
+from distill.tasks.drawing import Weight, check_searchable, mix, stream_seed, unique_problems
 from distill.tasks.problem import Excluded, Problem, Split, split_of
 from qwen3.errors import UserError
+from qwen3.field_types import Share, check_fields, shown
 
 _CHUNK_PROBLEMS: Final = 500
 _ENTRY: Final = "reasoning_gym_entry"
@@ -45,13 +46,13 @@ _REFUSED: Final[Mapping[str, str]] = {
 class GymFamily:
     """How often and with what options a reasoning-gym data set is asked."""
 
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Share of this family, relative to the others'."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keyword options of the data set, other than seed and size."""
 
     def __post_init__(self) -> None:
-        check_weight("weight", self.weight)
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,14 +64,14 @@ class ReasoningGym:
 
     families: dict[str, GymFamily]
     """What is asked, by the names that reasoning-gym gives its data sets."""
-    held_out_fraction: float = 0.1
+    held_out_fraction: Share = 0.1
     """Share of all questions that is kept from training."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Share of this task's problems, relative to the other tasks'; 0 leaves it out."""
 
     def __post_init__(self) -> None:
-        check_fraction(self.held_out_fraction)
-        check_weight("weight", self.weight)
+        check_fields(self)
+        check_searchable(self.held_out_fraction)
         if not any(family.weight for family in self.families.values()):
             raise UserError("families has no family with a positive weight; name at least one reasoning-gym data set")
         for name, family in self.families.items():
@@ -164,8 +165,9 @@ def _check_family(name: str, options: Mapping[str, Any]) -> None:
             raise UserError(f"families.{name}.options has {option!r}, which it does not know{_nearest(option, known)}")
     try:
         _dataset(name, options, 0)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"families.{name}.options {dict(options)} are refused by reasoning-gym: {error}") from error
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"families.{name}.options {shown(options)} are refused by reasoning-gym: {said}") from error
 
 
 def _factory() -> ModuleType:

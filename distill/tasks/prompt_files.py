@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from distill.tasks.conversations import checked_messages, checked_text, checked_tools
-from distill.tasks.drawing import check_fraction, check_weight
+from distill.tasks.drawing import Weight
 from distill.tasks.problem import Excluded, Problem, Split, flagged_mode, plain_words, split_of
 from distill.tasks.rows import read_rows
 from distill.tasks.verifiers import VERIFIERS, Verifier, unusable_references
 from qwen3.chat.chat import MODE_FLAGS, split_response
 from qwen3.errors import UserError
+from qwen3.field_types import Share, check_fields
 from qwen3.rollout import MODES, NON_THINKING, Mode
 
 _SHOWN: Final = 4
@@ -45,7 +46,7 @@ class PromptFile:
     held_out_path: str | None = None
     """A file of the same columns, but for solutions, whose problems are all held out. Its questions are then left out
     of `path`, and `held_out_fraction` is not used."""
-    held_out_fraction: float = 0.1
+    held_out_fraction: Share = 0.1
     """Share of the questions in `path` that is kept from training."""
     prompt_column: str = "prompt"
     """Column of the questions, one user turn each."""
@@ -66,14 +67,11 @@ class PromptFile:
     verifier: Verifier = "exact"
     """`exact`: the same text but for white space; `integer`: one whole number; `math`: the same mathematical object,
     see `distill.tasks.verifiers.equal_mathematics`. An answer that no text can equal is refused with its row."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Share of this file's problems, relative to the other tasks'; 0 leaves it out."""
 
     def __post_init__(self) -> None:
-        check_fraction(self.held_out_fraction)
-        check_weight("weight", self.weight)
-        if self.verifier not in VERIFIERS:
-            raise UserError(f"verifier is {self.verifier!r}; use one of {', '.join(VERIFIERS)}")
+        check_fields(self)
 
     def problems(self, split: Split, count: int, seed: int, without: Excluded | None = None) -> list[Problem]:
         """See `Task.problems`; the seed orders the rows."""

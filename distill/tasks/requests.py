@@ -10,6 +10,7 @@ from distill.tasks import Problem
 from distill.tasks.drawing import exact_decimal
 from qwen3.chat.chat import MODE_FLAGS, THINK_END, THINK_START, ChatTokenizer, last_flag, with_flag
 from qwen3.errors import UserError
+from qwen3.field_types import check_fields
 from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode, Rollout
 
 
@@ -27,9 +28,7 @@ class ModeMix:
     """Share of prompts whose question carries the flag of its mode, beside those that come with one."""
 
     def __post_init__(self) -> None:
-        for name in ("thinking_fraction", "flag_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"modes.{name} is {getattr(self, name)}; it must lie in 0..1")
+        check_fields(self, "modes")
 
     def assign(
         self, problems: Sequence[Problem], seed: int, *, prompts_per_step: int | None = None

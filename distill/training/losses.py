@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.linear_kl import Divergence, DivergenceName, Implementation, linear_kl_at_ids, linear_kl_full
 from qwen3.errors import UserError
+from qwen3.field_types import check_fields
 from qwen3.sharding import BATCH, RULES, partition_spec
 from teacher.targets import AtIds, Hidden, Sampled, Targets, TopK
 
@@ -41,6 +42,7 @@ class Loss:
     """Strictly between 0 and 1 for jsd and skew_kl, None for the others."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "loss")
         try:
             Divergence(self.name, self.weight)
         except ValueError as error:

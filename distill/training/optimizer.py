@@ -1,52 +1,43 @@
 """AdamW with warm-up, decay and clipping: the one optimiser of every stage."""
 
 import dataclasses
-import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
 from flax import nnx
 
-from qwen3.errors import UserError
+from qwen3.field_types import Bounds, NotNegative, Positive, Share, check_fields
+
+# To a device, which has float32, what is nearer to 1 is 1.
+_Kept = Annotated[float, Bounds(0, 1 - 2**-24, "lie in 0..1, 1 excluded")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """AdamW (arXiv 1711.05101) under a learning-rate schedule and a global-norm clip."""
 
-    learning_rate: float = 1e-5
+    learning_rate: Positive = 1e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after warm-up."""
-    warmup_fraction: float = 0.03
+    warmup_fraction: Share = 0.03
     """Share of the steps that the learning rate takes to rise from 0."""
-    final_fraction: float = 0.1
+    final_fraction: Share = 0.1
     """Learning rate at the last step, relative to the peak."""
-    b1: float = 0.9
+    b1: _Kept = 0.9
     """Share of the running mean of the gradient that each step keeps."""
-    b2: float = 0.95
+    b2: _Kept = 0.95
     """Share of the running mean of the squared gradient that each step keeps."""
-    epsilon: float = 1e-8
+    epsilon: Positive = 1e-8
     """Added to the root of the mean square, by which updates are divided."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled decay of matrices; norms and biases are not decayed."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Largest global norm of the gradient."""
 
     def __post_init__(self) -> None:
-        # Written so that NaN, which compares as false with everything, fails them too.
-        for name in ("learning_rate", "epsilon", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be a number above 0")
-        for name in ("warmup_fraction", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must lie in 0..1")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must lie in 0..1, 1 excluded")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"optimizer.weight_decay is {self.weight_decay}; it must be 0 (off) or a number above it")
+        check_fields(self, "optimizer")
 
     def learning_rates(self, steps: int) -> optax.Schedule:
         """Learning rate by step for a stage of `steps` steps."""

@@ -23,6 +23,7 @@ from kernels_pallas.paged_attention import paged_attention
 from kernels_pallas.paged_attention.api import Implementation as PagedAttention
 from qwen3.decoder.config import ModelConfig
 from qwen3.errors import UserError
+from qwen3.field_types import check_fields
 
 PAGE_SIZE = 32
 """Tokens a page of the cache where nobody says otherwise: every kernel takes it."""
@@ -46,6 +47,9 @@ class Kernels:
     exchange: Exchange = "all_gather"
     """How tokens reach experts on other devices. all_gather: every token goes to every device of mesh.expert, on all
     platforms. ragged: to those of its experts alone, not on CPU and on at most 16 chips of TPU v5e."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "kernels")
 
     def check(self, config: ModelConfig, dtype: DTypeLike, mesh: Mesh, *, tokens_per_target: int = 0) -> None:
         """Refuses what this platform, the mesh, or a model's sizes or dtype of computing do not allow.

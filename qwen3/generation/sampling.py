@@ -7,7 +7,7 @@ look at the call's largest k; top-p without top-k finds its threshold by bisecti
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,39 +16,39 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3.errors import UserError
+from qwen3.field_types import Bounds, Count, Natural, NotNegative, Share, check_fields
 
 _BLOCK = 128
 _SMALLEST_CANDIDATES = 32
+# Logits are divided by the temperature in float32.
+_LEAST_TEMPERATURE = 1e-6
+_LEAST_SHARE = 1e-30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one sequence is sampled. Filters apply in the order of transformers: temperature, top-k, top-p, min-p."""
 
-    max_new_tokens: int
+    max_new_tokens: Count
     """Most tokens after the prompt, thinking, forced text, answer and stop token together."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """0 takes the most probable token, whatever the other fields say."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Bounds(_LEAST_SHARE, 1, "be above 0 and at most 1 (off)")] = 1.0
     """Least probable tokens are dropped as long as the others hold this much probability; 1 keeps all."""
-    top_k: int = 0
+    top_k: Natural = 0
     """Tokens kept, ties going to the smaller id; 0 keeps all."""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """Tokens below this share of the most probable one are dropped; 0 keeps all."""
-    thinking_budget: int | None = None
+    thinking_budget: Natural | None = None
     """Most tokens of thinking before the stop-thinking text is forced; None for no limit. Thinking mode only."""
-    stop_ids: tuple[int, ...] | None = None
+    stop_ids: tuple[Natural, ...] | None = None
     """Tokens that end the sequence; None takes those of the engine."""
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
-        _require("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
-        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 (off) and 1")
-        _require("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
-        if self.thinking_budget is not None:
-            _require(
-                "thinking_budget", self.thinking_budget, self.thinking_budget >= 0, "0 or more, or None (no limit)"
+        check_fields(self, "sampling")
+        if 0 < self.temperature < _LEAST_TEMPERATURE:
+            raise UserError(
+                f"sampling.temperature is {self.temperature}; it must be 0 (greedy) or at least {_LEAST_TEMPERATURE}"
             )
 
     @property
@@ -211,8 +211,3 @@ def _draw(weights: Float[Array, "B W"], uniform: Float[Array, "B"]) -> Int[Array
 
 def _log(share: float) -> float:
     return math.log(share) if share else -math.inf
-
-
-def _require(field: str, value: float, holds: bool, remedy: str) -> None:
-    if not holds:
-        raise UserError(f"sampling.{field} is {value}; it must be {remedy}")

@@ -162,10 +162,11 @@ def test_rollouts_are_drawn_from_the_adapted_student(folders: dict[str, Path]) -
     [
         ({"rank": 0}, r"lora\.rank is 0; it must be at least 1"),
         ({"alpha": 0.0}, r"lora\.alpha is 0\.0; it must be a number above 0"),
-        ({"alpha": float("nan")}, r"lora\.alpha is nan; it must be a number above 0"),
+        ({"alpha": float("nan")}, r"lora\.alpha is nan; it must be a finite number"),
+        ({"targets": ("q_proj", "q_proj")}, r"lora\.targets is \('q_proj', 'q_proj'\); name every projection once"),
         ({"targets": ()}, r"lora\.targets is empty; name some of q_proj, k_proj"),
-        ({"targets": ("q_proj", "gate_porj")}, "'gate_porj', which is no projection; perhaps you meant 'gate_proj'"),
-        ({"targets": ("everything",)}, "'everything', which is no projection; use some of q_proj"),
+        ({"targets": ("q_proj", "gate_porj")}, r"lora\.targets\[1\] is 'gate_porj'; perhaps you meant 'gate_proj'"),
+        ({"targets": ("everything",)}, r"lora\.targets\[0\] is 'everything'; it must be 'q_proj' or"),
     ],
 )
 def test_values_out_of_range_are_named(fields: dict[str, Any], message: str) -> None:

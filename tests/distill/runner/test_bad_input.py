@@ -82,11 +82,11 @@ def test_missing_file_and_folder_without_experiments(capsys: pytest.CaptureFixtu
         ),
         (
             "from distill.stages import OnPolicy\ndef config():\n    return OnPolicy(prompts_per_step='8')\n",
-            "bad.py, line 3: OnPolicy.prompts_per_step is '8'; it must be a whole number",
+            "bad.py, line 3: prompts_per_step is '8'; it must be a whole number",
         ),
         (
             "from distill.stages import OnPolicy\ndef config():\n    return OnPolicy(training={'steps': 3})\n",
-            "bad.py, line 3: OnPolicy.training is {'steps': 3}; it must be Training",
+            "bad.py, line 3: training is {'steps': 3}; it must be Training",
         ),
         (
             "from distill.stages import OnPolcy\n",
@@ -100,7 +100,7 @@ def test_missing_file_and_folder_without_experiments(capsys: pytest.CaptureFixtu
             "import dataclasses\nfrom tests.distill import miniature\ndef config():\n"
             "    whole = miniature.experiment('somewhere')\n"
             "    return dataclasses.replace(whole, evaluation=dataclasses.replace(whole.evaluation, shown='4'))\n",
-            "bad.py: evaluation.shown is '4'; it must be a whole number",
+            "bad.py, line 5: evaluation.shown is '4'; it must be a whole number",
         ),
     ],
 )

@@ -242,6 +242,13 @@ def test_a_side_without_problems_ends_instead_of_searching_for_ever() -> None:
     assert list(unique_problems(same, "held_out", 0.0)) == []
 
 
+def test_totals_that_hardly_any_chain_keeps_end_the_search() -> None:
+    chains = ChainSum(min_terms=400, max_terms=400, min_total=0, max_total=9)
+    task = Arithmetic(chain_sum=chains, products=Products(weight=0))
+    with pytest.raises(UserError, match="hardly any chain of 400 to 400 terms has totals from 0 to 9; widen"):
+        task.problems("train", 1, 0)
+
+
 def test_a_negative_count_is_refused() -> None:
     with pytest.raises(ValueError, match="count is -1"):
         mix({}, count=-1, seed=0, split="train")
@@ -250,15 +257,20 @@ def test_a_negative_count_is_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ChainSum(min_terms=1), "chain_sum has terms from 1 to 8; use 2 <= min_terms"),
+        (lambda: ChainSum(min_terms=1), "chain_sum.min_terms is 1; it must be at least 2"),
         (lambda: ChainSum(min_terms=9), "chain_sum has terms from 9 to 8"),
         (lambda: ChainSum(weight=-1.0), "chain_sum.weight is -1.0"),
         (lambda: ChainSum(max_digits=2, max_total=50), "use min_total <= 0 and max_total >= 99"),
         (lambda: ChainSum(min_total=5), "min_total <= 0"),
-        (lambda: Products(min_digits=0), "products has digits from 0 to 3"),
+        (lambda: Products(min_digits=0), "products.min_digits is 0; it must be at least 1"),
         (lambda: Products(min_multiplier_digits=2), "products has multiplier_digits from 2 to 1"),
         (lambda: Products(weight=float("nan")), "products.weight is nan"),
         (lambda: Arithmetic(held_out_fraction=1.5), "held_out_fraction is 1.5"),
+        (lambda: Arithmetic(held_out_fraction=1e-9), "one side of the split would be searched for very long"),
+        (lambda: Arithmetic(held_out_fraction=1 - 1e-9), "use 0, 1, or a share from 0.001 to 0.999"),
+        (lambda: ChainSum(max_terms=1001), "must be at most 1000, for the working of more fills more than a context"),
+        (lambda: Products(max_digits=21), "must be at most 20, for working with longer numbers cannot be checked"),
+        (lambda: ChainSum(weight=1e300), "chain_sum.weight is 1e+300"),
         (lambda: Arithmetic(chain_sum=ChainSum(weight=0), products=Products(weight=0)), "both 0"),
     ],
 )
