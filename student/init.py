@@ -1,7 +1,6 @@
 """Where a student comes from: a checkpoint, or fresh weights of a stated architecture."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from qwen3.field_types import check_fields
+from qwen3.json_fields import JsonFields, read_object
 from qwen3.sharding import make_placed
 from student.lora import Lora
 
@@ -95,14 +95,13 @@ class FromScratch:
         """The architecture, completed from the tokenizer. Raises UserError where either does not make sense."""
         tokenizer = ChatTokenizer.from_folder(self.tokenizer)
         raw = self._raw()
+        check_vocabulary(tokenizer, JsonFields(raw).integer("vocab_size", tokenizer.vocab_size))
         supplied = {
             "vocab_size": tokenizer.vocab_size,
             "eos_token_id": tokenizer.eos_ids[0],
             "pad_token_id": tokenizer.pad_id,
         }
-        config = ModelConfig.from_hf(raw | {key: value for key, value in supplied.items() if raw.get(key) is None})
-        check_vocabulary(tokenizer, config.vocab_size)
-        return config
+        return ModelConfig.from_hf(raw | {key: value for key, value in supplied.items() if raw.get(key) is None})
 
     def build(
         self,
@@ -122,12 +121,4 @@ class FromScratch:
     def _raw(self) -> dict[str, Any]:
         if not isinstance(self.architecture, str):
             return dict(self.architecture)
-        try:
-            raw = json.loads(Path(self.architecture).read_text())
-        except OSError as error:
-            raise UserError(f"{self.architecture} cannot be read ({error.strerror}); name a config.json") from None
-        except ValueError as error:
-            raise UserError(f"{self.architecture} is not valid JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise UserError(f"{self.architecture} holds {type(raw).__name__}, not a JSON object")
-        return raw
+        return read_object(Path(self.architecture), "name a config.json")

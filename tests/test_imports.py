@@ -38,7 +38,8 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"checkpoint"},
         {"decoder", "chat"},
         {"sharding", "folder"},
-        {"field_types", "json_fields", "rollout", "cores"},
+        {"json_fields", "rollout", "cores"},
+        {"field_types"},
         {"errors"},
     ),
 }

@@ -59,6 +59,11 @@ class ChatTokenizer:
         self.eos_ids = tuple(dict.fromkeys([*([] if eos_id is None else [eos_id]), *stop_ids]))
         if not self.eos_ids:
             raise UserError(f"{files.folder}: no end token; name eos_token in tokenizer_config.json")
+        if beyond := [one for one in self.eos_ids if one >= self.vocab_size]:
+            raise UserError(
+                f"{files.folder}: eos_token_id {beyond[0]} in generation_config.json is beyond the vocabulary's "
+                f"{self.vocab_size} tokens; take it from the same checkpoint"
+            )
         pad_id = self._special_id("pad_token")
         self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
         self.think_start_id = self._tokenizer.token_to_id(THINK_START)

@@ -15,7 +15,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qwen3.errors import UserError
+from qwen3.field_types import MOST, shown
 from qwen3.folder import check_whole_model
+from qwen3.json_fields import parse_object, read_object
 
 _REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json")
 _OPTIONAL_FILES = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
@@ -78,11 +80,11 @@ def read_tokenizer(folder: str | Path) -> TokenizerFiles:
     """
     folder = Path(folder)
     contents = _read_files(folder)
-    config = _parse_object(folder / "tokenizer_config.json", contents["tokenizer_config.json"])
+    config = parse_object(folder / "tokenizer_config.json", contents["tokenizer_config.json"])
     special_tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if name in contents:
-            special_tokens |= _special_tokens(_parse_object(folder / name, contents[name]))
+            special_tokens |= _special_tokens(parse_object(folder / name, contents[name]))
     tokenizer = _build(folder, contents["tokenizer.json"], config)
     return TokenizerFiles(
         folder=folder,
@@ -102,10 +104,10 @@ def stop_ids_of_generation(folder: str | Path) -> tuple[int, ...]:
     path = Path(folder) / "generation_config.json"
     if not path.is_file():
         return ()
-    ids = _parse_object(path, path.read_bytes()).get("eos_token_id")
+    ids = read_object(path, "name a folder in Hugging Face format").get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(type(one) is int and one >= 0 for one in ids):
-        raise UserError(f"{path}: eos_token_id is {ids}; expected a token id or a list of token ids")
+    if not all(type(one) is int and 0 <= one <= MOST for one in ids):
+        raise UserError(f"{path}: eos_token_id is {shown(ids)}; expected a token id or a list of token ids")
     return tuple(ids)
 
 
@@ -202,16 +204,6 @@ def _read_files(folder: Path) -> dict[str, bytes]:
     return contents | {path.relative_to(folder).as_posix(): path.read_bytes() for path in further if path.is_file()}
 
 
-def _parse_object(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(parsed, dict):
-        raise UserError(f"{path}: holds a JSON {type(parsed).__name__}, expected an object; fetch the file again")
-    return parsed
-
-
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     tokens = {}
     for role, value in config.items():
@@ -223,7 +215,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _build(folder: Path, content: bytes, config: Mapping[str, Any]) -> Tokenizer:
     path = folder / "tokenizer.json"
-    _parse_object(path, content)
+    parse_object(path, content)
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:

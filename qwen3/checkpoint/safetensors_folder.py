@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qwen3.errors import UserError
+from qwen3.json_fields import read_object
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -112,11 +113,11 @@ class SafetensorsFolder:
     def _read_index(self) -> dict[str, list[str]]:
         path = self._folder / INDEX_NAME
         try:
-            weight_map = json.loads(path.read_text())["weight_map"]
+            weight_map = read_object(path, "download it again")["weight_map"]
             by_file: dict[str, list[str]] = {}
             for tensor, file in weight_map.items():
                 by_file.setdefault(str(file), []).append(tensor)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no safetensors index with a weight_map ({error!r})") from None
         if odd := sorted(file for file in by_file if Path(file).name != file):
             raise UserError(f"{path} names {some_names(odd)}; shards must lie in the same folder")

@@ -4,13 +4,14 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from qwen3.decoder.dual_chunk import DualChunk, read_dual_chunk
 from qwen3.decoder.rope_scaling import RopeScaling, read_rope
 from qwen3.errors import UserError
+from qwen3.field_types import Bounds, Count, Natural, NotNegative, Positive, check_fields, check_product, shown
 from qwen3.folder import check_whole_model
-from qwen3.json_fields import JsonFields
+from qwen3.json_fields import JsonFields, read_object
 
 __all__ = ["DualChunk", "ModelConfig", "RopeScaling"]
 
@@ -24,18 +25,8 @@ _ARCHITECTURES: dict[Family, str] = {
 # What transformers takes where a config.json lacks the key; None: the number of query heads.
 _KEY_VALUE_HEADS: dict[Family, int | None] = {"qwen3": 32, "qwen3_moe": 4, "qwen2": 32, "llama": None}
 _MAX_POSITIONS: dict[Family, int] = {"qwen3": 32768, "qwen3_moe": 32768, "qwen2": 32768, "llama": 2048}
-_SMALLEST = {
-    "vocab_size": 1,
-    "hidden_size": 1,
-    "intermediate_size": 1,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 1,
-    "max_position_embeddings": 1,
-    "num_experts": 0,
-    "decoder_sparse_step": 1,
-}
+_MOST_LAYERS = 10_000
+_MOST_EXPERTS = 10**6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,40 +38,44 @@ class ModelConfig:
     """
 
     model_type: Family
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000.0
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Annotated[int, Bounds(1, _MOST_LAYERS, why="for each has tensors of its own name")]
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    max_position_embeddings: Count
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Annotated[float, Bounds(1 + 2**-20, 1e38, "be above 1")] = 1_000_000.0
     rope_scaling: RopeScaling | None = None
     dual_chunk: DualChunk | None = None
     tie_word_embeddings: bool = False
     qk_norm: bool = True
     attention_bias: bool = False
     attention_output_bias: bool = False
-    initializer_range: float = 0.02
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
+    initializer_range: NotNegative = 0.02
+    num_experts: Natural = 0
+    num_experts_per_tok: Natural = 0
+    moe_intermediate_size: Natural = 0
     norm_topk_prob: bool = True
-    decoder_sparse_step: int = 1
-    mlp_only_layers: tuple[int, ...] = ()
-    router_aux_loss_coef: float = 0.001
-    eos_token_id: int | tuple[int, ...] | None = None
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
+    decoder_sparse_step: Count = 1
+    mlp_only_layers: tuple[Natural, ...] = ()
+    router_aux_loss_coef: NotNegative = 0.001
+    eos_token_id: Natural | tuple[Natural, ...] | None = None
+    bos_token_id: Natural | None = None
+    pad_token_id: Natural | None = None
 
     def __post_init__(self) -> None:
-        for field, smallest in _SMALLEST.items():
-            if getattr(self, field) < smallest:
-                raise UserError(f"{field} is {getattr(self, field)}; it must be at least {smallest}")
-        if not self.rms_norm_eps > 0:
-            raise UserError(f"rms_norm_eps is {self.rms_norm_eps}; it must be above 0")
+        check_fields(self)
+        for field in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            ids = getattr(self, field)
+            if beyond := [one for one in (ids if isinstance(ids, tuple) else [ids]) if (one or 0) >= self.vocab_size]:
+                raise UserError(
+                    f"{field} is {beyond[0]}, but vocab_size is {self.vocab_size}; it must be below, or null"
+                )
+        experts = {"num_hidden_layers": self.num_hidden_layers, "num_experts": self.num_experts}
+        check_product(experts, "for each expert of a layer has tensors of its own name", _MOST_EXPERTS)
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "
@@ -147,16 +142,7 @@ class ModelConfig:
         """Read `config.json` of a Hugging Face folder. Raises UserError naming the file and what is wrong."""
         path = Path(folder) / "config.json"
         check_whole_model(folder)
-        try:
-            raw = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist; name a folder in Hugging Face format") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); make it a readable file") from None
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); download it again") from None
-        if not isinstance(raw, dict):
-            raise UserError(f"{path} holds {type(raw).__name__}, not a JSON object")
+        raw = read_object(path, "name a folder in Hugging Face format")
         try:
             return cls.from_hf(raw)
         except UserError as error:
@@ -266,11 +252,11 @@ def _switches(family: Family) -> tuple[tuple[bool, bool, bool], ...]:
 
 def _family(raw: Mapping[str, Any]) -> Family:
     architectures, model_type = raw.get("architectures"), raw.get("model_type")
+    named = architectures[0] if isinstance(architectures, list) and architectures else architectures or model_type
     for family, architecture in _ARCHITECTURES.items():
-        if (architectures[:1] == [architecture]) if architectures else (model_type == family):
+        if named == (architecture if architectures else family) and isinstance(architectures, list | None):
             return family
-    named = (architectures or [model_type])[0] if isinstance(architectures, list | None) else architectures
-    raise UserError(f"architecture {named!r} is not supported; supported are {', '.join(_ARCHITECTURES.values())}")
+    raise UserError(f"architecture {shown(named)} is not supported; supported are {', '.join(_ARCHITECTURES.values())}")
 
 
 def _refuse_unsupported(fields: JsonFields) -> None:
@@ -285,9 +271,11 @@ def _refuse_unsupported(fields: JsonFields) -> None:
     for key, values in accepted.items():
         value = fields.raw.get(key)
         if value not in values:
-            shown = "present" if isinstance(value, dict) else f"{value!r}"
-            raise UserError(f"{key} {shown} is not supported; it must be {json.dumps(values[0])}")
+            found = "present" if isinstance(value, dict) else shown(value)
+            raise UserError(f"{key} {found} is not supported; it must be {json.dumps(values[0])}")
     layer_types = fields.raw.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise UserError(f"layer_types is {shown(layer_types)}; it must be a list, one text a layer")
     if other := sorted({str(kind) for kind in layer_types} - {"full_attention"}):
         raise UserError(f"layer_types {', '.join(other)} is not supported; every layer must be full_attention")
 

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 from qwen3.errors import UserError
+from qwen3.field_types import Count, Natural, check_fields
 from qwen3.json_fields import JsonFields
 
 _KEY = "dual_chunk_attention_config"
@@ -17,24 +18,17 @@ class DualChunk:
     Texts of at most chunk_size - local_size tokens are attended to as without it.
     """
 
-    chunk_size: int = 8192
+    chunk_size: Count = 8192
     """Tokens that positions must stay within."""
-    local_size: int = 1024
+    local_size: Natural = 1024
     """Tokens of the chunk before that are seen at their true distance from anywhere in a chunk."""
-    original_max_position_embeddings: int = 0
+    original_max_position_embeddings: Natural = 0
     """Tokens beyond which scores are scaled up with the logarithm of the length; 0: never."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.local_size < self.chunk_size:
-            raise UserError(
-                f"local_size of {_KEY} is {self.local_size}; it must be at least 0 and below chunk_size, "
-                f"{self.chunk_size}"
-            )
-        if self.original_max_position_embeddings < 0:
-            raise UserError(
-                f"original_max_position_embeddings of {_KEY} is {self.original_max_position_embeddings}; it must be "
-                "at least 0"
-            )
+        check_fields(self, _KEY)
+        if self.local_size >= self.chunk_size:
+            raise UserError(f"{_KEY}.local_size is {self.local_size}; it must be below chunk_size, {self.chunk_size}")
 
     @property
     def chunk_tokens(self) -> int:

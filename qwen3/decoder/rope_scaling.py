@@ -1,9 +1,10 @@
 """Scaling of rotary embeddings as `config.json` states it, in the spelling of transformers 4 or 5."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from qwen3.errors import UserError
+from qwen3.field_types import Bounds, Count, Positive, check_fields, shown
 from qwen3.json_fields import JsonFields
 
 Kind = Literal["linear", "yarn", "llama3"]
@@ -26,22 +27,19 @@ class RopeScaling:
     """Frequency scaling of rotary embeddings, named as in `config.json`."""
 
     rope_type: Kind
-    factor: float
-    original_max_position_embeddings: int
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: Annotated[float, Bounds(1, 1e6, "be at least 1, and at most a million")]
+    original_max_position_embeddings: Count
+    attention_factor: Positive | None = None
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     truncate: bool = True
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise UserError(f"factor of rope_scaling is {self.factor}; it must be at least 1")
-        if self.original_max_position_embeddings < 1:
-            raise UserError(
-                f"original_max_position_embeddings is {self.original_max_position_embeddings}; it must be at least 1"
-            )
+        check_fields(self, "rope_scaling")
+        if self.beta_fast < self.beta_slow:
+            raise UserError(f"rope_scaling.beta_fast {self.beta_fast} must be at least beta_slow {self.beta_slow}")
         if self.high_freq_factor <= self.low_freq_factor:
             raise UserError(
                 f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}"
@@ -79,13 +77,11 @@ def _read_one(config: JsonFields, key: str, max_position_embeddings: int) -> tup
     if rope.raw.get("partial_rotary_factor") not in (None, 1):
         raise UserError(f"partial_rotary_factor {rope.raw['partial_rotary_factor']} in {key} is not supported; only 1")
     theta = rope.number("rope_theta", config.number("rope_theta", 10_000.0))
-    if theta <= 0:
-        raise UserError(f"rope_theta is {theta}; it must be above 0")
     kind = rope.raw.get("rope_type", rope.raw.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind not in get_args(Kind):
-        raise UserError(f"rope_type {kind!r} is not supported; supported are default, {', '.join(get_args(Kind))}")
+        raise UserError(f"rope_type {shown(kind)} is not supported; supported are default, {', '.join(get_args(Kind))}")
     original = config.integer(
         "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_position_embeddings)
     )

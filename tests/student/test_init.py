@@ -92,7 +92,7 @@ def test_export_and_load_again(student, tokenizer_folder, tmp_path):
 def test_architecture_from_a_file(tokenizer_folder, tmp_path):
     path = tmp_path / "config.json"
     recipe = FromScratch(architecture=str(path), tokenizer=str(tokenizer_folder))
-    with pytest.raises(UserError, match=f"{path} cannot be read"):
+    with pytest.raises(UserError, match=f"{path} does not exist; name a config.json"):
         recipe.model_config()
     path.write_text("{")
     with pytest.raises(UserError, match=f"{path} is not valid JSON"):

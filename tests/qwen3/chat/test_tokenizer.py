@@ -177,10 +177,18 @@ def test_stop_ids(tmp_path, content, expected):
     assert stop_ids_of_generation(tmp_path) == expected
 
 
-@pytest.mark.parametrize("content", ["{", '{"eos_token_id": "<|im_end|>"}', '{"eos_token_id": [1.5]}', "[]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", '{"eos_token_id": "<|im_end|>"}', '{"eos_token_id": [1.5]}', '{"eos_token_id": true}'),
+        *('{"eos_token_id": -1}', '{"eos_token_id": [[1]]}', f'{{"eos_token_id": {10**30}}}', '{"eos_token_id": {}}'),
+        *('{"temperature": NaN}', '{"top_p": -Infinity}', '{"top_k": 1e999}', '{"top_k": 1, "top_k": 2}'),
+        *('{"x": ' + "[" * 100_000, '{"x": ' + "[" * 500 + "]" * 500 + "}", '{"x": ' + "9" * 5000 + "}"),
+    ],
+)
 def test_bad_generation_config(tmp_path, content):
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(UserError, match=r"generation_config\.json: "):
+    with pytest.raises(UserError, match=r"generation_config\.json(:| is not| holds| has| nests) .*"):
         stop_ids_of_generation(tmp_path)
 
 
@@ -189,11 +197,22 @@ def test_missing_or_malformed_file_is_named(copy, name):
     content = (copy / name).read_bytes()
     for bad in (content[:-20], b"[1]", b"\xff\xfe"):
         (copy / name).write_bytes(bad)
-        with pytest.raises(UserError, match=rf"{name}: .*fetch"):
+        with pytest.raises(UserError, match=rf"{name} .*fetch"):
             read_tokenizer(copy)
     (copy / name).unlink()
     with pytest.raises(UserError, match=rf"{name}: not found"):
         read_tokenizer(copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "[" * 100_000, "[" * 200 + "]" * 200, "9" * 5000])
+def test_what_other_programs_could_not_read_is_named(copy, name, value):
+    content = (copy / name).read_text().rstrip()
+    (copy / name).write_text(f'{content[:-1]}, "added": {value}}}')
+    with pytest.raises(UserError, match=rf"{name} (holds|nests|is not valid JSON)") as caught:
+        read_tokenizer(copy)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def test_json_that_is_no_tokenizer(copy):

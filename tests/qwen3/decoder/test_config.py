@@ -1,11 +1,14 @@
 """What a config.json means: defaults as transformers resolves them, and refusals that name the key."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import transformers
 
 from qwen3.decoder.config import ModelConfig, RopeScaling
+from qwen3.decoder.rope import inverse_frequencies
 from qwen3.errors import UserError
 
 REQUIRED = {
@@ -148,7 +151,7 @@ def test_rope_spellings():
         ({**QWEN3, "rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ({**QWEN3, "rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor is missing"),
         ({**QWEN3, "rope_scaling": {"rope_type": "yarn", "factor": 4, "mscale": 0.7}}, "mscale in rope_scaling"),
-        ({**QWEN3, "rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "factor of rope_scaling is 0.5"),
+        ({**QWEN3, "rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
         ({**LLAMA, "rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_scaling.low_freq_factor is missing"),
         ({**QWEN3, "rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters by kind of layer"),
         (
@@ -175,6 +178,94 @@ def test_refused_by_name(raw, message):
         ModelConfig.from_hf(raw)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attention_factor": 1.2}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CHUNKS = {"chunk_size": 128, "local_size": 16, "original_max_position_embeddings": 64}
+ODD = (
+    *(0, -1, 1, 3, 2**31, 2**63, 10**12, 10**30, 10**400, True, False, None, "8", "", 1.5, 32.0, -0.5, 1e-320, 1e308),
+    *(math.nan, math.inf, -math.inf, [], [1], ["a"], [[1]], [2**63], {}, {"a": 1}, {"rope_theta": []}, [None]),
+)
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        ModelConfig.from_hf({**MOE, "rope_scaling": YARN}).to_hf(),
+        {**LLAMA, "rope_scaling": LLAMA3, "torch_dtype": "bfloat16", "dtype": "float16"},
+        {**QWEN3, "dual_chunk_attention_config": CHUNKS, "layer_types": ["full_attention"] * 4},
+    ],
+)
+def test_whatever_a_key_holds_is_a_model_or_is_named(whole):
+    """The frequencies are computed too: a scaling that is accepted must give numbers."""
+    nested = [("rope_scaling", key) for key in whole.get("rope_scaling") or {}]
+    nested += [("dual_chunk_attention_config", key) for key in whole.get("dual_chunk_attention_config", {})]
+    for keys in [*((key,) for key in whole), *nested, ("rope_parameters",), ("unknown",)]:
+        for value in ODD:
+            raw = json.loads(json.dumps(whole))
+            (raw if len(keys) == 1 else raw[keys[0]])[keys[-1]] = value
+            refusal = None
+            try:
+                config = ModelConfig.from_hf(raw)
+            except UserError as error:
+                refusal = str(error)
+            if refusal is not None:
+                assert "\n" not in refusal
+                assert len(refusal) < 400
+                continue
+            assert config.layer_runs()
+            if config.head_dim < 1000:
+                frequencies, factor = inverse_frequencies(config)
+                assert np.isfinite([*frequencies, factor]).all(), (keys, value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eos_token_id": 100}, "eos_token_id is 100, but vocab_size is 100; it must be below, or null"),
+        ({"eos_token_id": [1, 100]}, "eos_token_id is 100, but vocab_size is 100"),
+        ({"pad_token_id": -1}, "pad_token_id is -1; it must be at least 0"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; it must be at most 10000, for each has"),
+        ({"hidden_size": 10**12}, "hidden_size is 1000000000000; it must be at most 2147483647, which is what 32 bits"),
+        ({"hidden_size": 256.0}, "hidden_size is 256.0; it must be a whole number"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan; it must be a number that float32 holds"),
+        ({"architectures": {"Qwen3ForCausalLM": 1}}, "is not supported; supported are Qwen3ForCausalLM"),
+        ({"layer_types": 4}, "layer_types is 4; it must be a list, one text a layer"),
+    ],
+)
+def test_values_that_no_model_has(fields, message):
+    with pytest.raises(UserError, match=message):
+        ModelConfig.from_hf({**QWEN3, **fields})
+
+
+def test_too_many_experts_to_name():
+    with pytest.raises(
+        UserError, match="num_hidden_layers 1000 × num_experts 10000 is 10000000; it must be at most 10"
+    ):
+        ModelConfig.from_hf({**MOE, "num_hidden_layers": 1000, "num_experts": 10000})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"rms_norm_eps": NaN}', "holds NaN, which is no number"),
+        ('{"a": [-Infinity]}', "holds -Infinity, which is no number"),
+        ('{"rope_theta": 1e999}', "holds 1e999, which is too large for a number"),
+        (
+            '{"rope_theta": -1' + "0" * 400 + ".0}",
+            "holds -10000.*, which is too large",
+        ),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "has the key 'c' twice in one object"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nests lists and objects more than 100 deep"),
+        ('{"a": ' * 150 + "1" + "}" * 150, "nests lists and objects more than 100 deep"),
+        ('{"a": ' + "9" * 5000 + "}", "holds a number of thousands of digits"),
+    ],
+)
+def test_json_that_only_python_reads_is_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=rf"config\.json {message}"):
+        ModelConfig.from_folder(tmp_path)
+
+
 def test_switches_that_no_family_has_are_refused():
     values = ModelConfig.from_hf(LLAMA).__dict__
     with pytest.raises(UserError, match="do not exist in model_type llama"):
@@ -197,7 +288,7 @@ def test_folder_errors_name_the_file(tmp_path):
     with pytest.raises(UserError, match=f"{path}: hidden_act"):
         ModelConfig.from_folder(tmp_path)
     path.write_bytes(b"\xff\xfe{}")
-    with pytest.raises(UserError, match=f"{path} is not valid JSON"):
+    with pytest.raises(UserError, match=f"{path} is not UTF-8"):
         ModelConfig.from_folder(tmp_path)
     path.unlink()
     path.mkdir()
