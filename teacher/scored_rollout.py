@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float32, Int32
 
+from qwen3.errors import UserError
 from qwen3.rollout import Rollout
 
 
@@ -64,6 +65,11 @@ class ScoredRollout:
             raise ValueError(f"log_tail {self.log_tail.shape} must be [T] for the rollout's T = {length} tokens")
         if self.entropy is not None and self.entropy.shape != (length,):
             raise ValueError(f"entropy {self.entropy.shape} must be [T] for the rollout's T = {length} tokens")
+        said = [self.logprobs, self.log_tail] + ([] if self.entropy is None else [self.entropy])
+        if any(np.isnan(array[self.rollout.loss_mask]).any() for array in said):
+            raise UserError(
+                f"rollout {self.rollout.prompt_id!r}: the teacher's log-probabilities are NaN; check its weights"
+            )
 
 
 def encode(record: ScoredRollout) -> bytes:

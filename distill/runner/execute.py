@@ -68,7 +68,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             mesh=mesh,
             tokenizer=tokenizer,
             tasks=tasks,
-            load_teacher=functools.cache(lambda: _teacher(experiment, teacher_mesh, progress)),
+            load_teacher=functools.cache(lambda: _teacher(experiment, teacher_tokenizer, teacher_mesh, progress)),
             metrics=metrics,
             progress=progress,
             stop=stop,
@@ -120,12 +120,13 @@ def _student(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh) -> Qw
     return model
 
 
-def _teacher(experiment: Experiment, mesh: Mesh, progress: Progress) -> TeacherModel:
+def _teacher(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh, progress: Progress) -> TeacherModel:
     assert experiment.teacher is not None
     path, dtype, kind = experiment.teacher.path, jnp.dtype(experiment.teacher.dtype), experiment.teacher.quantisation
     with progress.reading("loading the teacher") as on_read:
         model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh, on_read=on_read, quantisation=kind)
     model.kernels = experiment.kernels
+    selftest.check_scores(model, path, tokenizer, experiment.evaluation.modes[0], mesh)
     known_as = fingerprint(path)
     if kind is not None:
         known_as += f" {kind}"

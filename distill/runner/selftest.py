@@ -2,21 +2,26 @@
 which every target rests. Peers' users lose days to each of these."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from distill.training.losses import Loss, distillation_loss
 from kernels_pallas.linear_kl import DivergenceName
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.chat.vocabulary import check_same_vocabulary, check_vocabulary
+from qwen3.checkpoint.hf_names import leaves_of
+from qwen3.checkpoint.quantisation import saved_bytes
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from qwen3.rollout import Mode
-from qwen3.sharding import row_shares
+from qwen3.sharding import fetch, row_shares
+from teacher.scoring import Scorer
 from teacher.targets import Hidden, Targets, one_hot, top_k_targets
 
 _PROBE = "What is 17 + 25?"
@@ -68,19 +73,28 @@ def check_tokenizers(
     return found
 
 
+def check_scores(model: Qwen3, folder: str, tokenizer: ChatTokenizer, mode: Mode, mesh: Mesh) -> None:
+    """Refuses a teacher whose log-probabilities on a short prompt are no numbers, as all its targets would be.
+
+    Raises UserError with the tensor that holds the largest weight, which is what computes infinities.
+    """
+    probe = _probe(tokenizer, mode, mesh)
+    said = fetch(Scorer(model, mesh).top_k(probe.tokens, probe.positions, probe.segment_ids, 1))
+    if not np.isfinite(said.logprobs[probe.segment_ids > 0]).all():
+        what = f"its weights in {folder} {_no_numbers(model)}"
+        raise UserError(f"self-test: the teacher's log-probabilities are NaN: {what}")
+
+
 def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mesh) -> list[Agreement]:
     """A model on its mesh against itself, by the kernels that it trains with: KL 0 over every kind of target, and
     targets at the predicting position.
 
     Raises UserError where either does not hold, which would be an error of this program on this platform.
     """
-    ids = tokenizer.prompt_ids([{"role": "user", "content": _PROBE}], mode)
-    length = -(-len(ids) // 16) * 16
-    # As many rows as devices share.
-    whole = (row_shares(mesh), length)
-    tokens = jnp.broadcast_to(np.pad(np.asarray(ids, np.int32), (0, length - len(ids))), whole)
-    positions = jnp.broadcast_to(jnp.arange(length), whole)
-    real = positions < len(ids)
+    probe = _probe(tokenizer, mode, mesh)
+    tokens, positions = jnp.asarray(probe.tokens), jnp.asarray(probe.positions)
+    real = jnp.asarray(probe.segment_ids) > 0
+    count = int(np.sum(probe.segment_ids[0]))
 
     def measure(model: Qwen3) -> tuple[jax.Array, jax.Array, jax.Array]:
         hidden = model.hidden(tokens, positions, real.astype(jnp.int32), mesh)
@@ -99,13 +113,15 @@ def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mes
         targets = top_k_targets(hidden, head, min(8, model.config.vocab_size))
         top = divergence(targets, weights, "forward_kl")
         # Cross-entropy by the loss against the log-probability of the next token, written out without it.
-        inner = weights.at[:, len(ids) - 1].set(0)
+        inner = weights.at[:, count - 1].set(0)
         entropy = divergence(one_hot(tokens), inner, "forward_kl")
         logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
         return full, top, entropy + jnp.sum(inner[:, :-1] * chosen)
 
     full, top, shift = (float(value) for value in jax.jit(measure)(model))
+    if math.isnan(full):
+        raise UserError(f"self-test: the student's log-probabilities are NaN: its weights {_no_numbers(model)}")
     # float32 sums over a vocabulary of 151,936 leave about 1e-5 nats; bfloat16 hidden states are the same on both
     # sides and leave no more. A target one position off is wrong by whole nats.
     for what, value in (("full vocabulary", full), ("top-8 and tail", top)):
@@ -117,3 +133,37 @@ def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mes
         Agreement(check="KL of the student to itself", finding=f"{full:.1e} nats (full), {top:.1e} (top-8 and tail)"),
         Agreement(check="target shift", finding="targets are stored at the predicting position"),
     ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Probe:
+    """A short prompt, in as many rows as devices share."""
+
+    tokens: Int[np.ndarray, "B T"]
+    positions: Int[np.ndarray, "B T"]
+    segment_ids: Int[np.ndarray, "B T"]
+
+
+def _probe(tokenizer: ChatTokenizer, mode: Mode, mesh: Mesh) -> _Probe:
+    ids = np.asarray(tokenizer.prompt_ids([{"role": "user", "content": _PROBE}], mode), np.int32)
+    pieces = math.lcm(16, mesh.shape["context"])
+    length = math.ceil(len(ids) / pieces) * pieces
+    row = np.pad(ids, (0, length - len(ids))), np.arange(length, dtype=np.int32), np.arange(length) < len(ids)
+    tokens, positions, real = (np.tile(one, (row_shares(mesh), 1)) for one in row)
+    return _Probe(tokens=tokens, positions=positions, segment_ids=real.astype(np.int32))
+
+
+def _no_numbers(model: Qwen3) -> str:
+    """What is wrong with weights that compute none, with the tensor, as the checkpoint calls it, that goes furthest."""
+    where = ""
+    # Of quantised weights the tensors are not told apart.
+    if not saved_bytes(model, jnp.float32):
+        furthest: tuple[float, str] = -1.0, ""
+        for leaf in leaves_of(model):
+            weights = jnp.abs(leaf.param.get_value().astype(jnp.float32))
+            lead = len(leaf.tensors[0].lead)
+            by_tensor = fetch(jnp.max(weights, axis=tuple(range(lead, weights.ndim)))).reshape(-1)
+            by_tensor = np.where(np.isnan(by_tensor), np.inf, by_tensor)
+            furthest = max(furthest, (float(np.max(by_tensor)), leaf.tensors[int(np.argmax(by_tensor))].name))
+        where = f" ({furthest[1]} goes up to {furthest[0]:.3g})"
+    return f"compute no numbers in {jnp.dtype(model.compute_dtype).name}{where}; take another checkpoint or dtype"

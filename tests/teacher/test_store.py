@@ -242,6 +242,22 @@ def test_damage_is_named(tmp_path: Path) -> None:
         TargetStore.open(tmp_path)
 
 
+@pytest.mark.parametrize("field", ["logprobs", "log_tail", "entropy"])
+def test_nan_is_refused_before_it_is_stored_and_where_a_store_holds_it(tmp_path: Path, field: str) -> None:
+    record = drawn(0)
+    kept = int(np.flatnonzero(record.rollout.loss_mask)[-1])
+    getattr(record, field)[kept] = np.nan
+    with pytest.raises(UserError, match="the teacher's log-probabilities are NaN; check its weights"):
+        dataclasses.replace(record)
+    writer = TargetStoreWriter(tmp_path, {})
+    writer.write_shard(0, [drawn(1), record])
+    writer.finish()
+    store = TargetStore.open(tmp_path)
+    assert store[0].rollout.prompt_id == drawn(1).rollout.prompt_id
+    with pytest.raises(UserError, match=r"targets-00000\.arrayrecord is damaged at record 1: .* are NaN"):
+        store[1]
+
+
 def test_unusable_places_and_records_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):

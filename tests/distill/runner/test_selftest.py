@@ -5,9 +5,13 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from distill.monitor.progress import Progress
 from distill.runner import selftest
+from distill.runner.execute import _teacher
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.checkpoint import hf
 from qwen3.decoder.config import ModelConfig
@@ -85,7 +89,8 @@ def test_vocabularies_must_be_one(teacher: Path) -> None:
     with pytest.raises(UserError, match="pad the smaller embedding"):
         selftest.check_tokenizers(tokenizer, padded, tokenizer, config)
     with pytest.raises(UserError, match="same checkpoint"):
-        selftest.check_tokenizers(tokenizer, dataclasses.replace(config, vocab_size=100), tokenizer, config)
+        smaller = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
+        selftest.check_tokenizers(tokenizer, smaller, tokenizer, config)
 
 
 def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +106,38 @@ def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pyte
     monkeypatch.setattr(selftest, "one_hot", shifted)
     with pytest.raises(UserError, match="not at the predicting position"):
         selftest.check_numerics(model, tokenizer, "thinking", mesh)
+
+
+def overflowing(folder: Path, target: Path, tensor: str) -> Path:
+    """A checkpoint of finite weights, one tensor of which is so large that products with it are not."""
+    edited(folder, target, "config.json")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[tensor] = np.full_like(tensors[tensor], 3e38)
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+def test_a_teacher_that_scores_nan_is_found_as_it_is_loaded(teacher: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.v_proj.weight"
+    spoilt = str(overflowing(teacher, tmp_path / "spoilt", name))
+    experiment, tokenizer = miniature.experiment(str(teacher)), ChatTokenizer.from_folder(teacher)
+    assert experiment.teacher is not None
+    for mesh in (make_mesh(MeshShape(), jax.devices()[:1]), make_mesh(MeshShape(fsdp=2, tensor=1, context=4))):
+        assert _teacher(experiment, tokenizer, mesh, Progress()).mesh == mesh
+        bad = dataclasses.replace(experiment, teacher=dataclasses.replace(experiment.teacher, path=spoilt))
+        with pytest.raises(UserError) as caught:
+            _teacher(bad, tokenizer, mesh, Progress())
+        assert f"the teacher's log-probabilities are NaN: its weights in {spoilt} compute no" in str(caught.value)
+        assert f"({name} goes up to 3e+38)" in str(caught.value)
+
+
+def test_a_student_that_computes_nan_is_told_from_an_error_of_the_kernels(teacher: Path, tmp_path: Path) -> None:
+    spoilt = overflowing(teacher, tmp_path / "spoilt", "model.layers.0.self_attn.v_proj.weight")
+    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    with pytest.raises(
+        UserError, match=r"student's log-probabilities are NaN: .*\(model.layers.0.self_attn.v_proj.weight goes"
+    ):
+        selftest.check_numerics(hf.load(spoilt, mesh=mesh), ChatTokenizer.from_folder(teacher), "thinking", mesh)
 
 
 def test_numerics_are_those_of_the_kernels_that_train(teacher: Path) -> None:
