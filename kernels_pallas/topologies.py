@@ -26,6 +26,8 @@ _LIBTPU: Mapping[str, str] = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
 }
 KINDS = tuple(CHIPS)
+MOST_CHIPS = 2**16
+"""Several times the largest system of these chips."""
 SHAPES: Mapping[str, tuple[str, ...]] = {
     "v4": ("1x1x1", "2x2x1", "4x4x4"),
     "v5e": ("1x1", "2x2", "2x4", "4x4", "8x8", "16x16"),
@@ -99,12 +101,17 @@ def parsed(target: str) -> tuple[str, tuple[int, ...]]:
     """Kind and shape of a target; that of a single chip where it gives none. Raises ValueError as `devices`."""
     kind, colon, shape = target.partition(":")
     dimensions = 2 if kind not in CHIPS or kind in _GPUS else CHIPS[kind].torus_dimensions
-    if kind not in CHIPS or (colon and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{dimensions - 1}}}", shape)):
+    # ASCII digits, and few enough of them to be multiplied.
+    size = "[1-9][0-9]{0,5}"
+    if kind not in CHIPS or (colon and not re.fullmatch(f"{size}(x{size}){{{dimensions - 1}}}", shape)):
         raise ValueError(
             f"target {target!r} is unknown; use one of {', '.join(KINDS)}, or one with its topology such as v5e:4x4, "
             "v5p:4x4x4 or h100:8x8"
         )
-    return kind, tuple(map(int, shape.split("x"))) if colon else (1,) * dimensions
+    sizes = tuple(map(int, shape.split("x"))) if colon else (1,) * dimensions
+    if math.prod(sizes) > MOST_CHIPS:
+        raise ValueError(f"target {target!r} has {math.prod(sizes)} chips; at most {MOST_CHIPS} can be planned for")
+    return kind, sizes
 
 
 def _require(kind: str, *packages: str) -> None:

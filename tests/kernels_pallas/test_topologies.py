@@ -12,10 +12,19 @@ from kernels_pallas import topologies
 from kernels_pallas.platforms import platform
 
 
-@pytest.mark.parametrize("target", ["v9", "v5e:4x4x4", "v5p:8x8", "h100:8", "tpu7x:0x2x1", "h100 ", "v5e:"])
+@pytest.mark.parametrize(
+    "target",
+    ["v9", "v5e:4x4x4", "v5p:8x8", "h100:8", "tpu7x:0x2x1", "h100 ", "v5e:", "v5e:" + "9" * 5000 + "x1", "v5e:²x1"],
+)
 def test_an_unknown_target_is_refused_with_those_there_are(target: str) -> None:
     with pytest.raises(ValueError, match=f"target '{target}' is unknown; use one of v4, v5e, v5p, v6e, tpu7x, h100"):
         topologies.devices(target)
+
+
+@pytest.mark.parametrize("target", ["v5p:9999x9999x9999", "h100:99999x99999", "v5e:999x999"])
+def test_more_chips_than_there_are_is_refused(target: str) -> None:
+    with pytest.raises(ValueError, match=rf"target '{target}' has \d+ chips; at most 65536 can be planned for"):
+        topologies.parsed(target)
 
 
 @pytest.mark.parametrize(("target", "package"), [("v6e:2x2", "libtpu"), ("h100", "jax_cuda13_plugin")])
