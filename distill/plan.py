@@ -37,6 +37,7 @@ Exit status: 0 the run fits all of them; 2 it does not, and what to change is sa
 mend, said in one line.
 """
 _WIDTH = 120
+_MOST_WORKERS = 1024
 _ASSUMED: Mapping[str, str] = {
     "efficiency": "share of its roof that a program reaches which does not decode (measured on CPU: 0.38 to 0.74)",
     "decoding_efficiency": "share of its roof that decoding reaches (measured on CPU, with weights that its caches do "
@@ -80,8 +81,8 @@ def _main(arguments: list[str]) -> int:
     for name, value in values.items():
         if not 0 < value <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie in 0..1, 0 excluded")
-    if own.workers is not None and own.workers < 1:
-        raise UserError(f"--workers is {own.workers}; it must be at least 1")
+    if own.workers is not None and not 1 <= own.workers <= _MOST_WORKERS:
+        raise UserError(f"--workers is {own.workers}; it must be at least 1 and at most {_MOST_WORKERS}, of 3 GB each")
 
     def measured(experiment: Experiment, topology: str) -> Measure | None:
         if not own.compile:

@@ -414,6 +414,10 @@ def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> 
         (["--topology", "v5e:1x1", "--efficiency", "0"], "--efficiency is 0.0; it must lie in 0..1"),
         (["--topology", "v5e:1x1", "--decoding-efficiency", "2"], "--decoding-efficiency is 2.0; it must lie in 0..1"),
         (["--topology", "v5e:1x1", "--workers", "0"], "--workers is 0; it must be at least 1"),
+        (["--topology", "v5e:1x1", "--workers", "9" * 12], "it must be at least 1 and at most 1024, of 3 GB each"),
+        (["--topology", "v5e:1x1", "--efficiency", "nan"], "--efficiency is nan; it must lie in 0..1"),
+        (["--topology", "v5e:1x1", "--efficiency", "x"], "argument --efficiency: invalid float value: 'x'; see"),
+        (["--topology", "v5p:9999x9999x9999"], "has 999700029999 chips; at most 65536 can be planned for"),
         (["--topology", "v5e:1x1", "--stages.nothing", "1"], "--stages.nothing"),
     ],
 )
