@@ -8,13 +8,15 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 from rich.text import Text
 
 from distill.experiment import Experiment
+from distill.runner.field_help import first_fields
 from qwen3.errors import UserError
+from qwen3.field_types import shown
 
 _KINDS = {
     "INT": "a whole number",
@@ -27,10 +29,17 @@ _KINDS = {
 """How tyro spells types, and what they are called."""
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as the rest of the command does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def parser_of(command: str, description: str, epilogue: str, experiment: str) -> argparse.ArgumentParser:
     """Of a command that takes an experiment, explained in sentences, and changes of its fields; its own options are to
     be added. It knows no --help: with an experiment that is `overridden`'s."""
-    parser = argparse.ArgumentParser(
+    parser = _OneLineParser(
         prog=command,
         description=description,
         epilog=epilogue,
@@ -47,8 +56,8 @@ def overridden(
 ) -> Experiment:
     """The experiment of file `path` with the fields changed that `parser` has left over.
 
-    --help lists the command's own options beside the fields. Raises UserError where an argument names no field or a
-    value that cannot be, SystemExit after --help.
+    --help lists the command's own options beside the fields that people change first, --help-all beside all. Raises
+    UserError where an argument names no field or a value that cannot be, SystemExit after help.
     """
     prog = f"{parser.prog} {path}"
     options = {
@@ -56,31 +65,36 @@ def overridden(
         for action in parser._actions
         if action.option_strings
     }
+    if {"--help", "-h"} & {*fields}:
+        follow = "The fields that people change first follow (--help-all: all of them)"
+        said = _description(experiment, prog, options, follow)
+        print(f"usage: {prog} [--field.path VALUE …]\n\n{said}\n\n{first_fields(experiment)}")
+        raise SystemExit(0)
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
             return tyro.cli(
                 Experiment,
                 default=experiment,
-                args=fields,
+                args=["--help" if field == "--help-all" else field for field in fields],
                 prog=prog,
-                description=_description(experiment, prog, options),
+                description=_description(experiment, prog, options, "The fields of the experiment follow"),
                 config=(tyro.conf.AvoidSubcommands,),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         said = _in_one_line(refusal.getvalue(), experiment, path)
-        raise UserError(f"{said}; all fields: {prog} --help") from None
+        raise UserError(f"{said}; all fields: {prog} --help-all") from None
 
 
-def _description(experiment: Experiment, prog: str, options: Mapping[str, str]) -> str:
+def _description(experiment: Experiment, prog: str, options: Mapping[str, str], follow: str) -> str:
     width = max(map(len, options))
     own = "\n".join(f"  {option:{width}}  {words}" for option, words in options.items())
     return (
         f"{experiment.description}\n\n"
         f"Options of the command:\n{own}\n\n"
-        "The fields of the experiment follow, with the values that its file gives them.\n"
+        f"{follow}, with the values that the file gives them.\n"
         "A changed experiment needs another --name:\n"
         f"  {prog} --name {experiment.name}-1 --seed 1"
     )
@@ -100,9 +114,9 @@ def _in_one_line(box: str, experiment: Experiment, path: Path) -> str:
     if unknown := re.match(r"Unrecognized options: --([\w.-]+)", said):
         return _unset(unknown[1], experiment, path) or said
     if choice := re.match(r"invalid choice '(.*)' for argument '(--[\w.-]+)'. Expected one of \((.*?),?\)", said):
-        return f"{choice[2]} is {choice[1]!r}; use one of {choice[3].replace(chr(39), '')}"
+        return f"{choice[2]} is {shown(choice[1])}; use one of {choice[3].replace(chr(39), '')}"
     if value := re.match(r"Error parsing (--[\w.-]+): .*?'([^']*)'[\]. ]*( Got errors.*)?$", said):
-        return f"{value[1]} is {value[2]!r}; it must be {_kind(value[1], rows)}"
+        return f"{value[1]} is {shown(value[2])}; it must be {_kind(value[1], rows)}"
     if check := re.match(r"Error parsing ([\w.-]+): (.*)", said):
         return _with_path(*check.groups())
     return said

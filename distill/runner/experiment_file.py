@@ -1,5 +1,6 @@
 """An experiment's Python file: loaded, and where it is wrong, in one line that says where and what would help."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -25,6 +26,8 @@ def load_experiment(path: Path) -> Experiment:
     Raises UserError where there is none, or a field of it is unknown or has a wrong value. Other errors are of the
     file's own code, and come up as they are.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name one of its experiments, which python -m distill.run {path} lists")
     if not path.is_file():
         raise UserError(f"{path} does not exist; list a folder's experiments with: python -m distill.run FOLDER")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
@@ -32,9 +35,17 @@ def load_experiment(path: Path) -> Experiment:
         raise UserError(f"{path} is no Python file; an experiment is a .py file with a function config()")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        config = getattr(module, "config", None)
-        experiment = config() if callable(config) else None
+        # What a file prints is no part of what a command says on its standard output.
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
+            config = getattr(module, "config", None)
+            experiment = config() if callable(config) else None
+    except SystemExit as error:
+        raise UserError(f"{_place(error, path)}: it ends the process; let config() return an Experiment") from None
+    except RecursionError as error:
+        raise UserError(f"{_place(error, path)}: it calls itself without an end; mend the recursion") from None
+    except OSError as error:
+        raise UserError(f"{_place(error, path)}: {error.filename or path}: {error.strerror or error}") from None
     except SyntaxError as error:
         file = path if error.filename is None or Path(error.filename).resolve() == path.resolve() else error.filename
         raise UserError(f"{file}, line {error.lineno}: {error.msg}") from None
@@ -67,7 +78,7 @@ def listed(folder: Path) -> Iterator[tuple[Path, str]]:
             yield file, f"error: {_place(error, file)}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _place(error: Exception, path: Path) -> str:
+def _place(error: BaseException, path: Path) -> str:
     """The file, with the line of it in which the error came up."""
     own = path.resolve()
     lines = [

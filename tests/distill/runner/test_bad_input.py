@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from distill.run import main
+from distill.run import _parser, main
+from distill.runner.command_line import overridden
 from distill.runner.experiment_file import load_experiment
 from distill.runner.run_directory import RunDirectory
 from qwen3.errors import UserError
-from tests.distill import faults
+from tests.distill import faults, miniature
 
 ROOT = Path(__file__).parents[3]
 WITHOUT_PROMPT_FILE = """
@@ -58,6 +59,24 @@ def test_missing_file_and_folder_without_experiments(capsys: pytest.CaptureFixtu
     ("source", "message"),
     [
         ("x = 1\n", "has no function config()"),
+        ("config = 3\n", "has no function config()"),
+        ("def config():\n    pass\n", "config() returned NoneType, not an Experiment"),
+        ("from distill import Experiment\ndef config():\n    return Experiment\n", "config() returned type, not an"),
+        ("import sys\n\ndef config():\n    sys.exit(0)\n", "bad.py, line 4: it ends the process; let config() return"),
+        ("raise SystemExit\n", "bad.py, line 1: it ends the process"),
+        ("def config():\n    return config()\n", "bad.py, line 2: it calls itself without an end; mend the recursion"),
+        ("def config():\n    return open('/nowhere/at.all')\n", "line 2: /nowhere/at.all: No such file or directory"),
+        ("x = 1\0\n", "bad.py"),
+        ("# \udcff\n", "bad.py"),
+        (
+            "from distill import Optimizer\ndef config():\n    return Optimizer(learning_rate=float('nan'))\n",
+            "bad.py, line 3: optimizer.learning_rate is nan; it must be a finite number",
+        ),
+        (
+            "from distill import FromScratch\ndef config():\n"
+            "    return FromScratch(tokenizer='t', architecture={'rope_theta': float('inf')})\n",
+            "bad.py, line 3: architecture.rope_theta is inf; it must be a finite number",
+        ),
         ("def config(:\n", "bad.py, line 1: "),
         ("def config():\n    return 3\n", "returned int, not an Experiment"),
         (
@@ -108,7 +127,7 @@ def test_unusable_experiment_files(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, source: str, message: str
 ) -> None:
     file = tmp_path / "bad.py"
-    file.write_text(source)
+    file.write_bytes(source.encode(errors="surrogateescape"))
     assert message in refused(capsys, str(file))
 
 
@@ -163,6 +182,33 @@ def test_bad_field_on_the_command_line(
     assert f"{experiment_file} --help" in line
 
 
+NUMBERS = ("nan", "inf", "-inf", "1e999", "0", "-1", "1.5", "1e-320", "9" * 30, "9" * 5000, "True", "", "None", "0x8")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--seed", "--mesh.fsdp", "--evaluation.shown", "--stages.off-policy.top-k", "--stages.ahead.max-staleness"),
+        *("--stages.on-policy.training.steps", "--stages.on-policy.training.optimizer.b2", "--evaluation.pass-at"),
+        *("--stages.off-policy.modes.thinking-fraction", "--evaluation.thinking.temperature", "--evaluation.modes"),
+        *("--tasks.arithmetic.chain-sum.max-digits", "--tasks.arithmetic.held-out-fraction"),
+    ],
+)
+def test_whatever_number_is_given_it_is_taken_or_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    experiment, parser = miniature.experiment("somewhere"), _parser()
+    for value in NUMBERS:
+        refusal = None
+        try:
+            overridden(experiment, [option, value], Path("a.py"), parser)
+        except UserError as error:
+            refusal = str(error)
+        assert value != "nan" or refusal is not None
+        assert refusal is None or ("\n" not in refusal and len(refusal) < 500 and refusal.endswith("a.py --help-all"))
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
 def test_a_bad_field_is_one_line_on_any_terminal(
     capsys: pytest.CaptureFixture[str], experiment_file: Path, monkeypatch: pytest.MonkeyPatch, columns: str
@@ -184,6 +230,24 @@ def test_a_field_inside_of_what_the_file_leaves_none(capsys: pytest.CaptureFixtu
     assert f"--student.lora.rank needs student.lora, which is None in {file}; set student.lora there first;" in line
 
 
+def test_what_a_file_prints_is_not_what_the_command_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "chatty.py"
+    file.write_text(
+        "from tests.distill import miniature\nprint('one')\ndef config():\n    print('two')\n"
+        "    return miniature.experiment('there')\n"
+    )
+    load_experiment(file)
+    assert capsys.readouterr() == ("", "one\ntwo\n")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+def test_what_is_no_python_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("def config(): pass\n")
+    assert "is no Python file; an experiment is a .py file with" in refused(capsys, str(tmp_path / name))
+    with pytest.raises(UserError, match=r"is a folder; name one of its experiments, which python -m distill\.run"):
+        load_experiment(tmp_path)
+
+
 def test_a_files_own_errors_keep_their_traceback(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("def config():\n    return 1 / 0\n")
     with pytest.raises(ZeroDivisionError):
@@ -193,14 +257,16 @@ def test_a_files_own_errors_keep_their_traceback(tmp_path: Path) -> None:
 def test_a_broken_file_does_not_hide_the_others(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("def config():\n    return 1 / 0\n")
     (tmp_path / "b.py").write_text("import distil\ndef config():\n    pass\n")
+    (tmp_path / "d.py").write_text("def config():\n    raise SystemExit\n")
     (tmp_path / "c.py").write_text(
         "from tests.distill import miniature\ndef config():\n    return miniature.experiment('somewhere')\n"
     )
     assert main([str(tmp_path)]) == 0
-    a, b, c = capsys.readouterr().out.splitlines()
+    a, b, c, d = capsys.readouterr().out.splitlines()
     assert "a.py, line 2: ZeroDivisionError: division by zero" in a
     assert "b.py, line 1: there is no module 'distil'; perhaps you meant 'distill'" in b
     assert "A run in miniature." in c
+    assert "d.py, line 2: it ends the process" in d
 
 
 def test_rows_that_the_devices_cannot_share(
@@ -315,11 +381,36 @@ def test_folder_lists_its_experiments(capsys: pytest.CaptureFixture[str]) -> Non
     assert "benchmarks" not in out
 
 
+@pytest.mark.parametrize("name", [file.name for file in sorted((ROOT / "experiments").glob("*.py"))])
+def test_help_fits_three_screens_and_every_line_of_it_can_be_given(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = ROOT / "experiments" / name
+    if "def config(" not in file.read_text():
+        return
+    with pytest.raises(SystemExit) as exit_status:
+        main([str(file), "--help"])
+    assert exit_status.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 120
+    arguments, begin = [], None
+    for line in lines:
+        if line.startswith("--"):
+            begin = line.removesuffix("…")
+        elif begin is not None and line:
+            assert len(line) <= 100
+            option, *values = line.strip().partition("  ")[0].split(" ")
+            arguments += [f"{begin}{option}", *values]
+    assert "--stages" in " ".join(arguments)
+    experiment = load_experiment(file)
+    assert overridden(experiment, arguments, file, _parser()) == experiment
+
+
 def test_help_names_the_fields(capsys: pytest.CaptureFixture[str], experiment_file: Path) -> None:
     assert main(["--help"]) == 0
     assert "same command again" in capsys.readouterr().out
     with pytest.raises(SystemExit) as exit_status:
-        main([str(experiment_file), "--help"])
+        main([str(experiment_file), "--help-all"])
     assert exit_status.value.code == 0
     out = capsys.readouterr().out
     assert "--stages.on-policy.training.optimizer.learning-rate" in out
