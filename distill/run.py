@@ -37,6 +37,7 @@ rollouts.jsonl, report.html, report.json, and export/, the student as a Hugging 
 Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with all saved; 2 something for you to mend, said in one line;
 1 one of several processes has died, and the others have ended with it.
 """
+_SHOWN_CHARACTERS = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +55,14 @@ def _reported(work: Callable[[], int]) -> int:
         if error.filename is None and error.strerror is None:
             raise
         message = f"{error.filename or 'disk'}: {error.strerror}"
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        said = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in said:
+            raise
+        message = (
+            f"out of memory ({said[:_SHOWN_CHARACTERS] or 'of this host'}); lower rows, row_length, batch_size or the "
+            "model's sizes, or see what fits with python -m distill.plan"
+        )
     print(f"error{where()}: {message}", file=sys.stderr)
     return 2
 

@@ -6,9 +6,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from distill.run import _parser, main
+from distill.run import _parser, _reported, main
 from distill.runner.command_line import overridden
 from distill.runner.experiment_file import load_experiment
 from distill.runner.run_directory import RunDirectory
@@ -48,6 +50,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_more_than_the_memory_is_said_in_one_line(capsys: pytest.CaptureFixture[str], where: str) -> None:
+    def allocate() -> int:
+        if where == "host":
+            return int(np.zeros((2**26, 2**26))[0, 0])
+        return int(jnp.zeros((2**28, 2**28))[0, 0])
+
+    assert _reported(allocate) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory (")
+    assert "lower rows, row_length, batch_size or the model's sizes, or see what fits" in line
 
 
 def test_missing_file_and_folder_without_experiments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
