@@ -46,7 +46,7 @@ def parse_object(path: Path, content: bytes) -> dict[str, Any]:
             parse_float=_finite_number,
             object_pairs_hook=_distinct_keys,
         )
-        if nested_too_deep(value):
+        if _nested_too_deep(value):
             raise RecursionError
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start + 1}); fetch the file again") from None
@@ -63,7 +63,7 @@ def parse_object(path: Path, content: bytes) -> dict[str, Any]:
     return value
 
 
-def nested_too_deep(value: Any) -> bool:
+def _nested_too_deep(value: Any) -> bool:
     """Whether JSON data has lists and objects inside of each other more than 100 times."""
     level = [value]
     for _ in range(_DEEPEST + 1):

@@ -103,7 +103,13 @@ def _check_positions(
     field: str, max_prompt_tokens: int, sampling: Sequence[SamplingParams], models: Mapping[str, ModelConfig]
 ) -> None:
     longest = max_prompt_tokens + max(params.max_new_tokens for params in sampling)
+    largest = max((one for params in sampling for one in params.stop_ids or ()), default=0)
     for role, config in models.items():
+        if largest >= config.vocab_size:
+            raise UserError(
+                f"{field}: stop_ids holds {largest}, but the {role}'s vocabulary has {config.vocab_size} entries; "
+                "name ids below that"
+            )
         if longest > config.longest_context:
             raise UserError(
                 f"{field}: prompt and response may have {longest} tokens, but the {role}'s positions end at "

@@ -87,6 +87,10 @@ def _longer_responses(experiment: Experiment) -> Experiment:
             r"evaluation: prompt and response may have 276 tokens, but the student's positions end at 256 ",
         ),
         (
+            lambda whole: changed(whole, "on_policy", thinking=SamplingParams(max_new_tokens=24, stop_ids=(3, 9999))),
+            r"stages\.on_policy: stop_ids holds 9999, but the student's vocabulary has 3\d\d entries; name ids below that",
+        ),
+        (
             lambda whole: changed(whole, "on_policy", max_prompt_tokens=20),
             r"stages\.on_policy\.max_prompt_tokens is 20, but the longest prompt, of '\w.*', has \d\d tokens; raise it",
         ),
