@@ -10,7 +10,7 @@ from distill.tasks import Problem
 from distill.tasks.drawing import exact_decimal
 from qwen3.chat.chat import MODE_FLAGS, THINK_END, THINK_START, ChatTokenizer, last_flag, with_flag
 from qwen3.errors import UserError
-from qwen3.field_types import check_fields
+from qwen3.field_types import Share, check_fields
 from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode, Rollout
 
 
@@ -22,9 +22,9 @@ class ModeMix:
     end of the question, or none, where the chat template alone tells the mode. A checkpoint of one mode gets no flags.
     """
 
-    thinking_fraction: float = 0.5
+    thinking_fraction: Share = 0.5
     """Share of prompts in thinking mode, of those whose data does not name a mode."""
-    flag_fraction: float = 0.25
+    flag_fraction: Share = 0.25
     """Share of prompts whose question carries the flag of its mode, beside those that come with one."""
 
     def __post_init__(self) -> None:

@@ -88,7 +88,7 @@ def _longer_responses(experiment: Experiment) -> Experiment:
         ),
         (
             lambda whole: changed(whole, "on_policy", thinking=SamplingParams(max_new_tokens=24, stop_ids=(3, 9999))),
-            r"stages\.on_policy: stop_ids holds 9999, but the student's vocabulary has 3\d\d entries; name ids below that",
+            r"stages\.on_policy: stop_ids holds 9999, but the student's vocabulary has 3\d\d entries; name ids",
         ),
         (
             lambda whole: changed(whole, "on_policy", max_prompt_tokens=20),

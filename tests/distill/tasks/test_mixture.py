@@ -141,7 +141,7 @@ def test_a_task_of_no_weight_still_holds_out(tmp_path: Path) -> None:
     ):
         TaskMixture({"tested": tested})
     for kind in (tested, SMALL):
-        with pytest.raises(UserError, match=r"weight is -1; give 0 to leave it out, or a positive number"):
+        with pytest.raises(UserError, match=r"weight is -1; it must be 0, to leave it out, or a positive number"):
             dataclasses.replace(kind, weight=-1)
 
 
