@@ -68,7 +68,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             mesh=mesh,
             tokenizer=tokenizer,
             tasks=tasks,
-            load_teacher=functools.cache(lambda: _teacher(experiment, teacher_tokenizer, teacher_mesh, progress)),
+            load_teacher=functools.cache(lambda: _teacher(experiment, tokenizer, teacher_mesh, progress)),
             metrics=metrics,
             progress=progress,
             stop=stop,

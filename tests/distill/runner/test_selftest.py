@@ -88,8 +88,8 @@ def test_vocabularies_must_be_one(teacher: Path) -> None:
     padded = dataclasses.replace(config, vocab_size=config.vocab_size + 128)
     with pytest.raises(UserError, match="pad the smaller embedding"):
         selftest.check_tokenizers(tokenizer, padded, tokenizer, config)
+    smaller = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
     with pytest.raises(UserError, match="same checkpoint"):
-        smaller = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
         selftest.check_tokenizers(tokenizer, smaller, tokenizer, config)
 
 
