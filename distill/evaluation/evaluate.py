@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
 from distill.hosts.processes import require_same
@@ -134,7 +135,6 @@ class Evaluator:
 
 def row_from_json(raw: Mapping[str, object]) -> EvaluationRow:
     """The inverse of what `EvaluationRow` becomes in JSON, for evaluations that an earlier process has made."""
-    fields = dict(raw)
-    at_k = fields.pop("pass_at_k")
-    assert isinstance(at_k, dict)
-    return EvaluationRow(**fields, pass_at_k={int(k): value for k, value in at_k.items()})  # type: ignore[arg-type]
+    fields: dict[str, Any] = dict(raw)
+    at_k = fields.pop("pass_at_k", {})
+    return EvaluationRow(**fields, pass_at_k={int(k): value for k, value in at_k.items()})

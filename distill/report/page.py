@@ -24,6 +24,7 @@ from distill.report.results import (
     Report,
     StageCost,
     headline,
+    headline_figure,
     headline_mode,
     mode_name,
     model_name,
@@ -69,25 +70,32 @@ def render_page(run_dir: pathlib.Path, report: Report) -> str:
 
 
 def _headline_basis(report: Report) -> str:
-    mode = headline_mode(report)
-    if mode is None:
+    mode, figure = headline_mode(report), headline_figure(report)
+    if figure is None or mode is None:
         return ""
     problems = max(row.problems for row in report.rows if row.mode == mode)
-    return f"pass@1 in {mode_name(mode)} mode on {problems:,} held-out problems."
+    return f"{figure.name} in {mode_name(mode)} mode on {problems:,} held-out problems."
 
 
 def _ladder(report: Report) -> list[dict[str, Any]]:
-    """The big figures: one rung a model, thinking first."""
-    rungs = []
+    """The headline's figure, large: one rung a model that has it, thinking first."""
+    rungs: list[dict[str, Any]] = []
+    figure = headline_figure(report)
+    if figure is None:
+        return rungs
     for model in dict.fromkeys(row.model for row in report.rows):
         rows = sorted((row for row in report.rows if row.model == model), key=lambda row: MODES.index(row.mode))
-        first, *others = rows
+        measured = [(mode_name(row.mode), figure.text(v)) for row in rows if (v := figure.of(row)) is not None]
+        if not measured:
+            continue
+        (first_mode, first), *others = measured
+        number, _, sign = first.partition(" ")
         rungs.append(
             {
                 "caption": _caption(model, report),
-                "figure": f"{100 * first.pass_at_1:.1f}",
-                "details": [mode_name(first.mode)]
-                + [f"{percent(row.pass_at_1)} {mode_name(row.mode)}" for row in others],
+                "figure": number,
+                "unit": sign or figure.unit,
+                "details": [first_mode] + [f"{text} {mode}" for mode, text in others],
                 "kind": "teacher" if model == TEACHER else "student",
             }
         )
@@ -118,7 +126,9 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 
 def _bars(rows: Sequence[EvaluationRow]) -> markupsafe.Markup | None:
     bars = [
-        charts.Bar(group=model_name(r.model), colour=r.mode, share=r.pass_at_1, stderr=r.pass_at_1_stderr) for r in rows
+        charts.Bar(group=model_name(r.model), colour=r.mode, share=r.pass_at_1, stderr=r.pass_at_1_stderr)
+        for r in rows
+        if r.pass_at_1 is not None
     ]
     if not bars:
         return None
@@ -135,7 +145,7 @@ def _table(rows: Sequence[EvaluationRow]) -> dict[str, Any]:
                 "model": model_name(row.model) if index == 0 or rows[index - 1].model != row.model else "",
                 "mode": row.mode,
                 "mode_name": mode_name(row.mode),
-                "pass_at_1": f"{100 * row.pass_at_1:.1f}",
+                "pass_at_1": "–" if row.pass_at_1 is None else f"{100 * row.pass_at_1:.1f}",
                 "stderr": None if row.pass_at_1_stderr is None else f"{100 * row.pass_at_1_stderr:.1f}",
                 "pass_at_k": [percent(row.pass_at_k[k]) if k in row.pass_at_k else "–" for k in ks],
                 "working": "–" if row.working_correct is None else percent(row.working_correct),

@@ -1,8 +1,8 @@
 """What a run measured: the rows and costs that make up `report.json`, and the sentence that sums them up."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from qwen3.rollout import MODES, Mode
 
@@ -12,29 +12,48 @@ TEACHER = "teacher"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
-    """One model in one mode on the held-out problems. Optional figures that were not measured stay None."""
+    """One model in one mode on the held-out problems. Figures that were not measured stay None.
+
+    The teacher answers every problem once; of every student the first response to each problem counts as its own. All
+    divergences are exact over the whole vocabulary, means over the tokens that the policy chose.
+    """
 
     model: str
     """`student_initial`, the name of a stage (the student after it), or `teacher`."""
     mode: Mode
-    pass_at_1: float
-    """Mean over problems and samples, in [0, 1]."""
-    pass_at_k: Mapping[int, float]
-    """Unbiased estimates by k; empty if there was one sample a problem."""
     problems: int
     samples_per_problem: int
     mean_response_tokens: float
+    finished: float | None = None
+    """Share of responses that ended by themselves; the others met the length limit."""
+    pass_at_1: float | None = None
+    """Mean over the samples of all problems that have an answer, in [0, 1]; None where none has."""
+    pass_at_k: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    """Unbiased estimates by k; empty if nothing was graded."""
     pass_at_1_stderr: float | None = None
     """Standard error over problems."""
+    graded_problems: int | None = None
+    """Problems that have an answer, over which pass@1 and pass@k are taken."""
     working_correct: float | None = None
-    """Share of all responses whose worked steps are right as well as the answer."""
+    """Share of graded responses whose worked steps are right as well as the answer."""
+    forward_kl: float | None = None
+    """KL(teacher‖student) on the teacher's responses, in nats a token."""
+    reverse_kl: float | None = None
+    """KL(student‖teacher) on the teacher's responses, in nats a token."""
+    reverse_kl_own: float | None = None
+    """KL(student‖teacher) on the student's own responses, in nats a token."""
+    perplexity: float | None = None
+    """On the teacher's responses; the teacher's own is what a student that had become its teacher would reach."""
+    top_1_agreement: float | None = None
+    """Share of the teacher's tokens before which both models think the same token likeliest."""
+    compared_tokens: int | None = None
+    """Tokens of the teacher's responses over which these are means."""
 
     def __post_init__(self) -> None:
         shares = {"pass_at_1": self.pass_at_1, **{f"pass_at_k[{k}]": v for k, v in self.pass_at_k.items()}}
-        if self.working_correct is not None:
-            shares["working_correct"] = self.working_correct
+        shares |= {name: getattr(self, name) for name in ("working_correct", "finished", "top_1_agreement")}
         for name, value in shares.items():
-            if not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{self.model}, {self.mode}: {name}={value} is not a share; pass a value in [0, 1]")
 
 
@@ -87,23 +106,53 @@ class Report:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure of every row, such as a report may lead with."""
+
+    name: str
+    unit: str
+    of: Callable[[EvaluationRow], float | None]
+    text: Callable[[float], str]
+
+
+PASS_AT_1: Final = Figure(name="pass@1", unit="", of=lambda row: row.pass_at_1, text=lambda share: percent(share))
+FORWARD_KL: Final = Figure(
+    name="KL to the teacher", unit="nats a token", of=lambda row: row.forward_kl, text=lambda kl: f"{kl:.3g}"
+)
+FINISHED: Final = Figure(
+    name="finished responses", unit="", of=lambda row: row.finished, text=lambda share: percent(share)
+)
+
+
+def headline_figure(report: Report) -> Figure | None:
+    """What was measured of the rows in `headline_mode`: pass@1 before the KL to the teacher, and that before the share
+    of responses that ended by themselves; None if nothing was evaluated."""
+    rows = [row for row in report.rows if row.mode == headline_mode(report)]
+    figures = (PASS_AT_1, FORWARD_KL, FINISHED)
+    return next((figure for figure in figures if any(figure.of(row) is not None for row in rows)), None)
+
+
 def headline(report: Report) -> str:
-    """One sentence with pass@1 before and after the last stage, in `headline_mode`."""
-    mode = headline_mode(report)
-    if mode is None:
+    """One sentence with the `headline_figure` before and after the last stage, in `headline_mode`."""
+    figure, mode = headline_figure(report), headline_mode(report)
+    if figure is None:
         return "Nothing was evaluated."
     told = {STUDENT_INITIAL, TEACHER, *(report.lineage or (stage.name for stage in report.stages))}
     rows = [row for row in report.rows if row.mode == mode and (row.model in told or not report.stages)]
-    after = [row for row in rows if row.model not in (STUDENT_INITIAL, TEACHER)]
-    teacher = next((row for row in rows if row.model == TEACHER), None)
-    points = [f"{percent(row.pass_at_1)} {when(row.model)}" for row in rows if row.model != TEACHER]
-    points = points[-2:] if len(after) >= 2 else points
+    measured = {row.model: figure.text(value) for row in rows if (value := figure.of(row)) is not None}
+    teacher = measured.pop(TEACHER, None)
+    # Shares of right answers speak for themselves; every other figure is named, and its unit once.
+    name = "" if figure is PASS_AT_1 else f"{figure.name} "
+    first, last = f"{figure.unit} " if figure.unit else "", list(measured.items())[-2:]
+    points = [f"{text} {'' if index else first}{when(model)}" for index, (model, text) in enumerate(last)]
     student = f"{parameters(report.student_parameters)} student".strip()
-    sentence = f"{student[0].upper()}{student[1:]}: {' → '.join(points)}" if points else ""
+    sentence = f"{student[0].upper()}{student[1:]}: {name}{' → '.join(points)}" if points else ""
     if teacher is not None:
-        size = f"{parameters(report.teacher_parameters)} teacher".strip()
-        reference = f"{size}: {percent(teacher.pass_at_1)}"
-        sentence = f"{sentence} ({reference})" if sentence else f"{reference[0].upper()}{reference[1:]}"
+        reference = f"{parameters(report.teacher_parameters)} teacher: ".lstrip()
+        sentence = (
+            f"{sentence} ({reference}{teacher})" if points else f"{reference[0].upper()}{reference[1:]}{name}{teacher}"
+        )
     return f"{sentence}."
 
 
@@ -141,7 +190,7 @@ def parameters(count: int | None) -> str:
 
 def record_json(record: EvaluationRow | StageCost) -> dict[str, Any]:
     """One row or cost as plain JSON data; what was not measured is absent."""
-    known = {name: value for name, value in vars(record).items() if value is not None}
+    known = {name: value for name, value in vars(record).items() if value is not None and value != {}}
     if "pass_at_k" in known:
         known["pass_at_k"] = {str(k): value for k, value in sorted(known["pass_at_k"].items())}
     return known

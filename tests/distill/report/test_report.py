@@ -133,7 +133,10 @@ def test_optional_figures_are_absent_or_present_never_zero(tmp_path):
     assert "provenance" not in data
 
 
-@pytest.mark.parametrize("field", [{"pass_at_1": 96.2}, {"pass_at_1": math.nan}, {"pass_at_k": {8: -0.1}}])
+@pytest.mark.parametrize(
+    "field",
+    [{"pass_at_1": 96.2}, {"pass_at_1": math.nan}, {"pass_at_k": {8: -0.1}}, {"finished": 75}, {"top_1_agreement": 2}],
+)
 def test_share_out_of_range_is_refused(field):
     with pytest.raises(ValueError, match="not a share"):
         row("on_policy", **{"pass_at_1": 0.5} | field)
@@ -150,6 +153,47 @@ def test_headline_is_computed_from_the_rows():
     unknown_sizes = dataclasses.replace(REPORT, student_parameters=None, teacher_parameters=None)
     assert headline(unknown_sizes).startswith("Student: 49.1 %")
     assert headline(dataclasses.replace(REPORT, rows=[])) == "Nothing was evaluated."
+
+
+def compared(model, forward_kl, mode="thinking", **fields):
+    """A row of a run whose prompts have no answers."""
+    return reports.EvaluationRow(
+        model=model, mode=mode, forward_kl=forward_kl, problems=20, samples_per_problem=1, graded_problems=0,
+        mean_response_tokens=31.4, finished=0.75, **fields,
+    )  # fmt: skip
+
+
+WITHOUT_ANSWERS = dataclasses.replace(
+    REPORT,
+    rows=[
+        compared("student_initial", 0.8213, perplexity=3.4561, top_1_agreement=0.5),
+        compared("off_policy", 0.41, perplexity=2.5, top_1_agreement=0.6),
+        compared("on_policy", 0.000112, perplexity=1.7, top_1_agreement=0.95),
+        compared("teacher", None, perplexity=1.65),
+    ],
+)
+
+
+def test_headline_without_answers_is_the_kl_and_without_a_teacher_the_share_that_ends():
+    assert headline(WITHOUT_ANSWERS) == (
+        "0.13M student: KL to the teacher 0.41 nats a token after off_policy → 0.000112 after on_policy."
+    )
+    rows = [compared("student_initial", None), compared("sft", None)]
+    supervised = reports.Report(experiment="sft", rows=rows, stages=[])
+    assert headline(supervised) == "Student: finished responses 75.0 % before training → 75.0 % after sft."
+    only_teacher = dataclasses.replace(WITHOUT_ANSWERS, rows=WITHOUT_ANSWERS.rows[3:])
+    assert headline(only_teacher) == "0.72M teacher: finished responses 75.0 %."
+
+
+def test_no_row_without_an_answer_speaks_of_accuracy(tmp_path):
+    data = WITHOUT_ANSWERS.to_json()
+    assert not [name for row in data["rows"] for name in row if name.startswith(("pass", "working"))]
+    assert "forward_kl" not in data["rows"][3]
+    shown = page(tmp_path, WITHOUT_ANSWERS)
+    texts = " ".join(shown.texts)
+    assert "KL to the teacher in thinking mode on 20 held-out problems." in texts
+    assert {"0.821", "0.000112"} <= set(shown.texts)
+    assert "0.0" not in shown.texts
 
 
 def test_a_stage_beside_the_exported_students_line_is_called_a_comparison(tmp_path):
@@ -272,3 +316,19 @@ def test_terminal_table_fits_eighty_columns():
     (line,) = [line for line in lines if "off_policy" in line and "thinking" in line]
     assert line.split() == ["off_policy", "thinking", "49.1", "±", "3.1", "58.9", "%", "45.0", "%", "31.4"]
     assert "256 problems × 8 samples" in output.getvalue()
+
+
+def test_terminal_table_shows_what_was_measured_and_nothing_else():
+    def shown(report):
+        output = io.StringIO()
+        Console(file=output, width=80).print(reports.terminal_table(report))
+        assert "…" not in output.getvalue()
+        return [line.split() for line in output.getvalue().splitlines()]
+
+    lines = shown(WITHOUT_ANSWERS)
+    assert ["model", "mode", "KL", "perplexity", "top-1", "ended", "tokens"] in lines
+    assert ["student", "before", "thinking", "0.821", "3.456", "50.0", "%", "75.0", "%", "31.4"] in lines
+    assert ["teacher", "thinking", "1.65", "75.0", "%", "31.4"] in lines
+    widest = row("student_initial", 1.0, "non_thinking", pass_at_1_stderr=0.012, working_correct=1.0, forward_kl=0.123)
+    (line,) = [line for line in shown(dataclasses.replace(REPORT, rows=[widest])) if "non-thinking" in line]
+    assert line[2:] == ["non-thinking", "100.0", "±", "1.2", "100.0", "%", "100.0", "%", "0.123", "31.4"]
