@@ -221,7 +221,8 @@ class _OwnRollouts:
         return batches
 
     def _judged(self, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """Accuracy, length and share of finished responses by mode; every now and then a rollout for people."""
+        """By mode: accuracy where there are answers, length and share of finished responses. Every now and then a
+        rollout for people."""
         by_id = {problem.problem_id: problem for problem, _ in self._asked_at(step)}
         context = self._context
         samples = [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
@@ -230,7 +231,9 @@ class _OwnRollouts:
         for mode in MODES:
             of_mode = [sample for sample in samples if sample.mode == mode]
             if of_mode:
-                metrics[f"accuracy/{mode}"] = _mean(sample.correct or False for sample in of_mode)
+                graded = [sample.correct for sample in of_mode if sample.correct is not None]
+                if graded:
+                    metrics[f"accuracy/{mode}"] = _mean(graded)
                 metrics[f"response_tokens/{mode}"] = _mean(sample.response_tokens for sample in of_mode)
                 metrics[f"finished/{mode}"] = _mean(sample.finished for sample in of_mode)
                 shown.append(of_mode[0])

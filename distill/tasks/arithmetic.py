@@ -190,7 +190,7 @@ class Arithmetic:
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether the text is the number and nothing else."""
-        return equal_integers(answer_text, problem.answer)
+        return equal_integers(answer_text, problem.known_answer)
 
     def working_is_correct(self, problem: Problem, thinking_text: str) -> bool:
         """Whether every line of the working is right, follows from the question and leads to its result."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, Protocol
 
 from qwen3.chat.chat import MODE_FLAGS, last_flag, without_flags
+from qwen3.errors import UserError
 from qwen3.rollout import MODES, Mode
 
 Split = Literal["train", "held_out"]
@@ -21,12 +22,12 @@ _MARKS_AT_THE_END: Final = " .?!…。？！"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One question with its exact answer."""
+    """One question, with its exact answer where that is known."""
 
     prompt: str
     """The question; for a conversation of several turns, its last one."""
-    answer: str
-    """The reference answer; empty where the task's verifier decides without one."""
+    answer: str | None
+    """The reference answer; empty where the task's verifier decides without one, None where nothing can be graded."""
     solution: str | None = None
     """Worked thinking that leads to the answer, where the task has it."""
     family: str
@@ -58,6 +59,16 @@ class Problem:
             parts.append(self.mode)
         object.__setattr__(self, "mode", self.mode or flagged)
         object.__setattr__(self, "problem_id", _digest(composed("\n".join(parts))).hex())
+
+    @property
+    def known_answer(self) -> str:
+        """The answer, for what cannot do without one. Raises UserError where there is none."""
+        if self.answer is None:
+            raise UserError(
+                f"problem {self.problem_id} of family {self.family!r} has no answer; give the data an answer column, "
+                "or use only what learns from the teacher's responses or the student's own (OffPolicy, OnPolicy)"
+            )
+        return self.answer
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
@@ -109,7 +120,7 @@ class Task(Protocol):
         """What of the task's data is not used, how often and why, in a line for each part of it; empty where all is."""
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
-        """Whether the text after the thinking is exactly the answer."""
+        """Whether the text after the thinking is exactly the answer, of a problem whose answer is not None."""
 
     def working_is_correct(self, problem: Problem, thinking_text: str) -> bool | None:
         """Whether every step of the thinking is right and leads to the answer; None where that cannot be told."""

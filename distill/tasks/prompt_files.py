@@ -54,9 +54,10 @@ class PromptFile:
     """Column of conversations, `[{"role": "user", "content": "…"}, …]`, used in place of `prompt_column`."""
     tools_column: str | None = None
     """Column of the functions that the policy may call, a list of JSON schemas or its JSON text; null for none."""
-    answer_column: str = "answer"
-    """Column of the right answers, which the verifier compares with; texts or numbers. A think block before an answer
-    is worked thinking, and an empty one says `non_thinking`."""
+    answer_column: str | None = "answer"
+    """Column of the right answers, which the verifier compares with; texts or numbers, null in rows that have none. A
+    think block before an answer is worked thinking, and an empty one says `non_thinking`. None: no row has an answer.
+    Prompts without one are trained on and evaluated, but not graded."""
     solution_column: str | None = None
     """Column of worked thinking, with or without <think> around it; null leaves it to the answer's think block."""
     family_column: str | None = None
@@ -114,7 +115,7 @@ class PromptFile:
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether the text is the answer, as `verifier` compares them."""
-        return VERIFIERS[self.verifier](answer_text, problem.answer)
+        return VERIFIERS[self.verifier](answer_text, problem.known_answer)
 
     def working_is_correct(self, problem: Problem, thinking_text: str) -> None:
         """None: a file says what is right, not which ways lead there."""
@@ -183,7 +184,7 @@ class PromptFile:
                 messages = None
         else:
             prompt = checked_text(where, self.prompt_column, row[self.prompt_column])
-        thinking, answer = _answer(where, self.answer_column, row[self.answer_column])
+        thinking, answer = _answer(where, self.answer_column, row)
         mode = _mode(where, self.mode_column, row, flagged_mode(messages or [{"role": "user", "content": prompt}]))
         if mode is None and thinking is not None and not thinking.strip():
             mode = NON_THINKING
@@ -197,16 +198,23 @@ class PromptFile:
             tools=checked_tools(where, self.tools_column, row[self.tools_column]) if self.tools_column else None,
         )
 
-    def _columns(self, *, solutions: bool) -> list[str]:
+    def _columns(self, *, solutions: bool) -> Mapping[str, str]:
+        """The columns that are read, and of each what else can be done where a row lacks it."""
         question = self.prompt_column if self.messages_column is None else self.messages_column
-        solution = self.solution_column if solutions else None
-        optional = [self.tools_column, solution, self.family_column, self.mode_column]
-        return [question, self.answer_column, *(column for column in optional if column is not None)]
+        others = (self.tools_column, self.solution_column if solutions else None, self.family_column, self.mode_column)
+        remedies = dict.fromkeys((question, *others), "") | {
+            self.answer_column: "; give null in a row without an answer, or set answer_column to None for all"
+        }
+        return {column: remedy for column, remedy in remedies.items() if column is not None}
 
 
-def _answer(where: str, column: str, value: object) -> tuple[str | None, str]:
-    """The thinking in front of an answer, None where no block holds any, and the answer."""
-    thinking, answer = split_response(_as_text(where, column, value))
+def _answer(where: str, column: str | None, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The thinking in front of an answer, None where no block holds any, and the answer, None where there is none."""
+    if column is None or row[column] is None:
+        return None, None
+    if isinstance(row[column], str) and not row[column].strip():
+        raise UserError(f"{where}: {column} is an empty text; give a text, or null where there is no answer")
+    thinking, answer = split_response(_as_text(where, column, row[column]))
     if not answer.strip():
         raise UserError(f"{where}: {column} holds thinking and nothing after it; add the answer behind </think>")
     return thinking, answer

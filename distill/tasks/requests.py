@@ -102,8 +102,8 @@ def prompt_ids(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_f
 def worked_document(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_fraction: float = 0.0) -> Rollout:
     """The ideal response to `problem` in `mode` as a rollout whose response is trained.
 
-    Raises UserError where the problem has no worked solution to think with, or where a text that is to be trained holds
-    marks that are added here.
+    Raises UserError where the problem has no answer, or no worked solution to think with, or where a text that is to be
+    trained holds marks that are added here.
     """
     prompt = prompt_ids(problem, mode, tokenizer, flag_fraction=flag_fraction)
     if mode == THINKING:
@@ -151,8 +151,8 @@ def _solution(problem: Problem, tokenizer: ChatTokenizer) -> str:
 
 
 def _answer(problem: Problem, tokenizer: ChatTokenizer) -> str:
-    _require_none_of((THINK_START, THINK_END, *_ends(tokenizer)), problem, "answer", problem.answer)
-    return problem.answer
+    _require_none_of((THINK_START, THINK_END, *_ends(tokenizer)), problem, "answer", problem.known_answer)
+    return problem.known_answer
 
 
 def _ends(tokenizer: ChatTokenizer) -> list[str]:

@@ -4,7 +4,7 @@ import decimal
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,8 +19,9 @@ _EXACT_FLOATS: Final = 2**53
 _MISSING: Final = object()
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each row as its place in the file, for messages, and its values by the names in `columns`.
+def read_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each row as its place in the file, for messages, and its values by the names in `columns`, which say of each what
+    else can be done where a row lacks it.
 
     A name with dots is a field inside of a column, unless there is a column of that very name. Nulls inside objects are
     left out, because Parquet gives every object the keys that any has. NaN is null, and a number with a whole value is
@@ -40,7 +41,9 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping
     try:
         for where, row in rows:
             try:
-                values = {name: plain(f"{where}: {name}", _cell(where, row, name)) for name in columns}
+                values = {
+                    name: plain(f"{where}: {name}", _cell(where, row, name, remedy)) for name, remedy in columns.items()
+                }
             except RecursionError as error:
                 raise UserError(f"{where}: nested too deeply ({error}); mend the row") from error
             yield where, values
@@ -83,15 +86,15 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield where, row
 
 
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             blank = {field.name: _blank(field.type) for field in file.schema_arrow}
-            for column in columns:
-                _cell(str(path), blank, column)
+            for column, remedy in columns.items():
+                _cell(str(path), blank, column, remedy)
             held = [name for name in blank if any(f"{column}.".startswith(f"{name}.") for column in columns)]
             number = 0
             for batch in file.iter_batches(columns=held):
@@ -110,14 +113,14 @@ def _blank(kind: "pyarrow.DataType") -> Mapping[str, Any] | None:
     return {field.name: _blank(field.type) for field in kind} if types.is_struct(kind) else None
 
 
-def _cell(where: str, row: Mapping[str, Any], column: str) -> Any:
+def _cell(where: str, row: Mapping[str, Any], column: str, other_remedy: str) -> Any:
     """The value of a column, or of a field inside of one: null where what should hold it is null."""
     value = _looked_up(row, column)
     if value is _MISSING:
         names = sorted(_names(row))
         close = difflib.get_close_matches(column, names, n=1)
         remedy = f"perhaps you meant {close[0]!r}" if close else f"it has {', '.join(names) or 'none'}"
-        raise UserError(f"{where}: has no column {column!r}; {remedy}")
+        raise UserError(f"{where}: has no column {column!r}; {remedy}{other_remedy}")
     return value
 
 

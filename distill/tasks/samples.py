@@ -8,9 +8,11 @@ from qwen3.rollout import Rollout
 
 
 def judge(rollout: Rollout, problem: Problem, tokenizer: ChatTokenizer, tasks: TaskMixture) -> RolloutSample:
-    """Decode `rollout` and let the problem's task say whether answer and working are right."""
+    """Decode `rollout` and let the problem's task say whether answer and working are right, if there is an answer."""
     thinking, answer = tokenizer.split_response_ids(rollout.response.tolist(), rollout.mode)
-    correct = rollout.finished and tasks.verify(problem, answer)
+    graded = problem.answer is not None
+    correct = rollout.finished and tasks.verify(problem, answer) if graded else None
+    working = tasks.working_is_correct(problem, thinking) if graded and thinking else None
     return RolloutSample(
         mode=rollout.mode,
         prompt=problem.prompt,
@@ -18,7 +20,7 @@ def judge(rollout: Rollout, problem: Problem, tokenizer: ChatTokenizer, tasks: T
         answer=answer,
         expected=problem.answer or None,
         correct=correct,
-        working_correct=(tasks.working_is_correct(problem, thinking) and correct) if thinking else None,
+        working_correct=working and correct,
         response_tokens=len(rollout.response),
         finished=rollout.finished,
         prompt_id=rollout.prompt_id,

@@ -110,6 +110,21 @@ def test_repeated_questions_count_once(tmp_path) -> None:
         task.problems("train", 2, 0)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("verifier", ["exact", "integer", "math"])
+def test_prompts_need_no_answers(tmp_path, name, verifier) -> None:
+    path = write(tmp_path / name, [{"prompt": "Why?", "answer": "1", "x": 1}, {"prompt": "How?", "answer": None}])
+    some = PromptFile(path=path, held_out_fraction=0.0, verifier=verifier)
+    answers = {p.prompt: p.answer for p in some.problems("train", 2, 0)}
+    assert answers == {"Why?": "1", "How?": None}
+    none = PromptFile(path=path, held_out_fraction=0.0, verifier=verifier, answer_column=None)
+    assert [p.answer for p in none.problems("train", 2, 0)] == [None, None]
+    assert {p.problem_id for p in none.problems("train", 2, 0)} == {p.problem_id for p in some.problems("train", 2, 0)}
+    (unanswered,) = none.problems("train", 1, 0)
+    with pytest.raises(UserError, match=rf"problem {unanswered.problem_id} of family 'a' has no answer; give the data"):
+        none.verify(unanswered, "1")
+
+
 def test_mathematical_answers_go_to_math_verify(tmp_path) -> None:
     task = PromptFile(
         path=write(tmp_path / "a.jsonl", [{"prompt": "Half?", "answer": "\\frac{1}{2}"}]), verifier="math"
@@ -133,11 +148,16 @@ GOOD = '{"prompt": "a", "answer": "b"}\n'
         ("\n \n", "a.jsonl: has no rows"),
         ('{"prompt": 3, "answer": "b"}', "a.jsonl:1: prompt is the number 3; give a text"),
         ('{"prompt": "a", "answer": Infinity}', "a.jsonl:1: answer holds the number inf; store it as text"),
-        ('{"prompt": "a", "answer": NaN}', "a.jsonl:1: answer is null"),
         ('{"prompt": "a", "answer": "<think>b"}', "a.jsonl:1: answer holds thinking and nothing after it; add the ans"),
         ('{"prompt": {"a": ' + "[" * 600 + "]" * 600 + "}}", "a.jsonl:1: nested too deeply"),
         ('{"prompt": "a", "answer": true}', "a.jsonl:1: answer is the truth value True"),
-        ('{"prompt": "a", "answer": null}', "a.jsonl:1: answer is null"),
+        ('{"prompt": "a", "answer": ""}', "a.jsonl:1: answer is an empty text; give a text, or null where there is no"),
+        ('{"prompt": "a", "answer": ["b"]}', "a.jsonl:1: answer is a list; give a text"),
+        (
+            '{"prompt": "a"}',
+            "a.jsonl:1: has no column 'answer'; it has prompt; give null in a row without an answer, or set "
+            "answer_column to None for all",
+        ),
         ('{"prompt": " ", "answer": "b"}', "a.jsonl:1: prompt is an empty text"),
         ('{"prompt": {}, "answer": "b"}', "a.jsonl:1: prompt is a dict"),
         ('{"prompt": "\\ud800", "answer": "b"}', "a.jsonl:1: prompt has half of a surrogate pair"),

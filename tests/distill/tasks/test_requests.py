@@ -240,3 +240,10 @@ def test_raw_documents_train_all_but_the_first_token(tokenizer: ChatTokenizer) -
 def test_thinking_without_a_solution_is_refused(tokenizer: ChatTokenizer) -> None:
     with pytest.raises(UserError, match="no worked solution"):
         worked_document(Problem(prompt="?", answer="!", family="f"), "thinking", tokenizer)
+
+
+def test_a_worked_document_needs_an_answer(tokenizer: ChatTokenizer) -> None:
+    unanswered = Problem(prompt="?", answer=None, solution="Hm.", family="f")
+    for make in (raw_document, lambda *asked: worked_document(asked[0], "non_thinking", asked[1])):
+        with pytest.raises(UserError, match="of family 'f' has no answer; give the data an answer column, or use only"):
+            make(unanswered, tokenizer)
