@@ -139,9 +139,16 @@ class Experiment:
 
     @property
     def tokens_per_target(self) -> int:
-        """The most that the teacher's stored targets name at a position; 0 where none are stored."""
+        """The most that targets name at a position: those of a store, or the one that follows, for the cross-entropy of
+        supervised stages and for perplexity; 0 where neither is needed."""
         writing = [s for s in self.stages.values() if isinstance(s, OffPolicy) and s.targets_of is None]
-        return max((stage.sampled_tokens or stage.top_k for stage in writing), default=0)
+        one = any(stage.kind == "Sft" for stage in self.stages.values()) or self.compares
+        return max((stage.sampled_tokens or stage.top_k for stage in writing), default=int(one))
+
+    @property
+    def compares(self) -> bool:
+        """Whether evaluations compare students with the teacher."""
+        return self.teacher is not None and self.evaluation.problems > 0
 
     @property
     def adapted_base(self) -> str | None:
@@ -161,9 +168,9 @@ class Experiment:
 
     def check_meshes(self, mesh: Mesh, teacher_mesh: Mesh) -> None:
         """Refuses whatever the devices of student or teacher cannot share."""
-        check_rows("evaluation.batch_size", self.evaluation.batch_size, mesh)
-        if self.teacher is not None:
-            check_rows("evaluation.batch_size", self.evaluation.batch_size, teacher_mesh)
+        evaluated_on = (mesh,) if self.teacher is None else (mesh, teacher_mesh)
+        for its_mesh in evaluated_on if self.evaluation.problems else ():
+            check_rows("evaluation.batch_size", self.evaluation.batch_size, its_mesh)
         for name, stage in self.stages.items():
             if isinstance(stage, OffPolicy) and stage.targets_of is None:
                 check_rows(f"stages.{name}.batch_size", stage.batch_size, teacher_mesh)

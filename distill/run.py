@@ -110,7 +110,8 @@ def _run(experiment: Experiment, runs: str) -> int:
         console.print(f"stopped. {stopped}. The same command goes on from there.", highlight=False)
         return 0
     console.print()
-    console.print(terminal_table(report))
+    if report.rows:
+        console.print(terminal_table(report))
     console.print(headline(report), highlight=False)
     took = "" if report.wall_seconds is None else f"   {duration(report.wall_seconds)}"
     console.print(f"report {directory / 'report.html'}   student {directory / 'export'}{took}", highlight=False)

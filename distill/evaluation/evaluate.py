@@ -1,31 +1,43 @@
-"""How often a model is right on held-out problems, by mode, from several samples a problem."""
+"""What a model does with held-out problems, by mode, from several samples a problem: how often it is right where there
+are answers, and how far it is from its teacher where there is one."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from distill.evaluation.comparison import Comparison, Figures
 from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
 from distill.hosts.processes import require_same
-from distill.report.results import EvaluationRow
+from distill.monitor.metrics import RolloutSample
+from distill.report.results import TEACHER, EvaluationRow
 from distill.stages.context import EngineSizes, Interrupted, RunContext
 from distill.tasks.requests import asked_in, prompt_ids
 from distill.tasks.samples import judge
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.field_types import MOST_PROBLEMS, Count, Natural, Problems, check_fields, check_product
+from qwen3.field_types import MOST_PROBLEMS, Count, Natural, check_fields, check_product
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
-from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode
+from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode, Rollout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured before training and after every stage."""
+    """What is measured before training and after every stage.
 
-    problems: Problems = 200
-    """Held-out problems, the same for every model and seed; one whose data names a mode is asked in that mode only."""
+    Problems with an answer are graded. Where there is a teacher, it answers every problem once, before all students,
+    and students are compared with it, whether or not there are answers.
+    """
+
+    problems: Natural = 200
+    """Held-out problems, the same for every model and seed; one whose data names a mode is asked in that mode only. 0
+    evaluates nothing."""
     samples_per_problem: Count = 8
-    """Responses to each problem in each mode; pass@1 is their mean."""
+    """Responses to each problem in each mode; pass@1 is the mean over those that can be graded."""
     pass_at: tuple[Count, ...] = (8,)
     """k of the pass@k that are reported beside pass@1; each at most samples_per_problem."""
     modes: tuple[Mode, ...] = MODES
@@ -71,21 +83,58 @@ class Evaluation:
         return {THINKING: self.thinking, NON_THINKING: self.non_thinking}[mode]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation has found out about a model."""
+
+    rows: list[EvaluationRow]
+    """One for each mode."""
+    responses: list[Rollout]
+    """The first response to each problem, of every mode."""
+
+
 class Evaluator:
     """Evaluates models of one architecture; the programs are compiled once and serve every stage."""
 
-    def __init__(self, evaluation: Evaluation, context: RunContext, model: Qwen3):
-        self._evaluation, self._context = evaluation, context
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        context: RunContext,
+        model: Qwen3,
+        teacher_responses: Callable[[], Sequence[Rollout]] | None = None,
+    ):
+        """With `teacher_responses`, which are asked for when the first of them is needed, models are compared with the
+        teacher."""
+        self._evaluation, self._context, self._teacher_responses = evaluation, context, teacher_responses
         # The problems do not depend on the run's seed, so that runs of several seeds can be compared.
         self._problems = context.tasks.problems("held_out", evaluation.problems, seed=0)
         self._engine = context.engine(model, evaluation.generation)
 
-    def rows(self, name: str, model: Qwen3) -> list[EvaluationRow]:
-        """One row for each mode. Raises Interrupted between batches where the run was asked to stop."""
-        evaluation = self._evaluation
-        return [self._row(name, model, mode) for mode in evaluation.modes]
+    @functools.cached_property
+    def _comparison(self) -> Comparison | None:
+        if self._teacher_responses is None:
+            return None
+        return Comparison(self._evaluation.generation, self._context, self._teacher_responses())
 
-    def _row(self, name: str, model: Qwen3, mode: Mode) -> EvaluationRow:
+    def evaluate(self, name: str, model: Qwen3) -> Evaluated:
+        """Raises Interrupted between batches where the run was asked to stop."""
+        # The teacher comes before the first student that is compared with it.
+        comparison = self._comparison
+        rows: list[EvaluationRow] = []
+        responses: list[Rollout] = []
+        for mode in self._evaluation.modes:
+            rollouts = self._rollouts(name, model, mode)
+            own = rollouts[:: self._evaluation.samples_per_problem]
+            if comparison is not None:
+                figures = comparison.figures(name, model, mode, own)
+            else:
+                figures = _of_teacher(own) if name == TEACHER else Figures()
+            rows.append(self._row(name, mode, self._judged(name, rollouts), figures))
+            responses += own
+        return Evaluated(rows=rows, responses=responses)
+
+    def _rollouts(self, name: str, model: Qwen3, mode: Mode) -> list[Rollout]:
+        """`samples_per_problem` to each problem in turn."""
         evaluation, context = self._evaluation, self._context
         problems = asked_in(mode, self._problems)
         requests = [
@@ -108,29 +157,44 @@ class Evaluator:
                 if context.stop.agreed():
                     raise Interrupted(f"evaluation of {name}: it starts again with the next run")
 
-            rollouts = self._engine.generate(
+            return self._engine.generate(
                 model, requests, seed=context.stage_seed("evaluation"), policy_step=0, on_progress=on_progress
             )
-        by_id = {problem.problem_id: problem for problem in problems}
+
+    def _judged(self, name: str, rollouts: Sequence[Rollout]) -> list[RolloutSample]:
+        by_id, context = {problem.problem_id: problem for problem in self._problems}, self._context
         samples = [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
-        context.metrics.samples(0, samples[: evaluation.shown], stage=f"evaluation_{name}")
-        count = evaluation.samples_per_problem
-        correct = [
-            sum(bool(sample.correct) for sample in samples[first : first + count])
-            for first in range(0, len(samples), count)
-        ]
+        context.metrics.samples(0, samples[: self._evaluation.shown], stage=f"evaluation_{name}")
+        return samples
+
+    def _row(self, name: str, mode: Mode, samples: Sequence[RolloutSample], figures: Figures) -> EvaluationRow:
+        evaluation, count = self._evaluation, self._evaluation.samples_per_problem
+        by_problem = [samples[first : first + count] for first in range(0, len(samples), count)]
+        graded = [of_problem for of_problem in by_problem if of_problem[0].correct is not None]
+        correct = [sum(bool(sample.correct) for sample in of_problem) for of_problem in graded]
         working = [sample.working_correct for sample in samples if sample.working_correct is not None]
         return EvaluationRow(
             model=name,
             mode=mode,
-            pass_at_1=mean_pass_at_k(correct, count, 1),
-            pass_at_1_stderr=pass_at_1_standard_error(correct, count),
-            pass_at_k={k: mean_pass_at_k(correct, count, k) for k in evaluation.pass_at},
-            problems=len(problems),
+            problems=len(by_problem),
             samples_per_problem=count,
             mean_response_tokens=sum(sample.response_tokens for sample in samples) / len(samples),
-            working_correct=sum(working) / len(samples) if mode == THINKING and working else None,
+            finished=sum(sample.finished for sample in samples) / len(samples),
+            pass_at_1=mean_pass_at_k(correct, count, 1) if graded else None,
+            pass_at_1_stderr=pass_at_1_standard_error(correct, count) if graded else None,
+            pass_at_k={k: mean_pass_at_k(correct, count, k) for k in evaluation.pass_at} if graded else {},
+            graded_problems=len(graded),
+            working_correct=sum(working) / (len(graded) * count) if mode == THINKING and working else None,
+            **figures,
         )
+
+
+def _of_teacher(responses: Sequence[Rollout]) -> Figures:
+    """The teacher's perplexity on its own responses, from what it said of each token as it generated it."""
+    surprises = np.concatenate([-rollout.sampler_logprobs[rollout.loss_mask] for rollout in responses])
+    if not len(surprises):
+        return Figures()
+    return Figures(perplexity=math.exp(float(np.mean(surprises, dtype=np.float64))), compared_tokens=len(surprises))
 
 
 def row_from_json(raw: Mapping[str, object]) -> EvaluationRow:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from distill.evaluation.comparison import SumsProgram, scoring_shape, sums_program
 from distill.experiment import Experiment
 from distill.planner.program import EVALUATION, Program, Purpose, Role
 from distill.stages import OffPolicy, OnPolicy, Sft, Stage
@@ -28,8 +29,15 @@ from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
 from qwen3.sharding import placed_shapes
 from student.init import FromCheckpoint
-from teacher.scoring import head_sharding, hidden_program, packed_shape, sampled_program, top_k_program
-from teacher.targets import Hidden, Sampled, TopK, one_hot
+from teacher.scoring import (
+    ScoringProgram,
+    head_sharding,
+    hidden_program,
+    packed_shape,
+    sampled_program,
+    top_k_program,
+)
+from teacher.targets import Hidden, Sampled, Targets, TopK, one_hot
 
 
 def programs(experiment: Experiment, devices: list[jax.Device]) -> list[Program]:
@@ -66,6 +74,20 @@ def _fresh(config: ModelConfig, quantisation: Quantisation | None = None, **dtyp
         return model if quantisation is None else quantised(model, quantisation)
 
     return jax.eval_shape(make)
+
+
+def _batch_shapes(rows: int, length: int, targets: Targets) -> Batch:
+    def array(dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct((rows, length), dtype)
+
+    return Batch(
+        tokens=array(np.int32),
+        positions=array(np.int32),
+        segment_ids=array(np.int32),
+        loss_mask=array(np.bool_),
+        mode=array(np.uint8),
+        targets=targets,
+    )
 
 
 @dataclasses.dataclass
@@ -130,9 +152,12 @@ class _Planned:
                 yield from self._generates(name, "teacher", stage.generation)
                 yield self._scores(name, stage)
             yield from self._trains(name, stage)
-        yield from self._generates(EVALUATION, "student", self._experiment.evaluation.generation)
-        if self._teacher is not None:
-            yield from self._generates(EVALUATION, "teacher", self._experiment.evaluation.generation)
+        evaluation = self._experiment.evaluation
+        if evaluation.problems:
+            yield from self._generates(EVALUATION, "student", evaluation.generation)
+        if self._experiment.compares:
+            yield from self._generates(EVALUATION, "teacher", evaluation.generation)
+            yield from self._compares(evaluation.generation)
 
     def _generates(self, stage: str, role: Role, sizes: EngineSizes) -> Iterator[Program]:
         model, mesh = self._model(role)
@@ -191,15 +216,49 @@ class _Planned:
             beside=self._beside(name, "teacher_scores"),
         )
 
+    def _compares(self, sizes: EngineSizes) -> Iterator[Program]:
+        """What scores a student beside the teacher."""
+        teacher, teacher_mesh = self._model("teacher")
+        rows, length = scoring_shape(sizes, self._mesh, teacher_mesh)
+        batch = _batch_shapes(rows, length, self._hidden_targets(rows, length))
+        scores = hidden_program(teacher, teacher_mesh, rows=rows, length=length)
+        compares = sums_program(self._student, batch, self._teacher_head(), self._mesh)
+        planned: list[tuple[Purpose, Qwen3, Mesh, ScoringProgram | SumsProgram]] = [
+            ("teacher_scores", teacher, teacher_mesh, scores),
+            ("student_scores", self._student, self._mesh, compares),
+        ]
+        for purpose, model, mesh, program in planned:
+            yield Program(
+                stage=EVALUATION,
+                purpose=purpose,
+                model=model.config,
+                function=program.function,
+                arguments=program.arguments,
+                mesh=mesh,
+                rows=rows,
+                length=length,
+                beside=self._beside(EVALUATION, purpose),
+            )
+
+    def _teacher_head(self) -> jax.ShapeDtypeStruct:
+        """On the student's devices."""
+        assert self._teacher is not None
+        shape = (self._teacher.config.vocab_size, self._teacher.config.hidden_size)
+        head = jax.ShapeDtypeStruct(shape, self._teacher.embed.get_value().dtype)
+        return head.update(sharding=head_sharding(head, self._mesh))
+
+    def _hidden_targets(self, rows: int, length: int) -> Hidden:
+        assert self._teacher is not None
+        shape = (rows, length, self._teacher.config.hidden_size)
+        abstract: Any = jax.ShapeDtypeStruct(shape, self._teacher.compute_dtype)
+        return Hidden(hidden=abstract)
+
     def _trains(self, name: str, stage: Stage) -> Iterator[Program]:
         training, loss = stage.training, Loss(name="forward_kl") if isinstance(stage, Sft) else stage.loss
         state = self._state(training)
         head: Any = None
         if isinstance(stage, OnPolicy):
-            assert self._teacher is not None
-            shape = (self._teacher.config.vocab_size, self._teacher.config.hidden_size)
-            head = jax.ShapeDtypeStruct(shape, self._teacher.embed.get_value().dtype)
-            head = head.update(sharding=head_sharding(head, self._mesh))
+            head = self._teacher_head()
         step = TrainStep(
             transformation=training.optimizer.transformation(training.steps or 1),
             loss=loss,
@@ -234,8 +293,7 @@ class _Planned:
 
         targets: Any
         if isinstance(stage, OnPolicy):
-            assert self._teacher is not None
-            targets = Hidden(hidden=rows(self._teacher.compute_dtype, self._teacher.config.hidden_size))
+            targets = self._hidden_targets(stage.training.rows, stage.training.row_length)
         elif isinstance(stage, Sft):
             targets = jax.eval_shape(one_hot, rows(np.int32))
         else:
@@ -249,14 +307,7 @@ class _Planned:
                 targets = TopK(ids=several[0], logprobs=several[1], log_tail=rows(np.float32))
             else:
                 targets = Sampled(ids=several[0], log_shares=several[1], entropy=rows(np.float32))
-        return Batch(
-            tokens=rows(np.int32),
-            positions=rows(np.int32),
-            segment_ids=rows(np.int32),
-            loss_mask=rows(np.bool_),
-            mode=rows(np.uint8),
-            targets=targets,
-        )
+        return _batch_shapes(stage.training.rows, stage.training.row_length, targets)
 
     def _state(self, training: Training) -> TrainState:
         # The schedule is no part of the state, and any number of steps gives the same program.

@@ -14,7 +14,7 @@ import jax
 
 from distill.experiment import Experiment
 from distill.planner.collectives import Traffic
-from distill.planner.program import Program
+from distill.planner.program import EVALUATION, Program
 from distill.stages import OnPolicy
 from distill.training.flops import executed_training_flops, forward_flops
 from kernels_pallas.attention import attended_pairs, backward_products
@@ -74,6 +74,8 @@ def work_of(program: Program, experiment: Experiment) -> Work:
     """What one call does, from shapes alone."""
     config, rows, length = program.model, program.rows, program.length
     on_policy = isinstance(experiment.stages.get(program.stage), OnPolicy)
+    # Whoever compares with hidden states makes logits of them.
+    hidden_alone = on_policy or program.stage == EVALUATION
     head = 2 * config.hidden_size * config.vocab_size
     adapters = program.adapter_parameters
     if program.purpose == "student_updates":
@@ -83,8 +85,15 @@ def work_of(program: Program, experiment: Experiment) -> Work:
     traffic = _MemoryTraffic(program)
     match program.purpose:
         case "teacher_scores":
-            flops = rows * (forward.executed(length, _row_pairs(program)) - (length * head if on_policy else 0))
-            moved = traffic.weights(1) + traffic.activations(1) + (0 if on_policy else traffic.logits(1))
+            flops = rows * (forward.executed(length, _row_pairs(program)) - (length * head if hidden_alone else 0))
+            moved = traffic.weights(1) + traffic.activations(1) + (0 if hidden_alone else traffic.logits(1))
+            return Work(flops=flops, device_bytes=moved, tokens=rows * length)
+        case "student_scores":
+            # The student's logits for both divergences and the cross-entropy, the teacher's for both divergences.
+            teachers_head = 2 * _teacher_width(program) * config.vocab_size
+            again = rows * length * (2 * head + 2 * teachers_head)
+            moved = traffic.weights(1) + traffic.activations(1) + traffic.logits(5)
+            flops = rows * forward.executed(length, _row_pairs(program)) + again
             return Work(flops=flops, device_bytes=moved, tokens=rows * length)
         case "teacher_prefills" | "student_prefills":
             flops = rows * (forward.executed(length, _row_pairs(program)) - length * head)
@@ -95,10 +104,7 @@ def work_of(program: Program, experiment: Experiment) -> Work:
             return Work(flops=flops, device_bytes=moved, tokens=rows)
         case "student_trains":
             training = experiment.stages[program.stage].training
-            width = None
-            if on_policy:
-                # The batch is the one argument with the teacher's hidden states.
-                width = next(a.targets.hidden.shape[-1] for a in program.arguments if hasattr(a, "targets"))
+            width = _teacher_width(program) if on_policy else None
             with jax.set_mesh(program.mesh):
                 products = backward_products(program.models[0].kernels.attention)
             step = executed_training_flops(
@@ -117,6 +123,11 @@ def work_of(program: Program, experiment: Experiment) -> Work:
                 device_bytes=moved + 3 * 4 * (adapters or parameters(config)) / program.mesh.size,
                 tokens=rows * length,
             )
+
+
+def _teacher_width(program: Program) -> int:
+    """Of its hidden states, which are the targets of the one argument that has some."""
+    return next(a.targets.hidden.shape[-1] for a in program.arguments if hasattr(a, "targets"))
 
 
 def _row_pairs(program: Program) -> int:

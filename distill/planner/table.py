@@ -98,11 +98,13 @@ def _roof_table(plan: Plan) -> Table:
 
 def _stage_table(plan: Plan) -> Table:
     table = _table(
-        "the whole run", "teacher", "student generates", "student trains", "all", "chip-hours", "targets moved"
+        "the whole run", "teacher", "student generates, scores", "student trains", "all", "chip-hours", "targets moved"
     )
     for stage in plan.stages:
         teacher = sum(value for name, value in stage.seconds.items() if name.startswith("teacher"))
-        writes = sum(stage.seconds.get(name, 0.0) for name in ("student_prefills", "student_generates"))
+        writes = sum(
+            stage.seconds.get(name, 0.0) for name in ("student_prefills", "student_generates", "student_scores")
+        )
         trains = sum(stage.seconds.get(name, 0.0) for name in ("student_trains", "student_updates"))
         moved = f"{stage.bytes_moved / 1e9:,.1f} GB" if stage.bytes_moved else ""
         table.add_row(

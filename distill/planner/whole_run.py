@@ -12,6 +12,7 @@ from distill.training.flops import forward_flops, training_flops
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import THINKING
 
+_COMPARING: tuple[Purpose, ...] = ("teacher_scores", "student_scores")
 _STORED_BYTES = 8
 """Of an entry in a store: an id and a log-probability, before compression."""
 
@@ -75,9 +76,10 @@ class StagePlan:
 
 
 def stage_plans(experiment: Experiment, programs: Sequence[Program], assumed: Assumptions) -> list[StagePlan]:
-    """Every stage, then all evaluations together."""
+    """Every stage, then all evaluations together, if there are any."""
     run = _Run(experiment, programs, assumed)
-    return [run.stage(name) for name in experiment.stages] + [run.evaluation()]
+    evaluations = [run.evaluation()] if experiment.evaluation.problems else []
+    return [run.stage(name) for name in experiment.stages] + evaluations
 
 
 class _Run:
@@ -133,16 +135,23 @@ class _Run:
 
     def evaluation(self) -> StagePlan:
         asked = self._experiment.evaluation
+        students = 1 + len(self._experiment.stages)
         calls: dict[Purpose, float] = {}
         for mode in asked.modes:
             params = asked.thinking if mode == THINKING else asked.non_thinking
             response = self._assumed.response_share * params.max_new_tokens
             count = asked.problems * asked.samples_per_problem
-            for role, times in (("student", 1 + len(self._experiment.stages)), ("teacher", 1)):
+            for role, times in (("student", students), ("teacher", 1)):
                 if role == "teacher" and self._experiment.teacher is None:
                     continue
                 for purpose, calls_once in self._generation(EVALUATION, role, count, response, refilled=True).items():
                     calls[purpose] = calls.get(purpose, 0.0) + times * calls_once
+            if self._experiment.compares:
+                # Of every problem the teacher's response and the student's first one, by both models.
+                tokens = 2 * asked.problems * (self._assumed.prompt_share * asked.max_prompt_tokens + response)
+                for purpose in _COMPARING:
+                    batches = tokens / self._row_tokens(EVALUATION, purpose)
+                    calls[purpose] = calls.get(purpose, 0.0) + students * batches
         return StagePlan(stage=EVALUATION, calls=calls)
 
     def _generation(

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from distill.evaluation.evaluate import Evaluator
 from distill.experiment import Experiment
 from distill.hosts.processes import first_says, is_first
 from distill.monitor.metrics import MetricsWriter, NoMetrics
 from distill.monitor.progress import Progress
 from distill.report.report import Report, StageCost, write_report
-from distill.report.results import STUDENT_INITIAL, TEACHER, EvaluationRow, record_json
+from distill.report.results import STUDENT_INITIAL, record_json
 from distill.runner import selftest
+from distill.runner.evaluations import Evaluations
 from distill.runner.preflight import preflight
 from distill.runner.run_directory import RunDirectory
 from distill.stages import Stage
@@ -74,20 +74,18 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             stop=stop,
             costs=costs,
         )
-        evaluator = Evaluator(experiment.evaluation, context, student)
-        rows = _evaluated(STUDENT_INITIAL, student, evaluator, run)
+        evaluations = Evaluations(experiment, context, run, student)
+        rows = evaluations.of_student(STUDENT_INITIAL, student)
         models: dict[str | None, Qwen3] = {None: student}
         for name, stage in experiment.stages.items():
             start = models[experiment.start_of(name)]
             models[name], costs[name] = _stage(name, stage, start, context, run)
-            rows += _evaluated(name, models[name], evaluator, run)
+            rows += evaluations.of_student(name, models[name])
             _forget_unneeded(experiment, name, models)
-        if experiment.teacher is not None:
-            teacher = context.load_teacher().model
-            known = run.evaluation(TEACHER)
-            rows += known or _evaluated(TEACHER, teacher, Evaluator(experiment.evaluation, context, teacher), run)
+        rows += evaluations.of_teacher()
         context.require_directory()
         _export(experiment, models[experiment.lineage()[-1]], context)
+        teacher_folder = experiment.teacher.path if experiment.teacher else None
         seconds = first_says(lambda: _wall_seconds(directory, time.monotonic() - started))
         report = Report(
             experiment=experiment.name,
@@ -97,9 +95,9 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             lineage=experiment.lineage(),
             student_parameters=_parameters(student.config),
             adapter_parameters=adapter_parameters(student) or None,
-            teacher_parameters=_parameters(context.load_teacher().model.config) if experiment.teacher else None,
+            teacher_parameters=_parameters(ModelConfig.from_folder(teacher_folder)) if teacher_folder else None,
             wall_seconds=seconds,
-            provenance={"seed": experiment.seed, "teacher": experiment.teacher.path if experiment.teacher else None},
+            provenance={"seed": experiment.seed, "teacher": teacher_folder},
         )
         if is_first():
             write_report(directory, report)
@@ -181,15 +179,6 @@ def _cost(name: str, stage: Stage, spent: Spent, devices: int) -> StageCost:
 
 
 _SECONDS = ("student_train_seconds", "student_sample_seconds", "teacher_generate_seconds", "teacher_score_seconds")
-
-
-def _evaluated(name: str, model: Qwen3, evaluator: Evaluator, run: RunDirectory) -> list[EvaluationRow]:
-    known = run.evaluation(name)
-    if known is not None:
-        return known
-    rows = evaluator.rows(name, model)
-    run.keep_evaluation(name, [record_json(row) for row in rows])
-    return rows
 
 
 def _forget_unneeded(experiment: Experiment, name: str, models: dict[str | None, Qwen3]) -> None:

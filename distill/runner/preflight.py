@@ -55,11 +55,13 @@ def preflight(
     )
     if experiment.teacher is not None:
         experiment.kernels.check(models["teacher"], experiment.teacher.dtype, teacher_mesh)
-    if teacher_mesh != mesh and any(isinstance(stage, OnPolicy) for stage in stages.values()):
-        # On-policy, the teacher's head goes to the student's devices.
+    on_policy = any(isinstance(stage, OnPolicy) for stage in stages.values())
+    if teacher_mesh != mesh and (on_policy or experiment.compares):
+        # On-policy and in evaluation, the teacher's head goes to the student's devices.
         partition_spec(("embed",), (models["teacher"].hidden_size,), mesh)
     check_chat_format(experiment, stages, tokenizer)
-    _check_evaluation_lengths(experiment.evaluation, models)
+    if experiment.evaluation.problems:
+        _check_evaluation_lengths(experiment.evaluation, models)
     for name, stage in stages.items():
         _check_stage_lengths(f"stages.{name}", stage, models)
     asked = [_of_evaluation(experiment.evaluation, tasks)]

@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from distill.monitor.records import write_atomically
 from distill.monitor.run_identity import began_at, claim_id, keep_began, require_id
 from distill.report.results import EvaluationRow, StageCost
 from qwen3.errors import UserError
+from qwen3.rollout import Rollout, rollouts_from_json, rollouts_to_json
 
 _SHOWN_DIFFERENCES = 5
+_RESPONSES = "teacher.responses"
+"""Beside the evaluations: no stage has a dot in its name."""
 _WORK = ("evaluations", "stages", "targets", "checkpoints")
 """What a run has to show for its time; a directory without any of these may still change its configuration."""
 
@@ -80,6 +83,14 @@ class RunDirectory:
 
     def keep_evaluation(self, name: str, rows: list[Mapping[str, Any]]) -> None:
         self._write("evaluations", name, rows)
+
+    def teacher_responses(self) -> list[Rollout] | None:
+        """The teacher's responses to the held-out prompts, on which students are scored, if it has given them."""
+        raw = self._read("evaluations", _RESPONSES)
+        return None if raw is None else rollouts_from_json(raw)
+
+    def keep_teacher_responses(self, responses: Sequence[Rollout]) -> None:
+        self._write("evaluations", _RESPONSES, rollouts_to_json(responses))
 
     def cost(self, name: str) -> StageCost | None:
         """The cost of a stage that has finished, else None."""

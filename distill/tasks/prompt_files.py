@@ -161,7 +161,8 @@ class PromptFile:
             contradicting += first.answer != problem.answer
         if not found:
             raise UserError(f"{path}: has no rows; give a file with at least one problem")
-        self._check_answers(list(places.values()), [problem.answer for problem in found.values()])
+        answered = {places[name]: one.answer for name, one in found.items() if one.answer is not None}
+        self._check_answers(list(answered), list(answered.values()))
         return _Rows(problems=list(found.values()), repeated=repeated, contradicting=contradicting)
 
     def _check_answers(self, places: list[str], answers: list[str]) -> None:

@@ -1,0 +1,152 @@
+"""How far a student is from its teacher on held-out prompts, token by token: it needs no answers.
+
+The teacher answers every prompt once, and every student is scored on that text, so that its figures can be compared
+with those of any other. What a student does with its own mistakes shows on its own text alone: there too the teacher
+scores it, as on-policy distillation does. Both models' distributions are whole; neither's logits are ever held.
+"""
+
+import collections
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from distill.monitor.progress import Task as Bar
+from distill.stages.context import EngineSizes, Interrupted, RunContext
+from distill.training.losses import Loss, distillation_loss
+from distill.training.packing import pack_rollouts, rollout_example, rows_needed
+from distill.training.train_step import Batch
+from kernels_pallas.linear_kl import DivergenceName
+from qwen3.decoder.model import Qwen3
+from qwen3.rollout import Mode, Rollout
+from qwen3.sharding import TOKENS, batch_sharding, batch_shares, place, row_shapes, to_pieces
+from teacher.scoring import TOKENS_AT_ONCE, Scorer
+from teacher.targets import Hidden, Targets, one_hot
+
+
+class Figures(TypedDict, total=False):
+    """The fields of an `EvaluationRow` that compare a student with its teacher, less those that no token tells."""
+
+    forward_kl: float
+    reverse_kl: float
+    reverse_kl_own: float
+    perplexity: float
+    top_1_agreement: float
+    compared_tokens: int
+
+
+class Comparison:
+    """Compares students of one architecture with the teacher; the programs are compiled once and serve all of them."""
+
+    def __init__(self, sizes: EngineSizes, context: RunContext, responses: Sequence[Rollout]):
+        """`responses` are the teacher's, of every mode; `sizes` bound them and the students'."""
+        teacher = context.load_teacher()
+        self._context, self._responses = context, responses
+        self._rows, self._length = scoring_shape(sizes, context.mesh, teacher.mesh)
+        self._scorer = Scorer(teacher.model, teacher.mesh, wanted_on=context.mesh)
+
+    def figures(self, name: str, model: Qwen3, mode: Mode, own: Sequence[Rollout]) -> Figures:
+        """Of `model`, which has given the responses `own`. Raises Interrupted between batches where the run was asked
+        to stop."""
+        of_teacher = [rollout for rollout in self._responses if rollout.mode == mode]
+        title = f"scoring {name}, {mode.replace('_', '-')}"
+        with self._context.progress.task(title, len(of_teacher) + len(own), unit="responses") as bar:
+            on_teachers = self._sums(name, model, of_teacher, bar)
+            on_own = self._sums(name, model, own, bar)
+        figures = Figures()
+        if tokens := on_teachers["tokens"]:
+            figures = Figures(
+                forward_kl=on_teachers["forward_kl"] / tokens,
+                reverse_kl=on_teachers["reverse_kl"] / tokens,
+                perplexity=math.exp(on_teachers["cross_entropy"] / tokens),
+                top_1_agreement=on_teachers["agreements"] / tokens,
+                compared_tokens=int(tokens),
+            )
+        if on_own["tokens"]:
+            figures["reverse_kl_own"] = on_own["reverse_kl"] / on_own["tokens"]
+        return figures
+
+    def _sums(self, name: str, model: Qwen3, rollouts: Sequence[Rollout], bar: Bar) -> Mapping[str, float]:
+        sums: collections.Counter[str] = collections.Counter()
+        for arrays in self._batches(rollouts):
+            targets = self._scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"])
+            batch = place(Batch.of(arrays, targets), batch_sharding(self._context.mesh))
+            measured = jax.device_get(_sums(model, batch, self._scorer.head, self._context.mesh))
+            sums.update({what: float(value) for what, value in measured.items()})
+            bar.advance(int(np.sum(np.max(arrays["segment_ids"], axis=1))))
+            if self._context.stop.agreed():
+                raise Interrupted(f"evaluation of {name}: it starts again with the next run")
+        return sums
+
+    def _batches(self, rollouts: Sequence[Rollout]) -> Iterator[dict[str, np.ndarray]]:
+        """Packed rows, all of one shape."""
+        if not rollouts:
+            return
+        needed = rows_needed([len(rollout.tokens) for rollout in rollouts], self._length)
+        whole = -(-needed // self._rows) * self._rows
+        arrays = pack_rollouts(rollouts, rows=whole, length=self._length, one_per_row=False, to_example=rollout_example)
+        for first in range(0, whole, self._rows):
+            yield {name: array[first : first + self._rows] for name, array in arrays.items()}
+
+
+def scoring_shape(sizes: EngineSizes, mesh: Mesh, teacher_mesh: Mesh) -> tuple[int, int]:
+    """Rows that student and teacher score together, and their length, which both meshes divide: about as many as the
+    teacher scores at once for a store."""
+    meshes = mesh, teacher_mesh
+    pieces = math.lcm(*(one.shape["context"] for one in meshes))
+    length = math.ceil(sizes.longest_tokens / pieces) * pieces
+    shares = math.lcm(*map(batch_shares, meshes))
+    most = min(batch_shares(one) * max(1, TOKENS_AT_ONCE * one.shape["context"] // length) for one in meshes)
+    return shares * max(1, min(most // shares, math.ceil(sizes.batch_size / shares))), length
+
+
+class SumsProgram(NamedTuple):
+    """The program that scores a student, and what it is compiled for."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+
+def sums_program(model: Qwen3, batch: Batch, teacher_head: Any, mesh: Mesh) -> SumsProgram:
+    """What a comparison runs on batches of this shape; everything may be abstract."""
+    return SumsProgram(_sums, (model, row_shapes(batch, mesh, TOKENS), teacher_head, mesh))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _sums(model: Qwen3, batch: Batch, teacher_head: Float[Array, "V D"], mesh: Mesh) -> dict[str, Array]:
+    """Over the tokens that the policy chose: their number, both divergences and the cross-entropy in nats, and where
+    both models agree on the likeliest."""
+    following = one_hot(batch.tokens)
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids, mesh)
+    hidden, batch, following = to_pieces((hidden, batch, following), mesh)
+    weights = batch.loss_mask.astype(jnp.float32)
+
+    def divergence(name: DivergenceName, targets: Targets, head: Array | None = None) -> tuple[Array, dict[str, Array]]:
+        return distillation_loss(
+            hidden,
+            model.head,
+            targets,
+            weights,
+            Loss(name=name),
+            teacher_head=head,
+            implementation=model.kernels.linear_kl,
+            mesh=mesh,
+        )
+
+    assert isinstance(batch.targets, Hidden)
+    forward, statistics = divergence("forward_kl", batch.targets, teacher_head)
+    reverse, _ = divergence("reverse_kl", batch.targets, teacher_head)
+    cross_entropy, _ = divergence("forward_kl", following)
+    return {
+        "tokens": jnp.sum(batch.loss_mask),
+        "forward_kl": forward,
+        "reverse_kl": reverse,
+        "cross_entropy": cross_entropy,
+        "agreements": jnp.sum(jnp.where(batch.loss_mask, statistics["top1_agreement"], 0)),
+    }
