@@ -32,7 +32,7 @@ found = {}
 for file, count in json.loads(sys.argv[1]).items():
     made = programs(load_experiment(Path(file)), jax.devices()[:count])
     for program in made:
-        if program.purpose in ("teacher_scores", "student_trains"):
+        if program.purpose in ("teacher_scores", "student_trains", "student_scores"):
             with jax.set_mesh(program.mesh):
                 program.function.trace(*program.arguments, **program.options)
     first = {program.purpose: program.arguments[0] for program in reversed(made)}
@@ -83,6 +83,7 @@ def test_both_stages_and_the_evaluation_are_there(found: dict[str, dict]) -> Non
         "on_policy: teacher scores",
         *(f"on_policy: student {does}" for does in ("trains", "updates")),
         *(f"evaluation: {role} {does}" for role in ("student", "teacher") for does in prefills_and_generates),
+        *(f"evaluation: {role} scores" for role in ("teacher", "student")),
     ]
 
 

@@ -139,7 +139,14 @@ def test_two_processes_killed_and_started_again_match_one_process(experiment_fil
         # Adam divides by the gradient's size, so an update of 1e-3 may feel the last bits of a tiny gradient.
         np.testing.assert_allclose(weights[1][name], tensor, atol=1e-4, err_msg=name)
     rows = [json.loads((folder / "report.json").read_text())["rows"] for folder in (one, resumed)]
-    assert rows[0] == rows[1]
+    summed = {"forward_kl", "reverse_kl", "reverse_kl_own", "perplexity", "top_1_agreement"}
+    for ours, theirs in zip(*rows, strict=True):
+        # Responses are the same; what is summed over them is not to the last bit.
+        assert {name: ours[name] for name in ours.keys() - summed} == {
+            name: theirs[name] for name in theirs.keys() - summed
+        }
+        for name in summed:
+            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-3), name
     assert json.loads((resumed / "environment.json").read_text())["processes"] == 2
     assert (resumed / "report.html").is_file()
 

@@ -265,7 +265,40 @@ def test_calls_of_a_run_by_hand(quickstart: Experiment) -> None:
         "student_generates",
         "teacher_prefills",
         "teacher_generates",
+        "teacher_scores",
+        "student_scores",
     }
+    asked, students = quickstart.evaluation, 1 + len(quickstart.stages)
+    one_text = sum(
+        0.5 * (asked.max_prompt_tokens + asked.sampling(mode).max_new_tokens) * asked.problems for mode in asked.modes
+    )
+    scores = next(one for one in made if one.name == "evaluation: student scores")
+    for purpose in ("teacher_scores", "student_scores"):
+        # Of every problem the teacher's response and the student's.
+        expected = students * 2 * one_text / (scores.rows * scores.length)
+        assert by_name["evaluation"].calls[purpose] == pytest.approx(expected)
+
+
+def test_what_compares_makes_logits_of_both_models(quickstart: Experiment) -> None:
+    made = {program.name: program for program in programs(quickstart, jax.devices()[:1])}
+    scores, teacher = made["evaluation: student scores"], made["evaluation: teacher scores"]
+    assert (scores.rows, scores.length) == (teacher.rows, teacher.length)
+    student_config, tokens = scores.model, scores.rows * scores.length
+    once = scores.rows * forward_flops(student_config).executed(scores.length, scores.length**2)
+    heads = 2 * tokens * student_config.vocab_size * (2 * student_config.hidden_size + 2 * teacher.model.hidden_size)
+    # The student's logits three times, of which the forward pass counts one, and the teacher's twice.
+    assert work_of(scores, quickstart).flops == pytest.approx(once + heads)
+    # The teacher hands out hidden states.
+    head = 2 * tokens * teacher.model.hidden_size * teacher.model.vocab_size
+    whole = teacher.rows * forward_flops(teacher.model).executed(teacher.length, teacher.length**2)
+    assert work_of(teacher, quickstart).flops == pytest.approx(whole - head)
+
+
+def test_a_run_that_evaluates_nothing_has_no_evaluation_in_its_plan(quickstart: Experiment) -> None:
+    off = dataclasses.replace(quickstart, evaluation=dataclasses.replace(quickstart.evaluation, problems=0))
+    made = programs(off, jax.devices()[:1])
+    assert {program.stage for program in made} == quickstart.stages.keys()
+    assert [plan.stage for plan in stage_plans(off, made, Assumptions())] == list(quickstart.stages)
 
 
 def test_scoring_on_devices_of_its_own_overlaps_with_the_student(quickstart: Experiment) -> None:

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh
 from rich.console import Console
 
+from distill.evaluation import comparison
 from distill.experiment import Experiment
 from distill.monitor.progress import Progress
 from distill.planner.collectives import collectives
@@ -92,6 +93,7 @@ def test_a_run_calls_what_was_planned(teacher: str, tmp_path: Path, monkeypatch:
 
     for name in ("_hidden", "_top_k"):
         monkeypatch.setattr(scoring, name, recorded(getattr(scoring, name)))
+    monkeypatch.setattr(comparison, "_sums", recorded(comparison._sums))
     make_engine, make_step = Engine.__init__, TrainStep.__init__
 
     def written(out: Any, arguments: Any) -> Any:

@@ -5,7 +5,9 @@ So they are where the student's devices share the tokens of its rows.
 
 import dataclasses
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -47,6 +49,10 @@ def colocated(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     )
 
 
+def evaluated(directory: Path) -> list[dict[str, Any]]:
+    return json.loads((directory / "report.json").read_text())["rows"]
+
+
 def run(experiment: Experiment, directory: Path) -> dict[tuple[str, int], dict[str, float]]:
     """Runs it on the eight devices of this process; what it has recorded by stage and step."""
     with StopRequest().listening() as stop:
@@ -74,6 +80,11 @@ def test_losses_and_metrics_equal_those_of_a_colocated_teacher(
     for step, values in expected.items():
         # float32 sums of other parts in another order.
         assert found[step] == pytest.approx(values, rel=1e-4, abs=1e-6), step
+    for ours, theirs in zip(*map(evaluated, (tmp_path / "own_mesh", tmp_path / "colocated")), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ("forward_kl" in ours) == (ours["model"] != "teacher")
+        for name in ("forward_kl", "reverse_kl", "perplexity"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-3)
     on_policy = trained_on[2:]
     assert [len(batches) for batches in on_policy] == [2, 2]
     student_devices = set(jax.devices()[:4])
@@ -97,9 +108,10 @@ def test_a_student_on_several_devices_trains_on_what_older_weights_wrote(
     note(Engine, "generate", "write")
     note(Scorer, "hidden", "score")
     note(TrainStep, "__call__", "train")
-    experiment = dataclasses.replace(colocated, teacher=own, stages={"on_policy": stage})
+    nothing = dataclasses.replace(colocated.evaluation, problems=0)
+    experiment = dataclasses.replace(colocated, teacher=own, stages={"on_policy": stage}, evaluation=nothing)
     metrics = run(experiment, tmp_path / "ahead")
-    # Two microbatches a step; evaluations write too. The second step is scored before the first one is trained.
+    # Two microbatches a step. The second step is scored before the first one is trained.
     first = happened.index("score")
     assert happened[first - 1 : first + 7] == ["write", "score", "score", "write", "score", "score", "train", "train"]
     assert [metrics["on_policy", step]["staleness"] for step in (1, 2)] == [0, 1]
