@@ -9,7 +9,7 @@ import collections
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from distill.training.packing import pack_rollouts, rollout_example, rows_needed
 from distill.training.train_step import Batch
 from kernels_pallas.linear_kl import DivergenceName
 from qwen3.decoder.model import Qwen3
+from qwen3.errors import UserError
 from qwen3.rollout import Mode, Rollout
 from qwen3.sharding import TOKENS, batch_sharding, batch_shares, place, row_shapes, to_pieces
 from teacher.scoring import TOKENS_AT_ONCE, Scorer
@@ -46,38 +47,49 @@ class Comparison:
 
     def __init__(self, sizes: EngineSizes, context: RunContext, responses: Sequence[Rollout]):
         """`responses` are the teacher's, of every mode; `sizes` bound them and the students'."""
-        teacher = context.load_teacher()
         self._context, self._responses = context, responses
-        self._rows, self._length = scoring_shape(sizes, context.mesh, teacher.mesh)
-        self._scorer = Scorer(teacher.model, teacher.mesh, wanted_on=context.mesh)
+        self._rows, self._length = scoring_shape(sizes, context.mesh, context.load_teacher().mesh)
 
     def figures(self, name: str, model: Qwen3, mode: Mode, own: Sequence[Rollout]) -> Figures:
-        """Of `model`, which has given the responses `own`. Raises Interrupted between batches where the run was asked
-        to stop."""
+        """Of `model`, which has given the responses `own`.
+
+        Raises Interrupted between batches where the run was asked to stop, UserError where a figure is not finite.
+        """
+        teacher = self._context.load_teacher()
+        # Not kept: between two meshes it holds a copy of the teacher's head.
+        scorer = Scorer(teacher.model, teacher.mesh, wanted_on=self._context.mesh)
         of_teacher = [rollout for rollout in self._responses if rollout.mode == mode]
         title = f"scoring {name}, {mode.replace('_', '-')}"
         with self._context.progress.task(title, len(of_teacher) + len(own), unit="responses") as bar:
-            on_teachers = self._sums(name, model, of_teacher, bar)
-            on_own = self._sums(name, model, own, bar)
+            on_teachers = self._sums(name, model, scorer, of_teacher, bar)
+            on_own = self._sums(name, model, scorer, own, bar)
         figures = Figures()
         if tokens := on_teachers["tokens"]:
             figures = Figures(
                 forward_kl=on_teachers["forward_kl"] / tokens,
                 reverse_kl=on_teachers["reverse_kl"] / tokens,
-                perplexity=math.exp(on_teachers["cross_entropy"] / tokens),
+                perplexity=perplexity(on_teachers["cross_entropy"] / tokens),
                 top_1_agreement=on_teachers["agreements"] / tokens,
                 compared_tokens=int(tokens),
             )
         if on_own["tokens"]:
             figures["reverse_kl_own"] = on_own["reverse_kl"] / on_own["tokens"]
+        for field, value in cast("dict[str, float]", figures).items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"evaluation of {name}: {field} is {value}; look for weights that are not finite or far too large "
+                    "in the student's and the teacher's checkpoints"
+                )
         return figures
 
-    def _sums(self, name: str, model: Qwen3, rollouts: Sequence[Rollout], bar: Bar) -> Mapping[str, float]:
+    def _sums(
+        self, name: str, model: Qwen3, scorer: Scorer, rollouts: Sequence[Rollout], bar: Bar
+    ) -> Mapping[str, float]:
         sums: collections.Counter[str] = collections.Counter()
         for arrays in self._batches(rollouts):
-            targets = self._scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"])
+            targets = scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"])
             batch = place(Batch.of(arrays, targets), batch_sharding(self._context.mesh))
-            measured = jax.device_get(_sums(model, batch, self._scorer.head, self._context.mesh))
+            measured = jax.device_get(_sums(model, batch, scorer.head, self._context.mesh))
             sums.update({what: float(value) for what, value in measured.items()})
             bar.advance(int(np.sum(np.max(arrays["segment_ids"], axis=1))))
             if self._context.stop.agreed():
@@ -93,6 +105,14 @@ class Comparison:
         arrays = pack_rollouts(rollouts, rows=whole, length=self._length, one_per_row=False, to_example=rollout_example)
         for first in range(0, whole, self._rows):
             yield {name: array[first : first + self._rows] for name, array in arrays.items()}
+
+
+def perplexity(nats: float) -> float:
+    """Of a cross-entropy a token; infinite where that is larger than any number."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def scoring_shape(sizes: EngineSizes, mesh: Mesh, teacher_mesh: Mesh) -> tuple[int, int]:

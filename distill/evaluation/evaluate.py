@@ -3,13 +3,12 @@ are answers, and how far it is from its teacher where there is one."""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from distill.evaluation.comparison import Comparison, Figures
+from distill.evaluation.comparison import Comparison, Figures, perplexity
 from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
 from distill.hosts.processes import require_same
 from distill.monitor.metrics import RolloutSample
@@ -194,7 +193,7 @@ def _of_teacher(responses: Sequence[Rollout]) -> Figures:
     surprises = np.concatenate([-rollout.sampler_logprobs[rollout.loss_mask] for rollout in responses])
     if not len(surprises):
         return Figures()
-    return Figures(perplexity=math.exp(float(np.mean(surprises, dtype=np.float64))), compared_tokens=len(surprises))
+    return Figures(perplexity=perplexity(float(np.mean(surprises, dtype=np.float64))), compared_tokens=len(surprises))
 
 
 def row_from_json(raw: Mapping[str, object]) -> EvaluationRow:

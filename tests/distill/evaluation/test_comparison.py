@@ -1,6 +1,6 @@
 """What students are compared by, against the same sums written out over whole distributions in float64."""
 
-import contextlib
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from distill.evaluation.comparison import Comparison, scoring_shape
+from distill.evaluation.comparison import Comparison, perplexity, scoring_shape
 from distill.monitor.progress import Progress
 from distill.stages.context import EngineSizes, Interrupted
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
+from qwen3.errors import UserError
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode, Rollout
 from qwen3.sharding import MeshShape, make_mesh, make_placed
@@ -21,6 +22,7 @@ from teacher.placement import own_mesh
 from tests.distill.miniature import DENSE, MOE
 
 VOCABULARY = 40
+_PADDED = 128
 SIZES = EngineSizes(batch_size=4, max_prompt_tokens=8, sampling=(SamplingParams(max_new_tokens=11),))
 
 
@@ -57,7 +59,7 @@ def logprobs(model: Qwen3, one: Rollout) -> np.ndarray:
     """[T, V], of one response by itself."""
     length = len(one.tokens)
     # Padded behind, where no earlier token looks, so that it compiles once.
-    padded, real = np.zeros(20, np.int32), (np.arange(20) < length).astype(np.int32)
+    padded, real = np.zeros(_PADDED, np.int32), (np.arange(_PADDED) < length).astype(np.int32)
     padded[:length] = one.tokens
     found = np.asarray(logits(model, padded, real), np.float64)[:length]
     return found - np.log(np.sum(np.exp(found), axis=-1, keepdims=True))
@@ -88,7 +90,7 @@ class Stop:
 
 
 def comparison(
-    student: Qwen3, teacher: Qwen3, meshes: tuple[Mesh, Mesh], responses: list[Rollout], stop: Stop, progress: Progress
+    teacher: Qwen3, meshes: tuple[Mesh, Mesh], responses: list[Rollout], stop: Stop, progress: Progress
 ) -> Comparison:
     mesh, teacher_mesh = meshes
     model = SimpleNamespace(model=teacher, mesh=teacher_mesh)
@@ -119,7 +121,7 @@ def test_figures_are_those_of_whole_distributions(name: str) -> None:
     of_teacher = [rollout(rng, mode, index) for mode in MODES for index in range(13)]
     own = [rollout(rng, THINKING, index) for index in range(9)]
     with Progress() as progress:
-        compares = comparison(student, teacher, meshes, of_teacher, Stop(), progress)
+        compares = comparison(teacher, meshes, of_teacher, Stop(), progress)
         found = compares.figures("student", student, THINKING, own)
         again = compares.figures("student", student, THINKING, own)
         nothing = compares.figures("student", student, NON_THINKING, [])
@@ -142,19 +144,35 @@ def test_a_teacher_compared_with_itself_agrees() -> None:
     model = Qwen3(config(DENSE), jax.random.key(0))
     responses = [rollout(rng, THINKING, index) for index in range(3)]
     with Progress() as progress:
-        found = comparison(model, model, meshes, responses, Stop(), progress).figures("it", model, THINKING, responses)
+        found = comparison(model, meshes, responses, Stop(), progress).figures("it", model, THINKING, responses)
     assert found["top_1_agreement"] == 1
     assert max(abs(found[name]) for name in ("forward_kl", "reverse_kl", "reverse_kl_own")) < 1e-6
     assert found["perplexity"] == pytest.approx(written_out(model, model, responses)["perplexity"], rel=1e-5)
+
+
+def test_weights_that_are_not_finite_are_said_in_one_line() -> None:
+    meshes, rng = meshes_of("one device"), np.random.default_rng(1)
+    model = Qwen3(config(DENSE), jax.random.key(0))
+    broken = jax.tree.map(lambda weight: weight * np.nan, model)
+    responses = [rollout(rng, THINKING, index) for index in range(3)]
+    with (
+        Progress() as progress,
+        pytest.raises(UserError, match=r"evaluation of it: \w+ is nan; look for weights") as said,
+    ):
+        comparison(model, meshes, responses, Stop(), progress).figures("it", broken, THINKING, responses)
+    assert "\n" not in str(said.value)
+    assert perplexity(1e4) == math.inf
 
 
 def test_a_stop_is_answered_between_batches() -> None:
     meshes, rng = meshes_of("one device"), np.random.default_rng(2)
     model = Qwen3(config(DENSE), jax.random.key(0))
     responses = [rollout(rng, THINKING, index) for index in range(13)]
-    with Progress() as progress, contextlib.ExitStack() as raised:
-        raised.enter_context(pytest.raises(Interrupted, match="evaluation of it: it starts again with the next run"))
-        comparison(model, model, meshes, responses, Stop(1), progress).figures("it", model, THINKING, responses)
+    with (
+        Progress() as progress,
+        pytest.raises(Interrupted, match="evaluation of it: it starts again with the next run"),
+    ):
+        comparison(model, meshes, responses, Stop(1), progress).figures("it", model, THINKING, responses)
 
 
 def test_rows_and_their_length_divide_over_both_meshes() -> None:

@@ -50,6 +50,8 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
         tasks={"prompts": PromptFile(path=str(folder / "prompts.jsonl"), answer_column=None, held_out_fraction=0.3)},
         stages=stages,
         export_stage=None,
+        # Each mode is a program of its own to compile.
+        evaluation=dataclasses.replace(whole.evaluation, modes=("non_thinking",)),
     )
 
 
@@ -83,9 +85,7 @@ def test_without_answers_the_report_speaks_of_the_teacher_and_never_of_accuracy(
 ) -> None:
     directory, report, _ = finished
     rows = json_rows(directory)
-    modes = ("thinking", "non_thinking")
-    models = ["student_initial", "off_policy", "on_policy", "teacher"]
-    assert [(row["model"], row["mode"]) for row in rows] == [(model, mode) for model in models for mode in modes]
+    assert [row["model"] for row in rows] == ["student_initial", "off_policy", "on_policy", "teacher"]
     common = {"model", "mode", "problems", "samples_per_problem", "graded_problems", "mean_response_tokens", "finished"}
     compared = {"forward_kl", "reverse_kl", "reverse_kl_own", "top_1_agreement"}
     for row in rows:
@@ -98,7 +98,7 @@ def test_without_answers_the_report_speaks_of_the_teacher_and_never_of_accuracy(
     Console(file=shown, width=80).print(terminal_table(report))
     assert "perplexity" in shown.getvalue()
     assert "pass@" not in shown.getvalue()
-    assert "KL to the teacher in thinking mode" in (directory / "report.html").read_text()
+    assert "KL to the teacher in non-thinking mode" in (directory / "report.html").read_text()
 
 
 def test_without_answers_nothing_is_called_wrong(finished: tuple[Path, Report, list[str]]) -> None:
@@ -125,16 +125,13 @@ def test_the_figures_are_of_the_saved_student_on_the_kept_responses(
     with Checkpointer(directory / "checkpoints" / "on_policy") as checkpoints:
         student = checkpoints.restore(abstract_state(like))[0].model
     kept = rollouts_from_json(json.loads((directory / "evaluations" / "teacher.responses.json").read_text()))
-    rows = {(row["model"], row["mode"]): row for row in json_rows(directory)}
-    for mode in ("thinking", "non_thinking"):
-        responses = [one for one in kept if one.mode == mode]
-        assert len({one.prompt_id for one in responses}) == len(responses) == experiment.evaluation.problems
-        expected = written_out(student, teacher, responses)
-        found = {name: rows["on_policy", mode][name] for name in expected}
-        # float32 logits of other shapes; the divergences are small differences of them.
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
-        own = written_out(teacher, teacher, responses)["perplexity"]
-        assert rows["teacher", mode]["perplexity"] == pytest.approx(own, rel=1e-4)
+    assert len({one.prompt_id for one in kept}) == len(kept) == experiment.evaluation.problems
+    rows = {row["model"]: row for row in json_rows(directory)}
+    expected = written_out(student, teacher, kept)
+    # float32 logits of other shapes; the divergences are small differences of them.
+    assert {name: rows["on_policy"][name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    own = written_out(teacher, teacher, kept)["perplexity"]
+    assert rows["teacher"]["perplexity"] == pytest.approx(own, rel=1e-4)
 
 
 def test_the_teacher_is_evaluated_first_and_once(
@@ -142,28 +139,25 @@ def test_the_teacher_is_evaluated_first_and_once(
 ) -> None:
     directory, _, titles = finished
     evaluated = [title for title in titles if title.startswith(("evaluating", "scoring"))]
-    assert evaluated[:6] == [
-        "evaluating teacher, thinking",
+    assert evaluated[:3] == [
         "evaluating teacher, non-thinking",
-        "evaluating student_initial, thinking",
-        "scoring student_initial, thinking",
         "evaluating student_initial, non-thinking",
         "scoring student_initial, non-thinking",
     ]
-    assert sum("teacher" in title for title in evaluated) == 2
+    assert sum("teacher" in title for title in evaluated) == 1
     resumed = shutil.copytree(directory, tmp_path / "resumed")
     for name in ("evaluations/on_policy.json", "report.json"):
         (resumed / name).unlink()
     _, titles = run(experiment, resumed)
     assert not [title for title in titles if "teacher" in title]
-    assert "scoring on_policy, thinking" in titles
+    assert "scoring on_policy, non-thinking" in titles
     # To the last bit: the same responses of the teacher, the same of the student, the same sums.
     assert json_rows(resumed) == json_rows(directory)
     # What a kill between the responses and the rows of the teacher leaves.
     for name in ("evaluations/teacher.json", "report.json"):
         (resumed / name).unlink()
     _, titles = run(experiment, resumed)
-    assert [title for title in titles if title.startswith(("evaluating", "scoring"))] == evaluated[:2]
+    assert [title for title in titles if title.startswith(("evaluating", "scoring"))] == evaluated[:1]
     assert json_rows(resumed) == json_rows(directory)
 
 
@@ -212,7 +206,6 @@ def test_a_student_without_a_teacher_is_not_compared(experiment: Experiment, tmp
         teacher=None,
         tasks={"arithmetic": miniature.task()},
         stages={"sft": Sft(problems=8, training=Training(steps=1, rows=4, row_length=128, rematerialise=False))},
-        evaluation=dataclasses.replace(experiment.evaluation, modes=("non_thinking",)),
     )
     _, titles = run(supervised, tmp_path / "miniature")
     assert not [title for title in titles if "scoring" in title]
