@@ -64,7 +64,7 @@ def preflight(
         _check_evaluation_lengths(experiment.evaluation, models)
     for name, stage in stages.items():
         _check_stage_lengths(f"stages.{name}", stage, models)
-    asked = [_of_evaluation(experiment.evaluation, tasks)]
+    asked = [_of_evaluation(experiment.evaluation, tasks)] if experiment.evaluation.problems else []
     for name, stage in stages.items():
         of_stage = _of_stage(f"stages.{name}", stage, stage_seed(experiment.seed, name), tasks)
         asked += [of_stage] if of_stage else []
