@@ -153,3 +153,18 @@ def test_what_is_wrong_with_an_experiment_is_said_at_once(experiment: Experiment
 def test_numpys_numbers_are_written_as_json(experiment: Experiment) -> None:
     other = dataclasses.replace(experiment, seed=np.int64(4))
     assert json.loads(json.dumps(other.to_json())) == dataclasses.replace(experiment, seed=4).to_json()
+
+
+def test_students_are_compared_where_there_is_a_teacher_and_an_evaluation() -> None:
+    whole = miniature.experiment("teacher")
+    assert whole.compares
+    off = dataclasses.replace(whole, evaluation=dataclasses.replace(whole.evaluation, problems=0))
+    supervised = dataclasses.replace(
+        whole, teacher=None, stages={"pretraining": whole.stages["pretraining"]}, export_stage=None
+    )
+    assert not off.compares
+    assert not supervised.compares
+    # The cross-entropy names one token, whether it is trained or measured.
+    assert supervised.tokens_per_target == 1
+    with pytest.raises(UserError, match=r"evaluation\.problems is -1; it must be at least 0"):
+        Evaluation(problems=-1)
