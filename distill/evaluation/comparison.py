@@ -27,8 +27,11 @@ from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from qwen3.rollout import Mode, Rollout
 from qwen3.sharding import TOKENS, batch_sharding, batch_shares, place, row_shapes, to_pieces
-from teacher.scoring import TOKENS_AT_ONCE, Scorer
+from teacher.scoring import Scorer
 from teacher.targets import Hidden, Targets, one_hot
+
+TOKENS_AT_ONCE = 4_096
+"""Of every share of the rows, at least a row: few, since the last batch is as large as all others and partly empty."""
 
 
 class Figures(TypedDict, total=False):
@@ -116,8 +119,7 @@ def perplexity(nats: float) -> float:
 
 
 def scoring_shape(sizes: EngineSizes, mesh: Mesh, teacher_mesh: Mesh) -> tuple[int, int]:
-    """Rows that student and teacher score together, and their length, which both meshes divide: about as many as the
-    teacher scores at once for a store."""
+    """Rows that student and teacher score together, and their length, which both meshes divide."""
     meshes = mesh, teacher_mesh
     pieces = math.lcm(*(one.shape["context"] for one in meshes))
     length = math.ceil(sizes.longest_tokens / pieces) * pieces
