@@ -283,15 +283,17 @@ def test_what_compares_makes_logits_of_both_models(quickstart: Experiment) -> No
     made = {program.name: program for program in programs(quickstart, jax.devices()[:1])}
     scores, teacher = made["evaluation: student scores"], made["evaluation: teacher scores"]
     assert (scores.rows, scores.length) == (teacher.rows, teacher.length)
-    student_config, tokens = scores.model, scores.rows * scores.length
-    once = scores.rows * forward_flops(student_config).executed(scores.length, scores.length**2)
-    heads = 2 * tokens * student_config.vocab_size * (2 * student_config.hidden_size + 2 * teacher.model.hidden_size)
-    # The student's logits three times, of which the forward pass counts one, and the teacher's twice.
-    assert work_of(scores, quickstart).flops == pytest.approx(once + heads)
-    # The teacher hands out hidden states.
-    head = 2 * tokens * teacher.model.hidden_size * teacher.model.vocab_size
-    whole = teacher.rows * forward_flops(teacher.model).executed(teacher.length, teacher.length**2)
-    assert work_of(teacher, quickstart).flops == pytest.approx(whole - head)
+
+    def flops_of_logits(program: Program) -> float:
+        """What a vocabulary of twice the size adds."""
+        wider = dataclasses.replace(program.model, vocab_size=2 * program.model.vocab_size)
+        twice = work_of(dataclasses.replace(program, model=wider), quickstart)
+        return twice.flops - work_of(program, quickstart).flops
+
+    # The student's logits for both divergences and the cross-entropy, the teacher's for both divergences.
+    widths = 3 * scores.model.hidden_size + 2 * teacher.model.hidden_size
+    assert flops_of_logits(scores) == pytest.approx(2 * scores.rows * scores.length * scores.model.vocab_size * widths)
+    assert flops_of_logits(teacher) == 0, "the teacher hands out hidden states"
 
 
 def test_a_run_that_evaluates_nothing_has_no_evaluation_in_its_plan(quickstart: Experiment) -> None:
