@@ -1,6 +1,7 @@
 """The command line: `python -m distill.run experiments/NAME.py [--field.path VALUE …]`."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,8 +81,8 @@ def _main(arguments: list[str]) -> int:
     experiment = overridden(load_experiment(path), fields, path, parser)
     cluster = Cluster.named(own.coordinator, own.processes, own.process)
     if cluster is None:
-        return _run(experiment, own.runs)
-    return cluster.run(lambda: _reported(lambda: _run(experiment, own.runs)))
+        return _run(experiment, own.runs, arguments)
+    return cluster.run(lambda: _reported(lambda: _run(experiment, own.runs, arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(experiment: Experiment, runs: str) -> int:
+def _run(experiment: Experiment, runs: str, arguments: Sequence[str]) -> int:
     console = Console() if is_first() else Console(quiet=True, force_terminal=False)
     directory = Path(runs) / experiment.name
     console.print(f"[bold]{experiment.name}[/bold]  {experiment.description}", highlight=False)
@@ -105,7 +106,8 @@ def _run(experiment: Experiment, runs: str) -> int:
     console.print(f"run directory {directory}   tensorboard --logdir {runs}", highlight=False, style="dim")
     try:
         with StopRequest().listening() as stop, Progress(console) as progress:
-            report = execute(experiment, directory, progress, stop)
+            command = shlex.join(["python", "-m", "distill.run", *arguments])
+            report = execute(experiment, directory, progress, stop, command)
     except Interrupted as stopped:
         console.print(f"stopped. {stopped}. The same command goes on from there.", highlight=False)
         return 0

@@ -107,3 +107,12 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
         ),
     }
 )
+
+_SPELT: Mapping[str, str] = MappingProxyType({"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"})
+"""Kinds of devices that jax does not call by a chip's name."""
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a device whose `device_kind` in jax is this; None where its figures are not known here."""
+    named = next((chip for chip in CHIPS.values() if chip.name == device_kind), None)
+    return named or CHIPS.get(_SPELT.get(device_kind, ""))

@@ -3,16 +3,16 @@ are answers, and how far it is from its teacher where there is one."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from distill.evaluation import parts
 from distill.evaluation.comparison import Comparison, Figures, perplexity
 from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
 from distill.hosts.processes import require_same
 from distill.monitor.metrics import RolloutSample
-from distill.report.results import TEACHER, EvaluationRow
+from distill.report.results import TEACHER, EvaluationRow, LengthHistogram, scalars_of
 from distill.stages.context import EngineSizes, Interrupted, RunContext
 from distill.tasks.requests import asked_in, prompt_ids
 from distill.tasks.samples import judge
@@ -50,7 +50,7 @@ class Evaluation:
     batch_size: Count = 128
     """Sequences generated at once."""
     shown: Natural = 4
-    """Responses of each model and mode that are kept for people to read."""
+    """Problems whose first response by each model and in each mode is kept for people to read side by side."""
 
     def __post_init__(self) -> None:
         check_fields(self, "evaluation")
@@ -121,6 +121,7 @@ class Evaluator:
         comparison = self._comparison
         rows: list[EvaluationRow] = []
         responses: list[Rollout] = []
+        shown: list[RolloutSample] = []
         for mode in self._evaluation.modes:
             rollouts = self._rollouts(name, model, mode)
             own = rollouts[:: self._evaluation.samples_per_problem]
@@ -128,8 +129,18 @@ class Evaluator:
                 figures = comparison.figures(name, model, mode, own)
             else:
                 figures = _of_teacher(own) if name == TEACHER else Figures()
-            rows.append(self._row(name, mode, self._judged(name, rollouts), figures))
+            samples = self._judged(rollouts)
+            rows.append(self._row(name, mode, samples, figures))
             responses += own
+            firsts = samples[:: self._evaluation.samples_per_problem]
+            shown += [firsts[place] for place in parts.of_each_family(self._problems, self._evaluation.shown)]
+        self._context.metrics.evaluation(
+            name,
+            scalars_of(rows),
+            shown,
+            step=self._context.costs[name].steps if name in self._context.costs else 0,
+            followers=[stage for stage, start in self._context.starts.items() if start == name],
+        )
         return Evaluated(rows=rows, responses=responses)
 
     def _rollouts(self, name: str, model: Qwen3, mode: Mode) -> list[Rollout]:
@@ -160,30 +171,33 @@ class Evaluator:
                 model, requests, seed=context.stage_seed("evaluation"), policy_step=0, on_progress=on_progress
             )
 
-    def _judged(self, name: str, rollouts: Sequence[Rollout]) -> list[RolloutSample]:
+    def _judged(self, rollouts: Sequence[Rollout]) -> list[RolloutSample]:
         by_id, context = {problem.problem_id: problem for problem in self._problems}, self._context
-        samples = [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
-        context.metrics.samples(0, samples[: self._evaluation.shown], stage=f"evaluation_{name}")
-        return samples
+        return [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
 
     def _row(self, name: str, mode: Mode, samples: Sequence[RolloutSample], figures: Figures) -> EvaluationRow:
         evaluation, count = self._evaluation, self._evaluation.samples_per_problem
         by_problem = [samples[first : first + count] for first in range(0, len(samples), count)]
-        graded = [of_problem for of_problem in by_problem if of_problem[0].correct is not None]
-        correct = [sum(bool(sample.correct) for sample in of_problem) for of_problem in graded]
+        graded = [place for place, of_problem in enumerate(by_problem) if of_problem[0].correct is not None]
+        correct = [sum(bool(sample.correct) for sample in by_problem[place]) for place in graded]
+        problems = [self._problems[place] for place in graded]
         working = [sample.working_correct for sample in samples if sample.working_correct is not None]
+        lengths = [sample.response_tokens for sample in samples]
         return EvaluationRow(
             model=name,
             mode=mode,
             problems=len(by_problem),
             samples_per_problem=count,
-            mean_response_tokens=sum(sample.response_tokens for sample in samples) / len(samples),
+            mean_response_tokens=sum(lengths) / len(samples),
             finished=sum(sample.finished for sample in samples) / len(samples),
             pass_at_1=mean_pass_at_k(correct, count, 1) if graded else None,
             pass_at_1_stderr=pass_at_1_standard_error(correct, count) if graded else None,
             pass_at_k={k: mean_pass_at_k(correct, count, k) for k in evaluation.pass_at} if graded else {},
             graded_problems=len(graded),
             working_correct=sum(working) / (len(graded) * count) if mode == THINKING and working else None,
+            length_histogram=LengthHistogram.of(lengths, evaluation.sampling(mode).max_new_tokens),
+            by_task=parts.scores(problems, parts.task, correct, count),
+            by_family=parts.scores(problems, parts.family, correct, count),
             **figures,
         )
 
@@ -194,10 +208,3 @@ def _of_teacher(responses: Sequence[Rollout]) -> Figures:
     if not len(surprises):
         return Figures()
     return Figures(perplexity=perplexity(float(np.mean(surprises, dtype=np.float64))), compared_tokens=len(surprises))
-
-
-def row_from_json(raw: Mapping[str, object]) -> EvaluationRow:
-    """The inverse of what `EvaluationRow` becomes in JSON, for evaluations that an earlier process has made."""
-    fields: dict[str, Any] = dict(raw)
-    at_k = fields.pop("pass_at_k", {})
-    return EvaluationRow(**fields, pass_at_k={int(k): value for k, value in at_k.items()})

@@ -2,8 +2,9 @@
 
 `metrics.jsonl` is the source of the report's curves: one record a step and stage,
 `{"stage", "step", "unix_seconds", "scalars": {name: value}}`. A metric that is not available is absent; a value that
-is not finite is null. `rollouts.jsonl` holds some rollouts for people. TensorBoard gets one event directory a stage,
-because it purges a resumed run by directory and step, and steps start anew with every stage.
+is not finite is null. `rollouts.jsonl` holds some rollouts for people, those of evaluations marked as `held_out`.
+TensorBoard gets one run a stage, a folder of its own, with tags that do not name the stage: so that stages overlay,
+and because it purges a resumed run by folder and step, and steps start anew with every stage.
 
 Names: `group/series` (`divergence/thinking`, `divergence/non_thinking`) are lines of one panel of the report, beside a
 bare `divergence`, which is the line over all.
@@ -24,7 +25,7 @@ from tensorboardX import summary
 from tensorboardX.proto.summary_pb2 import Summary
 
 from distill.monitor.records import Record, RecordLog, read_records
-from distill.monitor.tensorboard_events import EventLog
+from distill.monitor.tensorboard_events import EventLog, untag
 from qwen3.errors import UserError
 from qwen3.rollout import Mode
 
@@ -89,6 +90,8 @@ class MetricsWriter:
         for record in read_records(self._metrics.path):
             self._last_step[record["stage"]] = record["step"]
         self._events: dict[str, EventLog] = {}
+        for directory in self._run_dir.glob("tensorboard/*/"):
+            untag(directory, prefix=f"{directory.name}/")
 
     def resume_at(self, stage: str, step: int) -> None:
         """Forgets what `stage` recorded past `step`, the step of the restored checkpoint (0: from the beginning)."""
@@ -119,21 +122,36 @@ class MetricsWriter:
         floats = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in floats.items()}
         self._metrics.append({"stage": stage, "step": step, "unix_seconds": round(now, 3), "scalars": finite})
-        drawn = [v for name, value in floats.items() for v in summary.scalar(f"{stage}/{name}", value).value]
-        self._event_log(stage).write(step, Summary(value=drawn), now)
+        self._draw(stage, step, floats, now)
+
+    def evaluation(
+        self,
+        model: str,
+        values: Mapping[str, SupportsFloat],
+        samples: Sequence[RolloutSample],
+        *,
+        step: int,
+        followers: Sequence[str] = (),
+    ) -> None:
+        """Shows what was measured of `model`, and some of its responses; once more, it takes the place of the first.
+
+        TensorBoard has the values in the run of that name at `step`, where its stage ended, and at step 0 of the
+        stages that start from it, `followers`; for programs they are in the run's evaluations.
+        """
+        floats = {name: float(value) for name, value in values.items()}
+        self._draw(model, step, floats)
+        for stage in followers:
+            self._draw(stage, 0, floats)
+        self._rollouts.keep(lambda record: record["stage"] != model or not record.get("held_out"))
+        self._show(model, step, samples, held_out=True)
 
     def text(self, tag: str, step: int, markdown: str, *, stage: str) -> None:
-        """Shows `markdown` on TensorBoard's text page under `stage/tag`."""
-        self._event_log(stage).write(step, summary.text(f"{stage}/{tag}", markdown))
+        """Shows `markdown` on TensorBoard's text page under `tag`, in the run of the stage."""
+        self._event_log(stage).write(step, summary.text(tag, markdown))
 
     def samples(self, step: int, samples: Sequence[RolloutSample], *, stage: str) -> None:
         """Shows rollouts to people: lines of `rollouts.jsonl`, and one text a mode on TensorBoard's text page."""
-        for sample in samples:
-            self._rollouts.append({"stage": stage, "step": step, **dataclasses.asdict(sample)})
-        # One text holds them all: of several at one step and tag TensorBoard would keep the last.
-        for mode in dict.fromkeys(sample.mode for sample in samples):
-            texts = [sample.to_markdown() for sample in samples if sample.mode == mode]
-            self.text(f"rollouts/{mode}", step, "\n\n---\n\n".join(texts), stage=stage)
+        self._show(stage, step, samples, held_out=False)
 
     def config(self, config: Mapping[str, Any]) -> None:
         """Shows the resolved experiment on TensorBoard's text page; `config` must be plain JSON data."""
@@ -158,6 +176,20 @@ class MetricsWriter:
     ) -> None:
         self.close()
 
+    def _draw(self, stage: str, step: int, values: Mapping[str, float], unix_seconds: float | None = None) -> None:
+        drawn = [one for name, value in values.items() for one in summary.scalar(name, value).value]
+        self._event_log(stage).write(step, Summary(value=drawn), unix_seconds)
+
+    def _show(self, stage: str, step: int, samples: Sequence[RolloutSample], *, held_out: bool) -> None:
+        for sample in samples:
+            where = {"stage": stage, "step": step, "held_out": held_out}
+            self._rollouts.append(where | dataclasses.asdict(sample))
+        # One text holds them all: of several at one step and tag TensorBoard would keep the last.
+        for mode in dict.fromkeys(sample.mode for sample in samples):
+            texts = [sample.to_markdown() for sample in samples if sample.mode == mode]
+            tag = f"{'held_out' if held_out else 'rollouts'}/{mode}"
+            self.text(tag, step, "\n\n---\n\n".join(texts), stage=stage)
+
     def _event_log(self, stage: str) -> EventLog:
         if stage not in self._events:
             self._events[stage] = EventLog(self._run_dir / "tensorboard" / stage)
@@ -172,6 +204,16 @@ class NoMetrics(MetricsWriter):
     def resume_at(self, stage: str, step: int) -> None: ...
 
     def scalars(self, step: int, values: Mapping[str, SupportsFloat], *, stage: str) -> None: ...
+
+    def evaluation(
+        self,
+        model: str,
+        values: Mapping[str, SupportsFloat],
+        samples: Sequence[RolloutSample],
+        *,
+        step: int,
+        followers: Sequence[str] = (),
+    ) -> None: ...
 
     def text(self, tag: str, step: int, markdown: str, *, stage: str) -> None: ...
 

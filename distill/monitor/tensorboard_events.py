@@ -9,7 +9,7 @@ import os
 import pathlib
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -69,14 +69,36 @@ class EventLog:
             raise unwritable(self._directory, error) from error
 
 
+def untag(directory: pathlib.Path, prefix: str) -> None:
+    """Takes `prefix` off the tags in event files that begin with it, as all did before stages were runs that overlay.
+
+    Raises:
+      UserError: if the disk is full or the directory not writable.
+    """
+    try:
+        for file in sorted(directory.glob("events.out.tfevents.*")):
+            first = next((event for event in _read_events(file) if event.summary.value), None)
+            if first is None or not first.summary.value[0].tag.startswith(prefix):
+                continue
+            events = list(_read_events(file))
+            for value in (value for event in events for value in event.summary.value):
+                value.tag = value.tag.removeprefix(prefix)
+            _rewrite(file, events)
+    except OSError as error:
+        raise unwritable(directory, error) from error
+
+
 def _cut_events(path: pathlib.Path, last_step: int) -> None:
     events = list(_read_events(path))
     kept = [event for event in events if not (event.HasField("summary") and event.step > last_step)]
-    if len(kept) == len(events):
-        return
+    if len(kept) < len(events):
+        _rewrite(path, kept)
+
+
+def _rewrite(path: pathlib.Path, events: Iterable[Event]) -> None:
     draft = path.with_name(f".{path.name}")
     writer = RecordWriter(str(draft))
-    for event in kept:
+    for event in events:
         writer.write(event.SerializeToString())
     writer.close()
     os.replace(draft, path)

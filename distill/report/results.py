@@ -1,13 +1,42 @@
 """What a run measured: the rows and costs that make up `report.json`, and the sentence that sums them up."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from qwen3.rollout import MODES, Mode
 
 STUDENT_INITIAL = "student_initial"
 TEACHER = "teacher"
+
+_MOST_BINS = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """pass@1 on a part of the held-out problems."""
+
+    pass_at_1: float
+    problems: int
+    pass_at_1_stderr: float | None = None
+    """Standard error over problems."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LengthHistogram:
+    """How many responses have how many tokens."""
+
+    bin_tokens: int
+    """Width of a bin; the first one begins at 0."""
+    counts: tuple[int, ...]
+    """Responses by bin, up to the last bin that has any."""
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], most_tokens: int) -> "LengthHistogram":
+        """Of these lengths; `most_tokens`, the most that a response may have, alone decides the width of a bin."""
+        width = 1 << max(0, (-(-(most_tokens + 1) // _MOST_BINS) - 1).bit_length())
+        bins = [length // width for length in lengths]
+        return cls(bin_tokens=width, counts=tuple(bins.count(index) for index in range(max(bins, default=-1) + 1)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +65,12 @@ class EvaluationRow:
     """Problems that have an answer, over which pass@1 and pass@k are taken."""
     working_correct: float | None = None
     """Share of graded responses whose worked steps are right as well as the answer."""
+    length_histogram: LengthHistogram | None = None
+    """Of all responses, by their tokens."""
+    by_task: Mapping[str, Score] = dataclasses.field(default_factory=dict)
+    """By the name of the task; empty where there is one only."""
+    by_family: Mapping[str, Score] = dataclasses.field(default_factory=dict)
+    """By family, or `task/family` where there are several tasks; empty where there is one only."""
     forward_kl: float | None = None
     """KL(teacher‖student) on the teacher's responses, in nats a token."""
     reverse_kl: float | None = None
@@ -51,6 +86,8 @@ class EvaluationRow:
 
     def __post_init__(self) -> None:
         shares = {"pass_at_1": self.pass_at_1, **{f"pass_at_k[{k}]": v for k, v in self.pass_at_k.items()}}
+        shares |= {f"by_task[{name}]": score.pass_at_1 for name, score in self.by_task.items()}
+        shares |= {f"by_family[{name}]": score.pass_at_1 for name, score in self.by_family.items()}
         shares |= {name: getattr(self, name) for name in ("working_correct", "finished", "top_1_agreement")}
         for name, value in shares.items():
             if value is not None and not 0 <= value <= 1:
@@ -72,6 +109,8 @@ class StageCost:
     student_sample_flops: float
     teacher_flops: float
     device_seconds: float
+    start_from: str | None = None
+    """Whose weights it started from: `student_initial` or a stage; None where that is not known: the stage before."""
     student_train_seconds: float | None = None
     student_sample_seconds: float | None = None
     teacher_generate_seconds: float | None = None
@@ -175,6 +214,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def with_error(share: float, error: float | None) -> str:
+    """`95.2 ± 1.3`, in percent; without the error where it is not known."""
+    return f"{100 * share:.1f}" if error is None else f"{100 * share:.1f} ± {100 * error:.1f}"
+
+
 def mode_name(mode: str) -> str:
     return mode.replace("_", "-")
 
@@ -188,9 +232,36 @@ def parameters(count: int | None) -> str:
     return f"{count / 1e9:.1f}B" if count < 100_000_000_000 else f"{count / 1e9:.0f}B"
 
 
+def scalars_of(rows: Sequence[EvaluationRow]) -> dict[str, float]:
+    """What was measured of one model as curves, by mode; what was not measured is absent."""
+    scalars: dict[str, float | None] = {}
+    for row in rows:
+        scalars |= {
+            f"pass_at_1/{row.mode}": row.pass_at_1,
+            f"pass_at_1_stderr/{row.mode}": row.pass_at_1_stderr,
+            **{f"pass_at_{k}/{row.mode}": share for k, share in row.pass_at_k.items()},
+            f"held_out_response_tokens/{row.mode}": row.mean_response_tokens,
+            f"held_out_finished/{row.mode}": row.finished,
+            f"held_out_forward_kl/{row.mode}": row.forward_kl,
+            f"held_out_reverse_kl/{row.mode}": row.reverse_kl,
+            f"held_out_reverse_kl_own/{row.mode}": row.reverse_kl_own,
+            f"held_out_perplexity/{row.mode}": row.perplexity,
+            f"held_out_top_1_agreement/{row.mode}": row.top_1_agreement,
+        }
+    return {name: value for name, value in scalars.items() if value is not None}
+
+
 def record_json(record: EvaluationRow | StageCost) -> dict[str, Any]:
     """One row or cost as plain JSON data; what was not measured is absent."""
-    known = {name: value for name, value in vars(record).items() if value is not None and value != {}}
-    if "pass_at_k" in known:
-        known["pass_at_k"] = {str(k): value for k, value in sorted(known["pass_at_k"].items())}
+    known = _plain(record)
+    assert isinstance(known, dict)
     return known
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {name: one for name, one in fields.items() if one is not None and one != {}}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in sorted(value.items())}
+    return list(value) if isinstance(value, tuple) else value

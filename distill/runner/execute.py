@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from distill.experiment import Experiment
 from distill.hosts.processes import first_says, is_first
+from distill.monitor.environment import commit
 from distill.monitor.metrics import MetricsWriter, NoMetrics
 from distill.monitor.progress import Progress
 from distill.report.report import Report, StageCost, write_report
@@ -37,8 +38,12 @@ from student.export import export
 from teacher.fingerprint import fingerprint
 
 
-def execute(experiment: Experiment, directory: Path, progress: Progress, stop: StopRequest) -> Report:
+def execute(
+    experiment: Experiment, directory: Path, progress: Progress, stop: StopRequest, command: str | None = None
+) -> Report:
     """Run `experiment` in `directory`, or what is left of it, and return the report that it has written.
+
+    `command`, by which it was started, is told in the report.
 
     Raises UserError for what the user can mend and Interrupted where the run was asked to stop and has saved.
     """
@@ -73,6 +78,7 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             progress=progress,
             stop=stop,
             costs=costs,
+            starts={name: experiment.start_of(name) or STUDENT_INITIAL for name in experiment.stages},
         )
         evaluations = Evaluations(experiment, context, run, student)
         rows = evaluations.of_student(STUDENT_INITIAL, student)
@@ -97,11 +103,17 @@ def execute(experiment: Experiment, directory: Path, progress: Progress, stop: S
             adapter_parameters=adapter_parameters(student) or None,
             teacher_parameters=_parameters(ModelConfig.from_folder(teacher_folder)) if teacher_folder else None,
             wall_seconds=seconds,
-            provenance={"seed": experiment.seed, "teacher": teacher_folder},
+            provenance=_provenance(experiment, command),
         )
         if is_first():
             write_report(directory, report)
         return report
+
+
+def _provenance(experiment: Experiment, command: str | None) -> dict[str, Any]:
+    teacher = experiment.teacher.path if experiment.teacher else None
+    known = {"seed": experiment.seed, "teacher": teacher, "command": command, "commit": commit()}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _metrics(directory: Path) -> MetricsWriter:
@@ -157,16 +169,17 @@ def _stage(name: str, stage: Stage, start: Qwen3, context: RunContext, run: RunD
     if done is not None:
         return trained_model(name, start, stage.training, context), done
     model, spent = stage.run(name, start, context)
-    cost = _cost(name, stage, spent, jax.device_count())
+    cost = _cost(name, stage, context.starts[name], spent, jax.device_count())
     run.keep_cost(name, record_json(cost))
     return model, cost
 
 
-def _cost(name: str, stage: Stage, spent: Spent, devices: int) -> StageCost:
+def _cost(name: str, stage: Stage, start: str, spent: Spent, devices: int) -> StageCost:
     seconds = {field: getattr(spent, field) or None for field in _SECONDS}
     return StageCost(
         name=name,
         kind=stage.kind,
+        start_from=start,
         steps=spent.steps,
         tokens_trained=spent.tokens_trained,
         tokens_sampled=spent.tokens_sampled,

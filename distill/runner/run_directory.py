@@ -8,12 +8,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from distill.evaluation.evaluate import row_from_json
 from distill.experiment import Experiment, differing_fields
 from distill.hosts.processes import first_says, is_first, require_same
 from distill.monitor.environment import environment
 from distill.monitor.records import write_atomically
 from distill.monitor.run_identity import began_at, claim_id, keep_began, require_id
+from distill.report.reading import from_json
 from distill.report.results import EvaluationRow, StageCost
 from qwen3.errors import UserError
 from qwen3.rollout import Rollout, rollouts_from_json, rollouts_to_json
@@ -79,7 +79,7 @@ class RunDirectory:
     def evaluation(self, name: str) -> list[EvaluationRow] | None:
         """The rows of a model that has been evaluated, else None."""
         raw = self._read("evaluations", name)
-        return None if raw is None else [row_from_json(row) for row in raw]
+        return None if raw is None else [from_json(EvaluationRow, row, f"evaluations/{name}.json") for row in raw]
 
     def keep_evaluation(self, name: str, rows: list[Mapping[str, Any]]) -> None:
         self._write("evaluations", name, rows)
@@ -95,7 +95,7 @@ class RunDirectory:
     def cost(self, name: str) -> StageCost | None:
         """The cost of a stage that has finished, else None."""
         raw = self._read("stages", name)
-        return None if raw is None else StageCost(**raw)
+        return None if raw is None else from_json(StageCost, raw, f"stages/{name}.json")
 
     def keep_cost(self, name: str, cost: Mapping[str, Any]) -> None:
         self._write("stages", name, cost)

@@ -122,6 +122,8 @@ class RunContext:
     stop: StopRequest
     costs: Mapping[str, StageCost]
     """What the finished stages of this run cost, by name."""
+    starts: Mapping[str, str]
+    """The model that each stage starts from, by name of the stage: `student_initial` or another stage."""
 
     def require_directory(self) -> None:
         """Raises UserError, in all processes, where the directory has become another run's or is gone."""

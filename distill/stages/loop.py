@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from distill.hosts.processes import require_same
 from distill.monitor.metrics import require_finite
+from distill.monitor.utilisation import memory_gib, model_flops_utilisation
 from distill.stages.context import Interrupted, RunContext
 from distill.training.checkpoint import Checkpointer
 from distill.training.losses import Loss
@@ -158,8 +159,10 @@ def train(
                     | {
                         "learning_rate": float(learning_rates(step)),
                         "padding_fraction": result.padding_fraction,
-                        "train_tokens_per_second": result.tokens / seconds,
-                    },
+                        "tokens_per_second_per_device/training": result.tokens / seconds / context.mesh.size,
+                    }
+                    | model_flops_utilisation(produced.train_flops, seconds, context.mesh.devices.flatten().tolist())
+                    | memory_gib(context.mesh.local_devices),
                     stage=name,
                 )
                 bar.advance(tokens=result.tokens, values={"loss": result.metrics["loss"]})

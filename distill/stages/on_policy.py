@@ -160,7 +160,8 @@ class _OwnRollouts:
         spent.teacher_flops += self._teacher_flops.of(lengths)
         spent.student_sample_seconds += sampled - started
         spent.teacher_score_seconds += scored - sampled
-        metrics = self._judged(step, rollouts) | {"sample_tokens_per_second": written.tokens / written.seconds}
+        generated = written.tokens / written.seconds / self._context.mesh.size
+        metrics = self._judged(step, rollouts) | {"tokens_per_second_per_device/generation": generated}
         if self._ahead:
             metrics |= {"staleness": step - rollouts[0].policy_step, "rollout_wait_seconds": scored - started}
         return StepData(batches=batches, train_flops=self._train_flops.of(lengths), metrics=metrics)

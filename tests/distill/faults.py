@@ -29,6 +29,8 @@ from distill.monitor.progress import Progress
 from distill.run import main
 from tests.distill import miniature
 
+OF_THE_MACHINE = ("tokens_per_second_per_device/", "memory_gib/", "mfu")
+"""What metrics begin with that say something of the machine at that moment, and differ between two equal runs."""
 START = "start"
 """The phase before the first progress bar: claiming the directory, building models, self-tests."""
 _LONGEST_DELAY_SECONDS = 1.5
@@ -123,7 +125,7 @@ def scalars(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
         (record["stage"], record["step"]): {
             name: value
             for name, value in record["scalars"].items()
-            if not name.endswith(("_tokens_per_second", "_seconds"))
+            if not (name.endswith("_seconds") or name.startswith(OF_THE_MACHINE))
         }
         for record in records
     }

@@ -20,6 +20,7 @@ from distill.hosts.processes import Cluster
 from qwen3.errors import UserError
 from teacher.store import TargetStore
 from tests.distill import miniature
+from tests.distill.faults import OF_THE_MACHINE
 from tests.distill.taught import STUDENT_MESHES, losses
 
 # The mesh puts halves of every matrix into different processes, and experts on different devices of one. One layer is
@@ -100,7 +101,7 @@ def scalars(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return {
         (record["stage"], record["step"]): {
-            name: value for name, value in record["scalars"].items() if not name.endswith("_tokens_per_second")
+            name: value for name, value in record["scalars"].items() if not name.startswith(OF_THE_MACHINE)
         }
         for record in records
     }

@@ -4,9 +4,12 @@ import math
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboardX import summary
+from tensorboardX.proto.summary_pb2 import Summary
 
 from distill.monitor import metrics
 from distill.monitor.records import read_records
+from distill.monitor.tensorboard_events import EventLog
 from qwen3.errors import UserError
 
 SAMPLE = metrics.RolloutSample(
@@ -29,7 +32,7 @@ def tensorboard(run_dir, stage):
 
 
 def scalar_points(run_dir, stage, name):
-    return [(event.step, event.value) for event in tensorboard(run_dir, stage).Scalars(f"{stage}/{name}")]
+    return [(event.step, event.value) for event in tensorboard(run_dir, stage).Scalars(name)]
 
 
 def test_scalars_reach_both_sinks(tmp_path):
@@ -82,7 +85,7 @@ def test_resumed_run_draws_one_line(tmp_path):
     assert scalar_points(tmp_path, "on_policy", "loss") == expected
     assert [step for step, _ in scalar_points(tmp_path, "off_policy", "loss")] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in read_records(tmp_path / "rollouts.jsonl")] == [1, 2, 3]
-    texts = tensorboard(tmp_path, "on_policy").Tensors("on_policy/rollouts/thinking/text_summary")
+    texts = tensorboard(tmp_path, "on_policy").Tensors("rollouts/thinking/text_summary")
     assert [text.step for text in texts] == [1, 2, 3]
 
 
@@ -122,7 +125,7 @@ def test_sample_is_readable_and_its_markup_inert(tmp_path):
         writer.samples(2, [SAMPLE, SAMPLE], stage="s")
     lines = (tmp_path / "rollouts.jsonl").read_text().splitlines()
     assert [json.loads(line)["thinking"] for line in lines] == [SAMPLE.thinking] * 2
-    (text,) = tensorboard(tmp_path, "s").Tensors("s/rollouts/thinking/text_summary")
+    (text,) = tensorboard(tmp_path, "s").Tensors("rollouts/thinking/text_summary")
     assert text.tensor_proto.string_val[0].decode().count(markdown) == 2
 
 
@@ -150,5 +153,48 @@ def test_text_past_the_restored_step_is_gone(tmp_path):
             writer.text("note", step, f"step {step}", stage="s")
         writer.resume_at("s", 1)
         writer.text("note", 2, "again", stage="s")
-    texts = tensorboard(tmp_path, "s").Tensors("s/note/text_summary")
+    texts = tensorboard(tmp_path, "s").Tensors("note/text_summary")
     assert [text.tensor_proto.string_val[0].decode() for text in texts] == ["step 1", "again"]
+
+
+def test_an_evaluation_stands_where_its_stage_ended_and_where_those_that_go_on_from_it_begin(tmp_path):
+    with metrics.MetricsWriter(tmp_path) as writer:
+        for step in (1, 2):
+            writer.scalars(step, {"loss": step}, stage="off_policy")
+        for share in (0.4, 0.5):
+            writer.evaluation(
+                "off_policy",
+                {"pass_at_1/thinking": share, "pass_at_1_stderr/thinking": 0.1},
+                [SAMPLE],
+                step=2,
+                followers=["on_policy", "aside"],
+            )
+        writer.samples(2, [SAMPLE], stage="off_policy")
+        writer.resume_at("on_policy", 0)
+        writer.scalars(1, {"loss": 3}, stage="on_policy")
+    assert scalar_points(tmp_path, "off_policy", "pass_at_1/thinking")[-1] == (2, 0.5)
+    assert scalar_points(tmp_path, "off_policy", "pass_at_1_stderr/thinking")[0][0] == 2
+    assert scalar_points(tmp_path, "off_policy", "loss") == [(1, 1), (2, 2)]
+    for follower in ("on_policy", "aside"):
+        assert scalar_points(tmp_path, follower, "pass_at_1/thinking")[-1] == (0, 0.5)
+    # For programs it is among the evaluations: the metrics have a record a step.
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 1]
+    # What was evaluated again replaces what was kept first.
+    kept = [(record["held_out"], record["step"]) for record in read_records(tmp_path / "rollouts.jsonl")]
+    assert kept == [(True, 2), (False, 2)]
+    assert tensorboard(tmp_path, "off_policy").Tensors("held_out/thinking/text_summary")
+
+
+def test_event_files_with_tags_that_name_the_stage_go_on_without_it(tmp_path):
+    older = EventLog(tmp_path / "tensorboard" / "s")
+    for step in (1, 2, 3):
+        older.write(step, Summary(value=list(summary.scalar("s/loss", step).value)))
+    older.write(3, summary.text("s/rollouts/thinking", "text"))
+    older.close()
+    with metrics.MetricsWriter(tmp_path) as writer:
+        writer.resume_at("s", 2)
+        writer.scalars(3, {"loss": 30}, stage="s")
+    assert scalar_points(tmp_path, "s", "loss") == [(1, 1), (2, 2), (3, 30)]
+    files = {path: path.read_bytes() for path in (tmp_path / "tensorboard" / "s").iterdir()}
+    metrics.MetricsWriter(tmp_path).close()
+    assert {path: path.read_bytes() for path in files} == files, "files of today are left alone"

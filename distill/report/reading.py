@@ -1,0 +1,129 @@
+"""What lies in the directory of a finished run, read back and checked: `report.json` and its rows and costs."""
+
+import collections.abc
+import dataclasses
+import json
+import pathlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar, Union
+
+from distill.monitor.metrics import METRICS_FILE, ROLLOUTS_FILE, RolloutSample
+from distill.monitor.records import Record, read_records
+from distill.report.results import Report
+from qwen3.errors import UserError
+from qwen3.field_types import described, misfit
+
+REPORT_FILE = "report.json"
+
+Kind = TypeVar("Kind")
+
+
+def read_report(run_dir: pathlib.Path) -> Report:
+    """The report of a run that has finished.
+
+    Raises:
+      UserError: where `run_dir` is no directory of a finished run, or its report is damaged.
+    """
+    file = run_dir / REPORT_FILE
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no folder; name the directory of a finished run, such as runs/NAME")
+    if not file.exists():
+        if (run_dir / "config.json").exists():
+            raise UserError(
+                f"{run_dir} has no {REPORT_FILE}: its run has not finished; the same command goes on with it"
+            )
+        inside = sorted(str(found.parent) for found in run_dir.glob(f"*/{REPORT_FILE}"))
+        hint = f"perhaps you meant {' '.join(inside[:4])}" if inside else "name a folder that distill.run has made"
+        raise UserError(f"{run_dir} has no {REPORT_FILE} and is no run directory; {hint}")
+    return from_json(Report, read_object(file), str(file))
+
+
+def read_metrics(run_dir: pathlib.Path) -> list[Record]:
+    """The records of `metrics.jsonl`, each with `stage`, `step` and `scalars`; UserError for a line that is none."""
+    file = run_dir / METRICS_FILE
+    records = read_records(file)
+    for number, record in enumerate(records, start=1):
+        stage, step, scalars = (record.get(key) for key in ("stage", "step", "scalars"))
+        numbers = scalars.values() if isinstance(scalars, dict) else ["none"]
+        if not (isinstance(stage, str) and isinstance(step, int) and all(map(_is_number_or_null, numbers))):
+            raise UserError(f"{file}:{number}: not a record of metrics; delete that line or restore the file")
+    return records
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShownRollout(RolloutSample):
+    """A line of `rollouts.jsonl`."""
+
+    stage: str
+    """The stage that it was trained on in; of a held-out problem's, the model that gave it."""
+    step: int
+    held_out: bool = False
+    """Whether an evaluation kept it."""
+
+
+def read_rollouts(run_dir: pathlib.Path) -> list[ShownRollout]:
+    """What `rollouts.jsonl` holds; UserError for a line that is no rollout."""
+    file = run_dir / ROLLOUTS_FILE
+    return [from_json(ShownRollout, record, f"{file}:{n}") for n, record in enumerate(read_records(file), start=1)]
+
+
+def _is_number_or_null(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in `file`; UserError where there is none."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}); restore it, or run the command again") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{file} is not a JSON object; restore it, or run the command again")
+    return raw
+
+
+def from_json(kind: type[Kind], raw: Any, where: str) -> Kind:
+    """The `kind`, a dataclass, that was written as this JSON data; keys that it does not know are passed over.
+
+    Raises:
+      UserError: naming the value by `where` and its key, if it is missing or of another type.
+    """
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where}: {raw!r} is not an object of {kind.__name__}'s fields")
+    assert dataclasses.is_dataclass(kind)
+    hints, values = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        if not field.init:
+            continue
+        if field.name in raw:
+            values[field.name] = _value(raw[field.name], hints[field.name], f"{where}: {field.name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: {field.name} is missing")
+    try:
+        return typing.cast(Kind, kind(**values))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _value(raw: Any, hint: Any, where: str) -> Any:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        (inner,) = (part for part in parts if part is not types.NoneType)
+        return None if raw is None else _value(raw, inner, where)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, raw, where)
+    if origin is collections.abc.Mapping and isinstance(raw, dict):
+        keys, values = parts
+        try:
+            return {keys(key): _value(value, values, f"{where}.{key}") for key, value in raw.items()}
+        except ValueError:
+            raise UserError(f"{where} has the keys {', '.join(raw)}; each must be {described(keys)}") from None
+    if origin in (collections.abc.Sequence, tuple) and isinstance(raw, list):
+        return tuple(_value(value, parts[0], f"{where}[{index}]") for index, value in enumerate(raw))
+    if origin in (collections.abc.Mapping, collections.abc.Sequence, tuple):
+        raise UserError(f"{where} is {raw!r}; it must be {'an object' if len(parts) == 2 else 'a list'}")
+    if problem := misfit(raw, hint, where):
+        raise UserError(problem)
+    return raw
