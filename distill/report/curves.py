@@ -5,8 +5,9 @@ module has not heard of get a panel by their name, after the known ones.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import markupsafe
 
@@ -15,92 +16,111 @@ from distill.report import charts
 from distill.report.results import mode_name
 
 _OVERALL = "all"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One chart with its texts; `legend` pairs each line's name with its CSS colour variable."""
-
-    title: str
-    note: str
-    legend: Sequence[tuple[str, str]]
-    svg: markupsafe.Markup
+_LARGEST = 1e300
+"""Whatever is larger has no range that could be drawn."""
+Lines = dict[str, dict[str, dict[int, float]]]
+"""Values by line, stage and step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Texts:
     title: str
+    unit: str = ""
     note: str = ""
 
 
+_NATS, _SHARE, _TOKENS = "nats a token", "share", "tokens"
 _TEXTS = {
-    "loss": _Texts(title="Loss", note="Nats a token; stages may minimise different divergences."),
-    "divergence": _Texts(title="Divergence by mode", note="What the stage minimises, nats a token."),
-    "pass_at_1": _Texts(title="pass@1 while training", note="Share of held-out problems."),
-    "entropy": _Texts(title="Entropy", note="Nats a token; with stored top-k, the teacher's is a lower bound."),
-    "student_entropy": _Texts(title="Student entropy by mode", note="Nats a token."),
-    "teacher_entropy": _Texts(title="Teacher entropy by mode", note="Nats a token."),
+    "loss": _Texts(title="Loss", unit=_NATS, note="Stages may minimise different divergences."),
+    "divergence": _Texts(title="Divergence by mode", unit=_NATS, note="What the stage minimises."),
+    "entropy": _Texts(title="Entropy", unit=_NATS, note="With stored top-k, the teacher's is a lower bound."),
+    "student_entropy": _Texts(title="Student entropy by mode", unit=_NATS),
+    "teacher_entropy": _Texts(title="Teacher entropy by mode", unit=_NATS),
     "top1_agreement": _Texts(
-        title="Top-1 agreement", note="Share of tokens where student and teacher rank the same first."
+        title="Top-1 agreement", unit=_SHARE, note="Of tokens where student and teacher rank the same first."
     ),
-    "teacher_tail_mass": _Texts(title="Teacher tail mass", note="Probability outside the stored top-k tokens."),
+    "teacher_tail_mass": _Texts(
+        title="Teacher tail mass", unit="probability", note="Of all tokens but the stored top-k."
+    ),
     "student_support_mass": _Texts(
-        title="Student mass on the teacher's support", note="Probability that the loss sees token by token."
+        title="Student mass on the teacher's support",
+        unit="probability",
+        note="Of the tokens that the loss sees one by one.",
     ),
-    "accuracy": _Texts(title="Accuracy of the training rollouts", note="Share of right answers."),
-    "response_tokens": _Texts(title="Response length", note="Tokens."),
-    "finished": _Texts(title="Finished responses", note="Share that ended in a stop token."),
-    "load_balance": _Texts(title="Expert load balance"),
+    "accuracy": _Texts(title="Accuracy of the training rollouts", unit=_SHARE, note="Of right answers."),
+    "response_tokens": _Texts(title="Length of the training rollouts", unit=_TOKENS),
+    "finished": _Texts(title="Finished training rollouts", unit=_SHARE, note="The length limit cut the others off."),
+    "staleness": _Texts(
+        title="Lag of the rollouts", unit="updates", note="By which the weights that generated them are older."
+    ),
+    "load_balance": _Texts(title="Expert load balance", note="1 where all experts are used alike."),
     "gradient_norm": _Texts(title="Gradient norm", note="Before clipping."),
     "learning_rate": _Texts(title="Learning rate"),
-    "tokens_per_second": _Texts(title="Speed", note="Tokens a second."),
+    "tokens_per_second_per_device": _Texts(title="Speed", unit="tokens/s a device"),
+    "mfu": _Texts(
+        title="Model FLOPs utilisation", unit=_SHARE, note="Of the chips' bfloat16 peak, while the student trains."
+    ),
+    "memory_gib": _Texts(title="Memory", unit="GiB", note="The most that a device has held, or the process on a CPU."),
+    "padding_fraction": _Texts(title="Padding", unit=_SHARE, note="Of the places in a batch."),
+    "rollout_wait_seconds": _Texts(title="Wait for rollouts", unit="seconds", note="That training has waited."),
 }
 
 
-def panels(metrics: Sequence[Record], stage_order: Sequence[str]) -> list[Panel]:
-    """One chart a group of metrics, the stages one after the other along the steps of the whole run."""
+def panels(metrics: Sequence[Record], stage_order: Sequence[str]) -> list[charts.Chart]:
+    """One chart a group of metrics that has any value, the stages that have some one after the other."""
     stages = list(dict.fromkeys([*stage_order, *(record["stage"] for record in metrics)]))
-    spans = _spans(metrics, stages)
-    begins = dict.fromkeys(stages, 0.0) | {span.name: span.begin for span in spans}
-    # By step, so that a row written twice (an evaluation repeated after a resume) counts once.
-    values: dict[str, dict[str, dict[str, dict[float, float]]]] = {}
+    last = {stage: max((r["step"] for r in metrics if r["stage"] == stage), default=0) for stage in stages}
+    # By step, so that a row written twice counts once.
+    values: dict[str, Lines] = {}
     for record in metrics:
         for name, value in record["scalars"].items():
             group, line = _place(name)
             piece = values.setdefault(group, {}).setdefault(line, {}).setdefault(record["stage"], {})
-            piece[begins[record["stage"]] + record["step"]] = math.nan if value is None else value
+            piece[record["step"]] = math.nan if value is None or abs(value) > _LARGEST else value
     order = list(_TEXTS)
     known = sorted((group for group in values if group in _TEXTS), key=order.index)
-    return [_panel(group, values[group], spans) for group in [*known, *sorted(values.keys() - set(known))]]
+    return [
+        _panel(group, values[group], {stage: last[stage] for stage in stages if _has_value(values[group], stage)})
+        for group in [*known, *sorted(values.keys() - set(known))]
+        if any(_has_value(values[group], stage) for stage in stages)
+    ]
 
 
-def _panel(group: str, lines: dict[str, dict[str, dict[float, float]]], spans: Sequence[charts.Span]) -> Panel:
-    texts = _TEXTS.get(group, _Texts(title=group.replace("_", " ")))
+def _has_value(lines: Lines, stage: str) -> bool:
+    return any(math.isfinite(value) for pieces in lines.values() for value in pieces.get(stage, {}).values())
+
+
+def _panel(group: str, lines: Lines, steps: Mapping[str, int]) -> charts.Chart:
+    """The chart of a group in the stages that have values of it, which took so many steps."""
+    texts = _TEXTS.get(group) or _Texts(title=group.replace("_", " ").capitalize())
     if set(lines) == {_OVERALL}:
         # Alone it is the metric itself: the name tells whose it is, and with it the colour.
         lines = {group: lines[_OVERALL]}
+    begins = dict(zip(steps, itertools.accumulate(steps.values(), initial=0), strict=False))
     series = [
-        charts.Series(name=name, pieces=[(list(piece), list(piece.values())) for piece in pieces.values()])
+        charts.Series(
+            name=name,
+            pieces=[
+                ([begins[stage] + step for step in pieces[stage]], list(pieces[stage].values()))
+                for stage in steps
+                if stage in pieces
+            ],
+        )
         for name, pieces in lines.items()
+    ]
+    spans = [
+        charts.Span(name=stage, begin=begins[stage], end=begins[stage] + count)
+        for stage, count in steps.items()
+        if count
     ]
     colours = [charts.colour_of(line.name, index) for index, line in enumerate(series)]
     legend = [(mode_name(line.name), colour) for line, colour in zip(series, colours, strict=True)]
-    return Panel(
+    return charts.Chart(
         title=texts.title,
         note=texts.note,
         legend=legend if len(series) > 1 else [],
-        svg=markupsafe.Markup(charts.line_chart(series, spans, label=texts.title)),
+        svg=markupsafe.Markup(charts.line_chart(series, spans, label=texts.title, unit=texts.unit)),
     )
-
-
-def _spans(metrics: Sequence[Record], stages: Sequence[str]) -> list[charts.Span]:
-    spans: list[charts.Span] = []
-    for stage in stages:
-        steps = max((record["step"] for record in metrics if record["stage"] == stage), default=0)
-        if steps:
-            begin = spans[-1].end if spans else 0
-            spans.append(charts.Span(name=stage, begin=begin, end=begin + steps))
-    return spans
 
 
 def _place(metric: str) -> tuple[str, str]:

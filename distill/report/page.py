@@ -1,7 +1,7 @@
 """`report.html`: one file without scripts or network, made from what lies in the run directory.
 
-The template decides how things look; this module decides what is shown and formats it. Everything that a model or a
-user wrote passes through the template's autoescaping.
+The templates decide how things look; these modules decide what is shown and format it. Everything that a model or a
+user wrote passes through the templates' autoescaping.
 """
 
 import json
@@ -10,30 +10,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-import markupsafe
 
-from distill.monitor.metrics import METRICS_FILE, ROLLOUTS_FILE
 from distill.monitor.progress import duration
-from distill.monitor.records import Record, read_records
-from distill.report import charts
+from distill.report.costs import cost_table, engineering
 from distill.report.curves import panels
+from distill.report.lineage import caption, exported, in_order, is_comparison, stage_flops
+from distill.report.reading import read_metrics, read_object, read_rollouts
 from distill.report.results import (
-    STUDENT_INITIAL,
+    PASS_AT_1,
     TEACHER,
     EvaluationRow,
+    Figure,
     Report,
-    StageCost,
     headline,
     headline_figure,
     headline_mode,
     mode_name,
-    model_name,
     parameters,
-    percent,
+    with_error,
 )
+from distill.report.samples import side_by_side, training_groups
+from distill.report.scores import bars, lengths, over_compute, score_parts, score_table
 from qwen3.rollout import MODES
 
-_MOST_ROLLOUTS_A_GROUP = 6
+_CHANGED = "+changes"
 
 
 def render_page(run_dir: pathlib.Path, report: Report) -> str:
@@ -42,24 +42,28 @@ def render_page(run_dir: pathlib.Path, report: Report) -> str:
     Raises:
       UserError: for a damaged `metrics.jsonl` or `rollouts.jsonl`.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("template.html.jinja").render(
+    rollouts = read_rollouts(run_dir)
+    rungs, stages = _ladder(report), [stage.name for stage in report.stages]
+    return template("template.html.jinja").render(
         report=report,
         headline=headline(report).replace(" %", "\N{NO-BREAK SPACE}%"),
         headline_basis=_headline_basis(report),
-        ladder=_ladder(report),
+        ladders=[
+            (title, inside)
+            for title, aside in (("", False), ("Comparisons, not exported", True))
+            if (inside := [rung for rung in rungs if rung["is_comparison"] == aside])
+        ],
         facts=_facts(report),
-        bars=_bars(report.rows),
-        table=_table(report.rows),
-        costs=_costs(report.stages),
-        panels=panels(read_records(run_dir / METRICS_FILE), [stage.name for stage in report.stages]),
-        rollout_groups=_rollout_groups(read_records(run_dir / ROLLOUTS_FILE)),
+        over_compute=over_compute(report),
+        bars=bars(report),
+        table=score_table(report),
+        parts=score_parts(report),
+        lengths=lengths(report),
+        problems=side_by_side(rollouts, report),
+        costs=cost_table(report.stages),
+        panels=panels(read_metrics(run_dir), stages),
+        rollout_groups=training_groups(rollouts, stages),
+        again=_again(report),
         documents=[
             (title, text)
             for title, name in (("Configuration", "config.json"), ("Environment", "environment.json"))
@@ -67,6 +71,18 @@ def render_page(run_dir: pathlib.Path, report: Report) -> str:
         ]
         + ([("Provenance", json.dumps(report.provenance, indent=2, ensure_ascii=False))] if report.provenance else []),
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of this folder, whose values are escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def _headline_basis(report: Report) -> str:
@@ -79,34 +95,39 @@ def _headline_basis(report: Report) -> str:
 
 def _ladder(report: Report) -> list[dict[str, Any]]:
     """The headline's figure, large: one rung a model that has it, thinking first."""
-    rungs: list[dict[str, Any]] = []
     figure = headline_figure(report)
-    if figure is None:
-        return rungs
-    for model in dict.fromkeys(row.model for row in report.rows):
+    rungs = []
+    for model in in_order(report) if figure is not None else []:
+        assert figure is not None
         rows = sorted((row for row in report.rows if row.model == model), key=lambda row: MODES.index(row.mode))
-        measured = [(mode_name(row.mode), figure.text(v)) for row in rows if (v := figure.of(row)) is not None]
+        measured = [row for row in rows if figure.of(row) is not None]
         if not measured:
             continue
-        (first_mode, first), *others = measured
-        number, _, sign = first.partition(" ")
+        number, _, rest = _figure_text(measured[0], figure).partition(" ")
         rungs.append(
             {
-                "caption": _caption(model, report),
+                "caption": caption(model, report),
                 "figure": number,
-                "unit": sign or figure.unit,
-                "details": [first_mode] + [f"{text} {mode}" for mode, text in others],
+                "unit": rest,
+                "details": [
+                    mode_name(measured[0].mode),
+                    *(f"{_figure_text(row, figure)} {mode_name(row.mode)}" for row in measured[1:]),
+                ],
                 "kind": "teacher" if model == TEACHER else "student",
+                "is_exported": model == exported(report),
+                "is_comparison": is_comparison(model, report),
             }
         )
     return rungs
 
 
-def _caption(model: str, report: Report) -> str:
-    """A stage that the exported student never went through stands there to be compared with."""
-    if model in (STUDENT_INITIAL, TEACHER):
-        return model_name(model)
-    return f"comparison: {model}" if report.lineage and model not in report.lineage else f"after {model}"
+def _figure_text(row: EvaluationRow, figure: Figure) -> str:
+    """The row's figure with its unit, and with its error where it has one."""
+    value = figure.of(row)
+    assert value is not None
+    if figure is PASS_AT_1:
+        return f"{with_error(value, row.pass_at_1_stderr)} %"
+    return f"{figure.text(value)} {figure.unit}".strip()
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
@@ -118,125 +139,25 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.teacher_parameters is not None:
         facts.append(("Teacher", f"{parameters(report.teacher_parameters)} parameters"))
     if report.stages:
-        facts.append(("Compute", f"{_engineering(sum(map(_stage_flops, report.stages)))}FLOP"))
+        facts.append(("Compute", f"{engineering(sum(map(stage_flops, report.stages)))}FLOP"))
     if report.wall_seconds is not None:
         facts.append(("Wall time", duration(report.wall_seconds)))
     return facts
 
 
-def _bars(rows: Sequence[EvaluationRow]) -> markupsafe.Markup | None:
-    bars = [
-        charts.Bar(group=model_name(r.model), colour=r.mode, share=r.pass_at_1, stderr=r.pass_at_1_stderr)
-        for r in rows
-        if r.pass_at_1 is not None
-    ]
-    if not bars:
+def _again(report: Report) -> tuple[Sequence[str], str] | None:
+    """The lines of a shell that repeat the run, and what to know about them; None where the command is not known."""
+    command, commit = report.provenance.get("command"), report.provenance.get("commit")
+    if not isinstance(command, str):
         return None
-    return markupsafe.Markup(charts.bar_chart(bars, label="pass@1 by model and mode"))
-
-
-def _table(rows: Sequence[EvaluationRow]) -> dict[str, Any]:
-    ks = sorted({k for row in rows for k in row.pass_at_k})
-    return {
-        "ks": ks,
-        "with_working": any(row.working_correct is not None for row in rows),
-        "rows": [
-            {
-                "model": model_name(row.model) if index == 0 or rows[index - 1].model != row.model else "",
-                "mode": row.mode,
-                "mode_name": mode_name(row.mode),
-                "pass_at_1": "–" if row.pass_at_1 is None else f"{100 * row.pass_at_1:.1f}",
-                "stderr": None if row.pass_at_1_stderr is None else f"{100 * row.pass_at_1_stderr:.1f}",
-                "pass_at_k": [percent(row.pass_at_k[k]) if k in row.pass_at_k else "–" for k in ks],
-                "working": "–" if row.working_correct is None else percent(row.working_correct),
-                "tokens": f"{row.mean_response_tokens:,.1f}",
-                "answers": f"{row.problems:,} × {row.samples_per_problem}",
-            }
-            for index, row in enumerate(rows)
-        ],
-    }
-
-
-def _costs(stages: Sequence[StageCost]) -> dict[str, Any] | None:
-    if not stages:
-        return None
-    all_flops = sum(map(_stage_flops, stages))
-    all_seconds = sum(stage.device_seconds for stage in stages)
-    rows = []
-    for stage in stages:
-        flops = _stage_flops(stage)
-        rows.append(
-            {
-                "name": stage.name,
-                "kind": stage.kind,
-                "steps": f"{stage.steps:,}",
-                "trained": _engineering(stage.tokens_trained),
-                "sampled": _engineering(stage.tokens_sampled),
-                "flops": [
-                    _engineering(value)
-                    for value in (stage.student_train_flops, stage.student_sample_flops, stage.teacher_flops, flops)
-                ],
-                "flops_share": _share(flops, all_flops),
-                "seconds": duration(stage.device_seconds),
-                "seconds_share": _share(stage.device_seconds, all_seconds),
-                "parts": _second_parts(stage),
-            }
-        )
-    timed = any(row["parts"] for row in rows)
-    return {"rows": rows, "timed": timed, "flops": _engineering(all_flops), "seconds": duration(all_seconds)}
-
-
-def _second_parts(stage: StageCost) -> list[dict[str, Any]]:
-    """How the device seconds divide, for the bar; empty if nothing was timed."""
-    timed = [
-        ("student trains", "student", stage.student_train_seconds),
-        ("student generates", "student-light", stage.student_sample_seconds),
-        ("teacher generates", "teacher-light", stage.teacher_generate_seconds),
-        ("teacher scores", "teacher", stage.teacher_score_seconds),
-    ]
-    parts = [(name, colour, seconds) for name, colour, seconds in timed if seconds]
-    if not parts or stage.device_seconds <= 0:
-        return []
-    rest = stage.device_seconds - sum(seconds for _, _, seconds in parts)
-    if rest > 0.005 * stage.device_seconds:
-        parts.append(("rest", "grid", rest))
-    whole = sum(seconds for _, _, seconds in parts)
-    return [
-        {"name": name, "colour": colour, "percent": f"{100 * seconds / whole:.1f}", "seconds": duration(seconds)}
-        for name, colour, seconds in parts
-    ]
-
-
-def _rollout_groups(rollouts: Sequence[Record]) -> list[dict[str, Any]]:
-    """The latest rollouts of each stage and mode."""
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for rollout in rollouts:
-        groups.setdefault((rollout["stage"], rollout["mode"]), []).append(rollout)
-    return [
-        {"stage": stage, "mode": mode, "mode_name": mode_name(mode), "rollouts": members[-_MOST_ROLLOUTS_A_GROUP:]}
-        for (stage, mode), members in groups.items()
-    ]
+    if not isinstance(commit, str):
+        return [command], "Which commit of the code ran is not known."
+    checkout = f"git checkout {commit.removesuffix(_CHANGED)}"
+    note = "The code had changes that are in no commit. " if commit.endswith(_CHANGED) else ""
+    return [checkout, command], note
 
 
 def _pretty_json(path: pathlib.Path) -> str | None:
     if not path.exists():
         return None
-    return json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=2, ensure_ascii=False)
-
-
-def _stage_flops(stage: StageCost) -> float:
-    return stage.student_train_flops + stage.student_sample_flops + stage.teacher_flops
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "–"
-
-
-def _engineering(value: float) -> str:
-    """`1.23 T`, `45.6 G`, `1,024`; a dash for nothing."""
-    if not value:
-        return "–"
-    for size, unit in ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:,.0f}"
+    return json.dumps(read_object(path), indent=2, ensure_ascii=False)

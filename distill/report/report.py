@@ -15,6 +15,7 @@ from rich.table import Table
 
 from distill.monitor.records import write_atomically
 from distill.report.page import render_page
+from distill.report.reading import REPORT_FILE
 from distill.report.results import (
     FORWARD_KL,
     TEACHER,
@@ -27,7 +28,16 @@ from distill.report.results import (
     percent,
 )
 
-__all__ = ["EvaluationRow", "Report", "StageCost", "terminal_table", "write_report"]
+PAGE_FILE = "report.html"
+
+__all__ = [
+    "PAGE_FILE",
+    "EvaluationRow",
+    "Report",
+    "StageCost",
+    "terminal_table",
+    "write_report",
+]
 
 
 def write_report(run_dir: str | os.PathLike[str], report: Report) -> pathlib.Path:
@@ -38,8 +48,8 @@ def write_report(run_dir: str | os.PathLike[str], report: Report) -> pathlib.Pat
     """
     directory = pathlib.Path(run_dir)
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(directory / "report.json", text + "\n")
-    page = directory / "report.html"
+    write_atomically(directory / REPORT_FILE, text + "\n")
+    page = directory / PAGE_FILE
     write_atomically(page, render_page(directory, report))
     return page
 

@@ -1,5 +1,4 @@
 import dataclasses
-import html.parser
 import io
 import json
 import math
@@ -10,83 +9,13 @@ from rich.console import Console
 
 from distill.monitor.metrics import MetricsWriter, RolloutSample
 from distill.report import report as reports
+from distill.report.costs import cost_table
 from distill.report.curves import panels
-from distill.report.results import headline
+from distill.report.reading import read_rollouts
+from distill.report.results import LengthHistogram, Score, headline
+from distill.report.samples import side_by_side, training_groups
 from qwen3.errors import UserError
-
-OFF_POLICY = reports.StageCost(
-    name="off_policy",
-    kind="OffPolicy",
-    steps=150,
-    tokens_trained=1_228_800,
-    tokens_sampled=24_576,
-    student_train_flops=9.6e11,
-    student_sample_flops=0,
-    teacher_flops=3.6e11,
-    device_seconds=48.0,
-    student_train_seconds=36.0,
-    teacher_generate_seconds=12.0,
-)
-ON_POLICY = dataclasses.replace(
-    OFF_POLICY,
-    name="on_policy",
-    kind="OnPolicy",
-    student_train_seconds=None,
-    teacher_generate_seconds=None,
-)
-
-
-def row(model, pass_at_1, mode="thinking", **fields):
-    defaults = {"pass_at_k": {8: min(1, 1.2 * pass_at_1)}, "problems": 256, "samples_per_problem": 8}
-    return reports.EvaluationRow(
-        model=model, mode=mode, pass_at_1=pass_at_1, mean_response_tokens=31.4, **defaults | fields
-    )
-
-
-REPORT = reports.Report(
-    experiment="quickstart",
-    rows=[
-        row("student_initial", 0.031),
-        row("off_policy", 0.491, pass_at_1_stderr=0.031, working_correct=0.45),
-        row("off_policy", 0.22, mode="non_thinking"),
-        row("on_policy", 0.962),
-        row("teacher", 0.995),
-    ],
-    stages=[OFF_POLICY, ON_POLICY],
-    student_parameters=131_200,
-    teacher_parameters=722_000,
-)
-
-
-class Page(html.parser.HTMLParser):
-    """Collects what a browser would see: tags that are open wrongly, texts, and addresses."""
-
-    VOID = ("meta", "br", "path", "use")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.addresses, self.texts = [], [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("href", "src", "xlink:href")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.texts.append(data.strip())
+from tests.distill.reported import OFF_POLICY, ON_POLICY, REPORT, SAMPLE, Page, row
 
 
 def page(run_dir, report=REPORT):
@@ -196,11 +125,20 @@ def test_no_row_without_an_answer_speaks_of_accuracy(tmp_path):
     assert "0.0" not in shown.texts
 
 
-def test_a_stage_beside_the_exported_students_line_is_called_a_comparison(tmp_path):
+def test_a_stage_beside_the_exported_students_line_stands_apart_as_a_comparison(tmp_path):
     told = dataclasses.replace(REPORT, rows=[*REPORT.rows, row("more_of_the_same", 0.6)])
     shown = page(tmp_path, dataclasses.replace(told, lineage=["off_policy", "on_policy"])).texts
-    assert {"after off_policy", "after on_policy", "comparison: more_of_the_same"} <= set(shown)
-    assert "after more_of_the_same" in page(tmp_path, told).texts, "without a line nothing is known to be beside it"
+    assert {"after off_policy", "after on_policy", "more_of_the_same"} <= set(shown)
+    ladder = shown[: shown.index("What it cost")]
+    # In the ladder and in the table: after the teacher, below a heading of their own; one student is exported.
+    for begin, end in ((0, ladder.index("Model")), (ladder.index("Model"), len(ladder))):
+        part = ladder[begin:end]
+        assert part.index("teacher") < part.index("Comparisons, not exported") < part.index("more_of_the_same")
+        assert part[part.index("exported") - 1].endswith("on_policy")
+        assert part.count("exported") == 1
+    alone = page(tmp_path, told).texts
+    assert "after more_of_the_same" in alone, "without a line nothing is known to be beside it"
+    assert not {"exported", "Comparisons, not exported"} & set(alone)
 
 
 def test_page_stands_alone(tmp_path):
@@ -211,8 +149,8 @@ def test_page_stands_alone(tmp_path):
     assert "script" not in shown.tags
     assert "link" not in shown.tags
     assert all(address.startswith("#") for address in shown.addresses)
-    # One bar chart, and a panel each for loss and KL.
-    assert shown.tags.count("svg") == 3
+    # pass@1 over FLOPs in two modes, one bar chart, and a panel each for loss and KL.
+    assert shown.tags.count("svg") == 5
     text = (tmp_path / "report.html").read_text()
     assert re.search(r"url\((?!#)|@import", text) is None
     assert set(re.findall(r"https?://[^\"' ]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
@@ -254,14 +192,23 @@ def test_what_models_and_users_wrote_is_inert(tmp_path):
             ],
             stage="off_policy",
         )
+        writer.evaluation(
+            attack, {}, [dataclasses.replace(SAMPLE, prompt=attack, answer=attack, expected=attack)], step=1
+        )
     (tmp_path / "config.json").write_text(json.dumps({"name": attack}))
-    stage = dataclasses.replace(OFF_POLICY, name=f"{attack} $x_{{")
+    stages = [OFF_POLICY, dataclasses.replace(OFF_POLICY, name=f"{attack} $x_{{")]
+    scored = row(attack, 0.5, by_family={attack: Score(pass_at_1=0.5, problems=2)})
     report = dataclasses.replace(
-        REPORT, experiment=attack, rows=[row(attack, 0.5)], stages=[stage], provenance={"command": attack}
+        REPORT,
+        experiment=attack,
+        rows=[scored, row(stages[1].name, 0.4)],
+        stages=stages,
+        lineage=(attack,),
+        provenance={"command": attack, "commit": attack},
     )
     shown = page(tmp_path, report)
     assert "script" not in shown.tags
-    assert shown.texts.count(attack) >= 4
+    assert shown.texts.count(attack) >= 8
     assert f"</pre>{attack}" in shown.texts
 
 
@@ -273,24 +220,90 @@ def test_page_from_an_empty_run(tmp_path):
 
 def test_curves_take_gaps_one_point_and_steps_written_twice(tmp_path):
     with MetricsWriter(tmp_path) as writer:
+        writer.scalars(3, {"gradient_norm": 1e308, "learning_rate": -1e308}, stage="off_policy")
+        writer.scalars(4, {"gradient_norm": 1.0, "learning_rate": 1.0}, stage="off_policy")
         writer.scalars(5, {"loss": float("nan"), "pass_at_1/thinking": 0.2}, stage="off_policy")
         writer.scalars(5, {"pass_at_1/thinking": 0.4}, stage="off_policy")
         writer.scalars(0, {"unheard_of": 0.0}, stage="evaluation")
     shown = page(tmp_path)
-    assert "unheard of" in shown.texts
-    assert shown.tags.count("svg") == 4
+    assert "Unheard of" in shown.texts
+    # The loss has no value at all, and no panel.
+    assert "Loss" not in shown.texts
+    assert shown.tags.count("svg") == 7
 
 
 def test_metrics_of_one_group_share_a_panel():
     scalars = {"divergence": 0.2, "divergence/thinking": 0.1, "student_entropy": 1.0, "teacher_entropy": 0.9, "new": 1}
     metrics = [{"stage": stage, "step": 4, "scalars": scalars} for stage in ("on_policy", "off_policy")]
     shown = panels(metrics, ["off_policy", "on_policy"])
-    assert [panel.title for panel in shown] == ["Divergence by mode", "Entropy", "new"]
+    assert [panel.title for panel in shown] == ["Divergence by mode", "Entropy", "New"]
     assert shown[0].legend == [("all", "--student"), ("thinking", "--thinking")]
     assert shown[1].legend == [("student", "--student"), ("teacher", "--teacher")]
     assert shown[2].legend == []
     # The stages follow the report's order, each with a point where it ends.
     assert shown[2].svg.index(">off_policy<") < shown[2].svg.index(">on_policy<")
+
+
+def test_a_panel_shows_only_the_stages_that_have_its_values():
+    metrics = [
+        {"stage": "off_policy", "step": 4, "scalars": {"loss": 1.0, "accuracy/thinking": None}},
+        {"stage": "on_policy", "step": 2, "scalars": {"loss": 1.0, "accuracy/thinking": 0.5}},
+    ]
+    loss, accuracy = panels(metrics, ["off_policy", "on_policy"])
+    assert (">off_policy<" in loss.svg, ">on_policy<" in loss.svg) == (True, True)
+    assert (">off_policy<" in accuracy.svg, ">on_policy<" in accuracy.svg) == (False, True)
+    assert ">nats a token<" in loss.svg
+    assert ">optimiser steps<" in loss.svg
+
+
+def test_the_responses_of_all_models_to_one_problem_stand_side_by_side(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for model, correct in (("teacher", True), ("student_initial", False), ("on_policy", True)):
+            writer.evaluation(model, {}, [dataclasses.replace(SAMPLE, correct=correct)], step=0)
+        writer.samples(3, [dataclasses.replace(SAMPLE, prompt_id="trained on")], stage="on_policy")
+    problems = side_by_side(read_rollouts(tmp_path), REPORT)
+    assert [problem["prompt"] for problem in problems] == [SAMPLE.prompt]
+    columns = [(response["caption"], response["verdict"][0]) for response in problems[0]["responses"]]
+    assert columns == [("student before", "wrong"), ("after on_policy", "right"), ("teacher", "right")]
+    (group,) = training_groups(read_rollouts(tmp_path), ["off_policy", "on_policy"])
+    assert [member["rollout"].prompt_id for member in group["rollouts"]] == ["trained on"]
+
+
+def test_cost_bars_share_one_scale():
+    half = dataclasses.replace(OFF_POLICY, name="half", device_seconds=24.0)
+    costs = cost_table([OFF_POLICY, half])
+    assert [stage["length"] for stage in costs["rows"]] == ["100.0", "50.0"]
+
+
+def test_what_is_known_of_parts_lengths_and_ends_is_shown_and_nothing_else(tmp_path):
+    headings = {"pass@1 by family, %", "How long the responses are", "Cut off", "pass@1 by task, %"}
+    assert not headings & set(page(tmp_path).texts)
+    told = row(
+        "on_policy",
+        0.962,
+        finished=0.975,
+        length_histogram=LengthHistogram.of([3, 4, 4], 72),
+        by_family={
+            "sums": Score(pass_at_1=0.9, problems=90, pass_at_1_stderr=0.02),
+            "products": Score(pass_at_1=0.1, problems=10),
+        },
+    )
+    texts = page(tmp_path, dataclasses.replace(REPORT, rows=[*REPORT.rows[:3], told])).texts
+    assert headings - set(texts) == {"pass@1 by task, %"}
+    assert {"90.0 ± 2.0", "10.0", "2.5 %", "on_policy, 2.5 % cut off"} <= set(texts)
+    assert texts.index("sums") < texts.index("products"), "the family with more problems comes first"
+
+
+def test_the_command_that_repeats_the_run_is_there_with_its_commit(tmp_path):
+    def said(**provenance):
+        return " ".join(page(tmp_path, dataclasses.replace(REPORT, provenance=provenance)).texts)
+
+    command = "python -m distill.run experiments/quickstart.py --seed 1"
+    assert f"git checkout 0123456789ab\n{command}" in said(command=command, commit="0123456789ab")
+    changed = said(command=command, commit="0123456789ab+changes")
+    assert f"git checkout 0123456789ab\n{command}" in changed
+    assert "changes that are in no commit" in changed
+    assert "The same again" not in page(tmp_path, dataclasses.replace(REPORT, provenance={})).texts
 
 
 def test_page_is_reproducible(tmp_path):

@@ -15,7 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from distill.report.curves import _TEXTS, _place
+from distill.report.reading import read_metrics, read_report, read_rollouts
+from distill.report.samples import side_by_side
 from distill.run import _keep_compiled
 from distill.training.checkpoint import Checkpointer
 from distill.training.train_state import TrainState, abstract_state
@@ -63,6 +67,17 @@ def test_report_has_a_row_for_every_model_and_mode(finished: Path) -> None:
         {"pass_at_1", "mean_response_tokens"} <= row.keys() and "2" in row["pass_at_k"] for row in report["rows"]
     )
     costs = {stage["name"]: stage for stage in report["stages"]}
+    assert {name: cost["start_from"] for name, cost in costs.items()} == {
+        "pretraining": "student_initial",
+        "off_policy": "pretraining",
+        "on_policy": "off_policy",
+        "same_outputs": "off_policy",
+        "ahead": "off_policy",
+    }
+    assert report["provenance"]["command"].startswith("python -m distill.run ")
+    thinking, non_thinking = report["rows"][:2]
+    assert thinking["by_family"].keys() == {"chain_sum", "products"}
+    assert sum(non_thinking["length_histogram"]["counts"]) == 6 * 2
     assert costs["pretraining"]["teacher_flops"] == 0
     assert costs["off_policy"]["tokens_sampled"] > 0
     assert costs["on_policy"]["student_sample_flops"] > 0
@@ -80,6 +95,30 @@ def test_run_directory_holds_what_people_look_for(finished: Path) -> None:
     assert list((finished / "tensorboard").rglob("events.*"))
     assert (finished / "targets" / "off_policy" / "index.json").exists()
     assert "<script" not in (finished / "report.html").read_text()
+
+
+def test_tensorboard_has_every_evaluation_where_it_was_made_in_a_run_a_stage(finished: Path) -> None:
+    rows = {
+        (row["model"], row["mode"]): row["pass_at_1"]
+        for row in json.loads((finished / "report.json").read_text())["rows"]
+    }
+    for stage, start, steps in (("pretraining", "student_initial", 3), ("on_policy", "off_policy", 5)):
+        events = EventAccumulator(str(finished / "tensorboard" / stage)).Reload()
+        points = [(event.step, event.value) for event in events.Scalars("pass_at_1/thinking")]
+        assert points == [(0, pytest.approx(rows[start, "thinking"])), (steps, pytest.approx(rows[stage, "thinking"]))]
+        assert [event.step for event in events.Scalars("loss")] == list(range(1, steps + 1))
+        assert {"pass_at_1_stderr/thinking", "memory_gib/process", "tokens_per_second_per_device/training"} <= set(
+            events.Tags()["scalars"]
+        )
+        assert "mfu" not in events.Tags()["scalars"], "the peak of this machine's cores is not known"
+
+
+def test_the_page_has_words_for_every_metric_and_each_models_response_to_the_same_problems(finished: Path) -> None:
+    groups = {_place(name)[0] for record in read_metrics(finished) for name in record["scalars"]}
+    assert groups <= _TEXTS.keys()
+    problems = side_by_side(read_rollouts(finished), read_report(finished))
+    assert len(problems) == 2 * 4
+    assert all(len(problem["responses"]) == 7 for problem in problems)
 
 
 def test_export_loads_in_transformers_and_holds_the_students_last_weights(
