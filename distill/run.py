@@ -35,6 +35,7 @@ GKE's TPU slices the processes find one another; elsewhere say who they are (--c
 _EPILOGUE = """\
 Everything goes into RUNS/NAME: config.json, tensorboard/ (tensorboard --logdir RUNS), checkpoints/, targets/,
 rollouts.jsonl, report.html, report.json, and export/, the student as a Hugging Face folder.
+python -m distill.report RUNS/NAME … makes the page of a run anew, and joins several runs into one.
 Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with all saved; 2 something for you to mend, said in one line;
 1 one of several processes has died, and the others have ended with it.
 """

@@ -3,6 +3,7 @@
 import collections.abc
 import dataclasses
 import json
+import math
 import pathlib
 import types
 import typing
@@ -124,6 +125,8 @@ def _value(raw: Any, hint: Any, where: str) -> Any:
         return tuple(_value(value, parts[0], f"{where}[{index}]") for index, value in enumerate(raw))
     if origin in (collections.abc.Mapping, collections.abc.Sequence, tuple):
         raise UserError(f"{where} is {raw!r}; it must be {'an object' if len(parts) == 2 else 'a list'}")
+    if isinstance(raw, float) and not math.isfinite(raw):
+        raise UserError(f"{where} is {raw}; it must be a finite number")
     if problem := misfit(raw, hint, where):
         raise UserError(problem)
     return raw

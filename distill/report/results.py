@@ -31,6 +31,13 @@ class LengthHistogram:
     counts: tuple[int, ...]
     """Responses by bin, up to the last bin that has any."""
 
+    def __post_init__(self) -> None:
+        if self.bin_tokens < 1 or any(count < 0 for count in self.counts):
+            raise ValueError(
+                f"a histogram of lengths has bins of {self.bin_tokens} tokens and the counts {self.counts}; give a "
+                "width of at least 1 and counts that are not negative"
+            )
+
     @classmethod
     def of(cls, lengths: Iterable[int], most_tokens: int) -> "LengthHistogram":
         """Of these lengths; `most_tokens`, the most that a response may have, alone decides the width of a bin."""

@@ -4,7 +4,7 @@
         python -m distill.run experiments/benchmarks/staleness_learning.py --name lag-$lag-$seed --seed $seed \
             --stages.on_policy.max_staleness $lag
     done; done
-    for lag in 0 1; do python -m experiments.benchmarks.spread runs/lag-$lag-{0,1,2}; done
+    for lag in 0 1; do python -m distill.report runs/lag-$lag-{0,1,2}; done
 
 prints a table for each lag. Runs of one seed have the same student before the on-policy stage, bit for bit, and the
 same prompts in it.
