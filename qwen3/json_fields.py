@@ -17,10 +17,11 @@ _DEEPEST = 100
 _LARGEST = 3e38
 
 
-def read_object(path: Path, missing: str) -> dict[str, Any]:
+def read_object(path: Path, missing: str, *, damaged: str = "fetch the file again") -> dict[str, Any]:
     """The object that a JSON file holds.
 
-    Raises UserError as `parse_object`, or where the file cannot be read; `missing` is the remedy where there is none.
+    Raises UserError as `parse_object`, or where the file cannot be read; `missing` is the remedy where there is none,
+    `damaged` where it is no JSON.
     """
     try:
         content = path.read_bytes()
@@ -29,10 +30,10 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} cannot be read ({reason}); make it a readable file") from None
-    return parse_object(path, content)
+    return parse_object(path, content, damaged)
 
 
-def parse_object(path: Path, content: bytes) -> dict[str, Any]:
+def parse_object(path: Path, content: bytes, damaged: str = "fetch the file again") -> dict[str, Any]:
     """The object that the content of file `path` holds.
 
     Raises UserError, naming the file, for anything else than UTF-8 with JSON in it; for NaN, an infinity, and a number
@@ -49,17 +50,17 @@ def parse_object(path: Path, content: bytes) -> dict[str, Any]:
         if _nested_too_deep(value):
             raise RecursionError
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start + 1}); fetch the file again") from None
+        raise UserError(f"{path} is not UTF-8 (byte {error.start + 1}); {damaged}") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); fetch the file again") from None
+        raise UserError(f"{path} is not valid JSON ({error}); {damaged}") from None
     except UserError as error:
         raise UserError(f"{path} {error}") from None
     except ValueError:
-        raise UserError(f"{path} holds a number of thousands of digits; fetch the file again") from None
+        raise UserError(f"{path} holds a number of thousands of digits; {damaged}") from None
     except RecursionError:
-        raise UserError(f"{path} nests lists and objects more than {_DEEPEST} deep; fetch the file again") from None
+        raise UserError(f"{path} nests lists and objects more than {_DEEPEST} deep; {damaged}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object; fetch the file again")
+        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object; {damaged}")
     return value
 
 

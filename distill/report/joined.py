@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from distill.report.lineage import in_order
-from distill.report.reading import read_object, read_report
+from distill.report.reading import read_report
 from distill.report.results import EvaluationRow, Report
 from qwen3.errors import UserError
+from qwen3.json_fields import read_object
 from qwen3.rollout import MODES, Mode
 
 _NO_VARIANT = ("name", "seed", "description")
@@ -86,7 +87,11 @@ def read_runs(directories: Sequence[pathlib.Path]) -> list[Run]:
         if places[os.path.realpath(directory)] > 1:
             raise UserError(f"{directory} is named twice; a run counts once")
     return [
-        Run(directory=directory, report=read_report(directory), config=read_object(directory / "config.json"))
+        Run(
+            directory=directory,
+            report=read_report(directory),
+            config=read_object(directory / "config.json", "restore it", damaged="restore it"),
+        )
         for directory in directories
     ]
 

@@ -15,7 +15,7 @@ from distill.monitor.progress import duration
 from distill.report.costs import cost_table, engineering
 from distill.report.curves import panels
 from distill.report.lineage import caption, exported, in_order, is_comparison, stage_flops
-from distill.report.reading import read_metrics, read_object, read_rollouts
+from distill.report.reading import read_metrics, read_rollouts
 from distill.report.results import (
     PASS_AT_1,
     TEACHER,
@@ -31,6 +31,7 @@ from distill.report.results import (
 )
 from distill.report.samples import side_by_side, training_groups
 from distill.report.scores import bars, lengths, over_compute, score_parts, score_table
+from qwen3.json_fields import read_object
 from qwen3.rollout import MODES
 
 _CHANGED = "+changes"
@@ -160,4 +161,6 @@ def _again(report: Report) -> tuple[Sequence[str], str] | None:
 def _pretty_json(path: pathlib.Path) -> str | None:
     if not path.exists():
         return None
-    return json.dumps(read_object(path), indent=2, ensure_ascii=False)
+    return json.dumps(
+        read_object(path, "run the command again", damaged="run the command again"), indent=2, ensure_ascii=False
+    )

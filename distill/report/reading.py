@@ -2,7 +2,6 @@
 
 import collections.abc
 import dataclasses
-import json
 import math
 import pathlib
 import types
@@ -15,8 +14,10 @@ from distill.monitor.records import Record, read_records
 from distill.report.results import Report
 from qwen3.errors import UserError
 from qwen3.field_types import described, misfit
+from qwen3.json_fields import read_object
 
 REPORT_FILE = "report.json"
+_RESTORE = "restore it, or run the command again"
 
 Kind = TypeVar("Kind")
 
@@ -38,7 +39,7 @@ def read_report(run_dir: pathlib.Path) -> Report:
         inside = sorted(str(found.parent) for found in run_dir.glob(f"*/{REPORT_FILE}"))
         hint = f"perhaps you meant {' '.join(inside[:4])}" if inside else "name a folder that distill.run has made"
         raise UserError(f"{run_dir} has no {REPORT_FILE} and is no run directory; {hint}")
-    return from_json(Report, read_object(file), str(file))
+    return from_json(Report, read_object(file, _RESTORE, damaged=_RESTORE), str(file))
 
 
 def read_metrics(run_dir: pathlib.Path) -> list[Record]:
@@ -72,17 +73,6 @@ def read_rollouts(run_dir: pathlib.Path) -> list[ShownRollout]:
 
 def _is_number_or_null(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def read_object(file: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in `file`; UserError where there is none."""
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}); restore it, or run the command again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file} is not a JSON object; restore it, or run the command again")
-    return raw
 
 
 def from_json(kind: type[Kind], raw: Any, where: str) -> Kind:

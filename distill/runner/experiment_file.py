@@ -14,7 +14,6 @@ from typing import Any
 
 from distill.experiment import Experiment
 from qwen3.errors import UserError
-from qwen3.field_types import misfit
 
 _UNKNOWN_FIELD = re.compile(r"(?:\w+\.)*(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 _MISSING_FIELDS = re.compile(r"(?:\w+\.)*(\w+)\.__init__\(\) missing \d+ required keyword-only arguments?: (.*)")

@@ -19,7 +19,6 @@ from distill.stages import OffPolicy, OnPolicy, Sft
 from distill.stages.loop import Training
 from distill.training.losses import Loss
 from qwen3.errors import UserError
-from qwen3.field_types import misfit
 from tests.distill import miniature
 
 

@@ -109,8 +109,8 @@ REFUSED = {
     "an empty folder": (lambda run: [str(_empty(run))], "is no run directory"),
     "an unfinished run": (lambda run: [str(_unfinished(run))], "has not finished"),
     "named twice": (lambda run: [str(run), f"{run}/../{run.name}"], "named twice"),
-    "no JSON": (lambda run: _damage(run, "report.json", "{"), "report.json cannot be read as JSON"),
-    "no object": (lambda run: _damage(run, "report.json", "[1]"), "report.json is not a JSON object"),
+    "no JSON": (lambda run: _damage(run, "report.json", "{"), "report.json is not valid JSON"),
+    "no object": (lambda run: _damage(run, "report.json", "[1]"), "report.json holds list, not a JSON object; restore it"),
     "nothing in it": (lambda run: _damage(run, "report.json", "{}"), "report.json: experiment is missing"),
     "a row that is none": (
         lambda run: _damage(run, "report.json", '{"experiment": "a", "rows": [3], "stages": []}'),
