@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from qwen3.errors import UserError
@@ -16,25 +16,28 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_m
 
 
 @contextlib.contextmanager
-def complete_folder(folder: str | Path) -> Iterator[Path]:
+def complete_folder(folder: str | Path, own: Collection[str] | None = None) -> Iterator[Path]:
     """Yields an empty folder to write into, and gives it the name `folder` when the block ends without an error.
 
-    A model folder of that name is replaced; after an error it is as it was.
+    A model folder of that name is replaced; after an error it is as it was. Where `own` names the files in it that
+    the caller has written, by their paths inside of it, they alone are replaced: everything else stays as it is.
 
     Raises:
-        UserError: `folder` cannot be written, or holds something that is no part of a model.
+        UserError: `folder` cannot be written, or without `own` holds something that is no part of a model.
     """
     target = Path(os.path.abspath(folder))
     partial, previous = (target.with_name(f".{target.name}.{state}") for state in ("partial", "previous"))
     try:
         _restore(target, previous)  # where an earlier process was killed between the two renames below
-        _check_replaceable(target)
+        _check_replaceable(target, any_content=own is not None)
         for leftover in (partial, previous):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
             if target.exists():
+                if own is not None:
+                    _carry_over(target, partial, own)
                 target.rename(previous)
             partial.rename(target)
         finally:
@@ -45,12 +48,17 @@ def complete_folder(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"{target} cannot be written ({error.strerror or error}); name another folder") from None
 
 
+def is_part_of_model(path: Path) -> bool:
+    """Whether a file is, by its name, one that model folders consist of."""
+    return path.suffix in _SUFFIXES
+
+
 def _restore(target: Path, previous: Path) -> None:
     if previous.exists() and not target.exists():
         previous.rename(target)
 
 
-def _check_replaceable(target: Path) -> None:
+def _check_replaceable(target: Path, *, any_content: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -58,9 +66,9 @@ def _check_replaceable(target: Path) -> None:
     foreign = sorted(
         path.name
         for path in target.iterdir()
-        if not (path.name in _FOLDERS if path.is_dir() else path.suffix in _SUFFIXES)
+        if not (path.name in _FOLDERS if path.is_dir() else is_part_of_model(path))
     )
-    if foreign:
+    if foreign and not any_content:
         raise UserError(f"{target} holds {foreign[0]}, which is no part of a model; name an empty or a new folder")
 
 
@@ -95,3 +103,22 @@ def _base_of(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         base = None
     return repr(base) if isinstance(base, str) and base else "a base that it does not name"
+
+
+def _carry_over(target: Path, partial: Path, own: Collection[str]) -> None:
+    """Gives `partial` what `target` holds besides its `own` files, in place of what has the same name there."""
+    for place, folders, files in os.walk(target):
+        there = partial / Path(place).relative_to(target)
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        for name in {*folders} - {*links}:
+            (there / name).mkdir(exist_ok=True)
+        for name in (*files, *links):
+            if Path(place, name).relative_to(target).as_posix() in own:
+                continue
+            (there / name).unlink(missing_ok=True)
+            try:
+                # Both folders have it until the old one goes: a kill in between loses nothing, and large files cost
+                # nothing.
+                os.link(Path(place, name), there / name, follow_symlinks=False)
+            except OSError:
+                shutil.copy2(Path(place, name), there / name, follow_symlinks=False)

@@ -3,7 +3,7 @@
 Or its adapters alone, as a folder that PEFT and vLLM load onto their base."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def export(
     *,
     dtype: DTypeLike | None = None,
     adapters_of: str | Path | None = None,
-) -> None:
+    own: Collection[str] | None = None,
+) -> list[str]:
     """Write model and tokenizer; the folder appears under its name once it is complete.
 
     Args:
@@ -36,6 +37,11 @@ def export(
         dtype: What weights are stored as; None keeps the model's dtype.
         adapters_of: The folder of the base: write the adapters alone, as PEFT loads them, instead of a whole model
             with the adapters merged.
+        own: The files in `folder` that may be replaced; everything else there stays as it is. None: the folder is a
+            model's, all of which may.
+
+    Returns:
+        The files that were written, by their paths in the folder; none in the processes that do not write.
 
     Raises:
         UserError: The folder cannot be written, or the tokenizer has more entries than the model.
@@ -53,9 +59,10 @@ def export(
 
     if jax.process_index() != 0:
         save_weights(Path(folder))  # writes nothing here, but the first process needs this one's part
-        return
-    with complete_folder(folder) as partial:
+        return []
+    with complete_folder(folder, own) as partial:
         save_weights(partial)
         tokenizer.save(partial)
         content = json.dumps(ends | dict(generation or {}), indent=2)
         (partial / "generation_config.json").write_text(content + "\n")
+        return sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())

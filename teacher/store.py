@@ -198,7 +198,7 @@ class TargetStore:
         try:
             return decode(self._source[number])
         # array_record and safetensors report damage in their own ways; all of them mean the same to a user.
-        except (RuntimeError, safetensors.SafetensorError, KeyError, ValueError) as error:
+        except (RuntimeError, safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
             shard = int(np.searchsorted(self._shard_ends, number, side="right"))
             raise UserError(
                 f"target store shard {_shard_path(self.directory, shard)} is damaged at record {number}: {error}; "
@@ -225,19 +225,39 @@ def _shard_path(directory: Path, number: int) -> Path:
 def _read_index(directory: Path) -> dict[str, Any]:
     path = directory / INDEX_NAME
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {directory} is not a target store, or its writer never started") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"target store index {path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"target store index {path} cannot be read: {error}; restore it or delete {directory} and rewrite"
+        ) from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise UserError(f"target store index {path} is not of format {FORMAT}; rewrite the store with this version")
-    absent = {"identity", "finished", "entries", "shards"} - index.keys()
-    if not absent:
-        absent = {field for shard in index["shards"].values() for field in _SHARD_FIELDS - shard.keys()}
-    if absent:
-        raise UserError(f"target store index {path} lacks {', '.join(sorted(absent))}; rewrite the store")
+    if wrong := _wrong_in(index):
+        raise UserError(f"target store index {path} is damaged: {wrong}; restore it or delete {directory} and rewrite")
     return index
+
+
+def _wrong_in(index: Mapping[str, Any]) -> str | None:
+    """What the index holds in another way than the writer puts it there, else None."""
+    shards = index.get("shards")
+    if not isinstance(index.get("identity"), dict) or not isinstance(index.get("finished"), bool):
+        return "it lacks identity or finished"
+    if not isinstance(shards, dict) or not all(isinstance(shard, dict) for shard in shards.values()):
+        return "shards are no objects"
+    if absent := {field for shard in shards.values() for field in _SHARD_FIELDS - shard.keys()}:
+        return f"a shard lacks {', '.join(sorted(absent))}"
+    counts = [shard[field] for shard in shards.values() for field in _SHARD_FIELDS - {"sha256"}]
+    if shards or index["finished"]:
+        counts.append(index.get("entries"))
+    if not all(type(count) is int and count >= 0 for count in counts):
+        return "a count is no whole number"
+    if not all(number.isdecimal() for number in shards):
+        return "a shard has no number"
+    if index["finished"] and shards.keys() != {str(number) for number in range(max(1, len(shards)))}:
+        return "it is finished, yet lacks shards"
+    return None
 
 
 def _check_identity(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -87,11 +87,16 @@ class MetricsWriter:
         self._metrics = RecordLog(self._run_dir / METRICS_FILE)
         self._rollouts = RecordLog(self._run_dir / ROLLOUTS_FILE)
         self._last_step: dict[str, int] = {}
-        for record in read_records(self._metrics.path):
+        for record in read_records(self._metrics.path, _is_row):
             self._last_step[record["stage"]] = record["step"]
+        read_records(self._rollouts.path, _is_sample)
         self._events: dict[str, EventLog] = {}
         for directory in self._run_dir.glob("tensorboard/*/"):
             untag(directory, prefix=f"{directory.name}/")
+
+    def last_step(self, stage: str) -> int:
+        """The last step of `stage` that is recorded; 0 where none is."""
+        return self._last_step.get(stage, 0)
 
     def resume_at(self, stage: str, step: int) -> None:
         """Forgets what `stage` recorded past `step`, the step of the restored checkpoint (0: from the beginning)."""
@@ -199,7 +204,8 @@ class MetricsWriter:
 class NoMetrics(MetricsWriter):
     """Writes nothing: for the processes of a job beside the one that writes."""
 
-    def __init__(self) -> None: ...
+    def __init__(self) -> None:
+        self._last_step = {}
 
     def resume_at(self, stage: str, step: int) -> None: ...
 
@@ -236,6 +242,26 @@ def require_finite(step: int, values: Mapping[str, SupportsFloat], *, stage: str
                 f"stage {stage}, step {step}: {name} is {float(value)}; lower the learning rate or the clipping norm "
                 f"({METRICS_FILE} shows the steps before), and start again in a new run directory"
             )
+
+
+def _is_row(record: Record) -> bool:
+    """Whether `scalars` can have written it."""
+    scalars = record.get("scalars")
+    return (
+        _has_place(record)
+        and isinstance(scalars, dict)
+        and all(value is None or isinstance(value, int | float) for value in scalars.values())
+    )
+
+
+def _is_sample(record: Record) -> bool:
+    """Whether `samples` can have written it."""
+    needed = {field.name for field in dataclasses.fields(RolloutSample) if field.default is dataclasses.MISSING}
+    return _has_place(record) and needed <= record.keys()
+
+
+def _has_place(record: Record) -> bool:
+    return isinstance(record.get("stage"), str) and type(record.get("step")) is int
 
 
 def _fenced(text: str, language: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Append-only JSONL files that survive SIGKILL: what a run notes while it goes, and what people and plots read later.
+"""The JSON that a run keeps: whole documents, and append-only JSONL files that survive SIGKILL.
 
 A process can die in the middle of a write, so the last line of such a file may be torn. Readers skip it, writers cut
 it off before they append. Any other unreadable line is damage from outside and is reported with its number.
@@ -8,18 +8,37 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen3.errors import UserError
 
 Record = dict[str, Any]
+Kept = TypeVar("Kept")
 
 
-def read_records(path: pathlib.Path) -> list[Record]:
+def read_json(path: pathlib.Path, made: Callable[[Any], Kept], remedy: str) -> Kept:
+    """What `made` makes of the JSON document in `path`.
+
+    Raises:
+      UserError: with `remedy`, where the file is not JSON or `made` finds in it what it cannot use.
+    """
+    try:
+        return made(json.loads(path.read_bytes()))
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+    # What comes of values of other types than were written.
+    except (TypeError, KeyError, AttributeError, AssertionError, IndexError) as error:
+        reason = f"it holds something else than was written there: {' '.join(str(error).split())}".rstrip(": ")
+    raise UserError(f"{path} is damaged ({reason}); {remedy}")
+
+
+def read_records(path: pathlib.Path, fits: Callable[[Record], bool] = lambda record: True) -> list[Record]:
     """The records of `path`, oldest first; empty if there is no such file.
 
     Raises:
-      UserError: for a line other than a torn last one that is not a JSON object.
+      UserError: for a line other than a torn last one that is not a JSON object, or one that does not fit.
     """
     if not path.exists():
         return []
@@ -30,10 +49,12 @@ def read_records(path: pathlib.Path) -> list[Record]:
     for number, line in enumerate(complete.split(b"\n"), start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number}: not a JSON object; delete that line or restore the file")
+        if not fits(record):
+            raise UserError(f"{path}:{number}: not a record of a run; delete that line or restore the file")
         records.append(record)
     return records
 

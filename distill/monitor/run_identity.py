@@ -4,6 +4,7 @@ A directory can be deleted, and made anew by the next run, under a process that 
 that process saved would be the next run's checkpoint.
 """
 
+import re
 import secrets
 from datetime import datetime
 from pathlib import Path
@@ -16,17 +17,27 @@ _BEGAN = "began"
 
 
 def claim_id(directory: Path) -> str:
-    """The id of the run in `directory`; a directory without one gets it."""
+    """The id of the run in `directory`; a directory without checkpoints, which carry it, gets one where it has none.
+
+    Raises UserError where checkpoints are there and the id is not.
+    """
     file = directory / _FILE
-    if not file.exists():
-        write_atomically(file, secrets.token_hex(8))
-    return file.read_text()
+    known = _content(file)
+    if re.fullmatch(rb"[0-9a-f]{16}", known):
+        return known.decode()
+    if any((directory / "checkpoints").glob("*/*/record")):
+        raise UserError(
+            f'{file} is damaged; write the 16 digits into it that stand after "run" in '
+            f"{directory / 'checkpoints'}/STAGE/STEP/record/metadata, or give this run another --name"
+        )
+    new = secrets.token_hex(8)
+    write_atomically(file, new)
+    return new
 
 
 def require_id(directory: Path, run_id: str) -> None:
     """Raises UserError where `directory` is no longer that of run `run_id`; ask before every write that outlives it."""
-    file = directory / _FILE
-    if not file.exists() or file.read_text() != run_id:
+    if _content(directory / _FILE) != run_id.encode():
         raise UserError(
             f"{directory} was deleted or replaced while this run was writing to it, and the run has stopped; start "
             "the command again, once no other process runs there"
@@ -53,3 +64,7 @@ def began_at(directory: Path) -> datetime:
 def keep_began(directory: Path, began: datetime) -> None:
     """Write down when the run in `directory` began."""
     write_atomically(directory / _BEGAN, began.isoformat())
+
+
+def _content(file: Path) -> bytes:
+    return file.read_bytes() if file.is_file() else b""

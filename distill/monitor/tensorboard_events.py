@@ -11,10 +11,11 @@ import struct
 import time
 from collections.abc import Iterable, Iterator
 
+from google.protobuf.message import DecodeError
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
+from tensorboardX.record_writer import RecordWriter, masked_crc32c
 
 from distill.monitor.records import unwritable
 
@@ -105,12 +106,18 @@ def _rewrite(path: pathlib.Path, events: Iterable[Event]) -> None:
 
 
 def _read_events(path: pathlib.Path) -> Iterator[Event]:
+    """Up to where the file is torn (the process was killed while it wrote) or damaged, where TensorBoard ends too."""
     data = path.read_bytes()
     start = 0
-    while start + _LENGTH_BYTES <= len(data):
-        (length,) = struct.unpack_from("<Q", data, start)
+    while start + _LENGTH_BYTES + _CHECKSUM_BYTES <= len(data):
+        length, checksum = struct.unpack_from("<QI", data, start)
         begin = start + _LENGTH_BYTES + _CHECKSUM_BYTES
+        if checksum != masked_crc32c(data[start : start + _LENGTH_BYTES]):
+            return
         start = begin + length + _CHECKSUM_BYTES
         if start > len(data):
-            return  # Torn: the process was killed while it wrote this record.
-        yield Event.FromString(data[begin : begin + length])
+            return
+        try:
+            yield Event.FromString(data[begin : begin + length])
+        except DecodeError:
+            return

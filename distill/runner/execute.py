@@ -3,11 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import json
-import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +13,13 @@ from jax.sharding import Mesh
 from distill.experiment import Experiment
 from distill.hosts.processes import first_says, is_first
 from distill.monitor.environment import commit
-from distill.monitor.metrics import MetricsWriter, NoMetrics
+from distill.monitor.metrics import METRICS_FILE, MetricsWriter, NoMetrics
 from distill.monitor.progress import Progress
 from distill.report.report import Report, StageCost, write_report
 from distill.report.results import STUDENT_INITIAL, record_json
 from distill.runner import selftest
 from distill.runner.evaluations import Evaluations
+from distill.runner.export_folder import export_student
 from distill.runner.preflight import preflight
 from distill.runner.run_directory import RunDirectory
 from distill.stages import Stage
@@ -34,7 +32,6 @@ from qwen3.checkpoint.quantisation import saved_bytes
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
-from student.export import export
 from teacher.fingerprint import fingerprint
 
 
@@ -47,7 +44,6 @@ def execute(
 
     Raises UserError for what the user can mend and Interrupted where the run was asked to stop and has saved.
     """
-    started = time.monotonic()
     with RunDirectory.claim(directory, experiment) as run, contextlib.ExitStack() as opened:
         mesh, teacher_mesh = experiment.meshes()
         tokenizer = _tokenizer(experiment, run.began)
@@ -61,8 +57,6 @@ def execute(
             progress.print(f"self-test  {agreement.check}: {agreement.finding}")
 
         run.begin()
-        if experiment.adapted_base is not None:
-            run.check_base(fingerprint(experiment.adapted_base))
         metrics = opened.enter_context(_metrics(directory))
         metrics.config(experiment.to_json())
         costs: dict[str, StageCost] = {}
@@ -79,7 +73,9 @@ def execute(
             stop=stop,
             costs=costs,
             starts={name: experiment.start_of(name) or STUDENT_INITIAL for name in experiment.stages},
+            keep_time=run.keep_time,
         )
+        _say_lost_records(run, experiment, metrics, progress)
         evaluations = Evaluations(experiment, context, run, student)
         rows = evaluations.of_student(STUDENT_INITIAL, student)
         models: dict[str | None, Qwen3] = {None: student}
@@ -90,9 +86,8 @@ def execute(
             _forget_unneeded(experiment, name, models)
         rows += evaluations.of_teacher()
         context.require_directory()
-        _export(experiment, models[experiment.lineage()[-1]], context)
+        export_student(experiment, models[experiment.lineage()[-1]], context)
         teacher_folder = experiment.teacher.path if experiment.teacher else None
-        seconds = first_says(lambda: _wall_seconds(directory, time.monotonic() - started))
         report = Report(
             experiment=experiment.name,
             description=experiment.description,
@@ -102,7 +97,7 @@ def execute(
             student_parameters=_parameters(student.config),
             adapter_parameters=adapter_parameters(student) or None,
             teacher_parameters=_parameters(ModelConfig.from_folder(teacher_folder)) if teacher_folder else None,
-            wall_seconds=seconds,
+            wall_seconds=first_says(run.clock.total),
             provenance=_provenance(experiment, command),
         )
         if is_first():
@@ -114,6 +109,16 @@ def _provenance(experiment: Experiment, command: str | None) -> dict[str, Any]:
     teacher = experiment.teacher.path if experiment.teacher else None
     known = {"seed": experiment.seed, "teacher": teacher, "command": command, "commit": commit()}
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _say_lost_records(run: RunDirectory, experiment: Experiment, metrics: MetricsWriter, progress: Progress) -> None:
+    for name in experiment.stages:
+        cost = run.cost(name)
+        if cost is not None and is_first() and (last := metrics.last_step(name)) < cost.steps:
+            progress.print(
+                f"{run.path / METRICS_FILE} has lost what stage {name} recorded after step {last} of {cost.steps}, "
+                "and its curves end there; restore it from a copy to have them whole"
+            )
 
 
 def _metrics(directory: Path) -> MetricsWriter:
@@ -203,23 +208,6 @@ def _forget_unneeded(experiment: Experiment, name: str, models: dict[str | None,
         del models[held]
 
 
-def _export(experiment: Experiment, model: Qwen3, context: RunContext) -> None:
-    sampling = experiment.evaluation.thinking
-    # What says nothing is left out: transformers warns of filters beside greedy decoding.
-    generation: dict[str, Any] = {"do_sample": not sampling.greedy}
-    if not sampling.greedy:
-        generation |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        generation |= {"min_p": sampling.min_p} if sampling.min_p else {}
-    export(
-        context.directory / "export",
-        model,
-        context.tokenizer,
-        generation,
-        dtype=jnp.dtype(experiment.export_dtype),
-        adapters_of=experiment.adapted_base if experiment.export_adapter else None,
-    )
-
-
 def _parameters(config: ModelConfig) -> int:
     """Of the model itself: adapters are counted apart, and scales of quantised weights are none."""
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: Qwen3(config, jax.random.key(0)))))
@@ -227,11 +215,3 @@ def _parameters(config: ModelConfig) -> int:
 
 def _bytes(model: Qwen3) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-
-
-def _wall_seconds(directory: Path, seconds: float) -> float:
-    """This process's time and that of the processes before it that were stopped."""
-    file = directory / "wall_seconds.json"
-    total = seconds + (json.loads(file.read_text()) if file.exists() else 0.0)
-    file.write_text(json.dumps(total))
-    return total

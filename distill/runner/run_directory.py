@@ -3,18 +3,22 @@
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distill.experiment import Experiment, differing_fields
 from distill.hosts.processes import first_says, is_first, require_same
 from distill.monitor.environment import environment
-from distill.monitor.records import write_atomically
+from distill.monitor.records import read_json, write_atomically
 from distill.monitor.run_identity import began_at, claim_id, keep_began, require_id
+from distill.monitor.wall_clock import WallClock
 from distill.report.reading import from_json
-from distill.report.results import EvaluationRow, StageCost
+from distill.report.results import STUDENT_INITIAL, TEACHER, EvaluationRow, StageCost
+from distill.runner.inputs import Inputs, check_unchanged, found_inputs, inputs_from_json
+from distill.stages.context import Interrupted
 from qwen3.errors import UserError
 from qwen3.rollout import Rollout, rollouts_from_json, rollouts_to_json
 
@@ -23,16 +27,30 @@ _RESPONSES = "teacher.responses"
 """Beside the evaluations: no stage has a dot in its name."""
 _WORK = ("evaluations", "stages", "targets", "checkpoints")
 """What a run has to show for its time; a directory without any of these may still change its configuration."""
+_INPUTS = "inputs.json"
+_TRUSTED = "delete it if you are certain that the experiment's files are those that the run began with"
+EXPORT_RECORD = "export.json"
+"""What lies in export/ of this run's writing."""
+_WRITTEN = (
+    *_WORK, _INPUTS, EXPORT_RECORD, "wall_seconds.json", "config.json", "environment.json", "run_id", "began",
+    ".lock",
+    "tensorboard", "metrics.jsonl", "rollouts.jsonl", "report.json", "report.html", "export", ".export.partial",
+    ".export.previous",
+)  # fmt: skip
+"""All that a run writes into its directory."""
+Kept = TypeVar("Kept")
 
 
 class RunDirectory:
     """What is done already, and where the rest goes."""
 
-    def __init__(self, path: Path, config: Any, began: datetime):
+    def __init__(self, path: Path, config: Mapping[str, Any], inputs: Inputs, began: datetime):
         self.path = path
         self.began = began
         self.run_id = ""
+        self.clock = WallClock(path)
         self._config = config
+        self._inputs = inputs
 
     @classmethod
     @contextlib.contextmanager
@@ -41,18 +59,30 @@ class RunDirectory:
 
         Nothing is written before `begin`: a directory that was made for a run that never began is removed again.
         Of processes that run together the first one holds it, and writes to it. Raises UserError in all of them where
-        it cannot be written, another run is in it, or it holds work of another experiment.
+        it cannot be written, another run is in it, it holds work of another experiment or of other files, or what it
+        holds is damaged.
         """
         wanted = json.loads(json.dumps(experiment.to_json()))
         require_same("the experiment's fields", json.dumps(wanted).encode)
         with contextlib.ExitStack() as held:
-            first_says(lambda: cls._claim(path, wanted, held))
-            yield cls(path, wanted, datetime.fromisoformat(first_says(lambda: began_at(path).isoformat())))
+            inputs = first_says(lambda: cls._claim(path, wanted, experiment, held))
+            began = datetime.fromisoformat(first_says(lambda: began_at(path).isoformat()))
+            run = cls(path, wanted, inputs, began)
+            for name in (STUDENT_INITIAL, *experiment.stages, TEACHER):
+                run.evaluation(name)
+            for name in experiment.stages:
+                run.cost(name)
+            try:
+                yield run
+            except Interrupted:
+                run.keep_time()
+                raise
 
     @staticmethod
-    def _claim(path: Path, wanted: Any, held: contextlib.ExitStack) -> None:
+    def _claim(path: Path, wanted: Mapping[str, Any], experiment: Experiment, held: contextlib.ExitStack) -> Inputs:
         try:
             path.mkdir(parents=True, exist_ok=True)
+            _refuse_links(path)
             lock = (path / ".lock").open("w")
         except OSError as error:
             raise UserError(
@@ -65,71 +95,94 @@ class RunDirectory:
             raise UserError(f"another process is running in {path}; wait for it or stop it") from None
         held.callback(_remove_if_never_begun, path)
         _check_config(path / "config.json", wanted)
+        file = path / _INPUTS
+        known = read_json(file, inputs_from_json, _TRUSTED) if file.exists() and _holds_work(path) else None
+        inputs = found_inputs(experiment, known or {})
+        if known is not None:
+            check_unchanged(known, inputs)
+        return inputs
 
     def begin(self) -> None:
         """Write down whose directory this is, and where it runs: from here on there is work to keep."""
         self.run_id = first_says(self._begin)
 
     def _begin(self) -> str:
+        if not _holds_work(self.path):
+            self.clock.forget_before()
+            (self.path / EXPORT_RECORD).unlink(missing_ok=True)
         write_atomically(self.path / "config.json", json.dumps(self._config, indent=2) + "\n")
+        write_atomically(self.path / _INPUTS, json.dumps(self._inputs, indent=2) + "\n")
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
         keep_began(self.path, self.began)
         return claim_id(self.path)
 
     def evaluation(self, name: str) -> list[EvaluationRow] | None:
         """The rows of a model that has been evaluated, else None."""
-        raw = self._read("evaluations", name)
-        return None if raw is None else [from_json(EvaluationRow, row, f"evaluations/{name}.json") for row in raw]
+        file = self.path / "evaluations" / f"{name}.json"
+        remedy = "delete it, and the same command evaluates that model again"
+        return self._kept(file, lambda raw: self._rows(name, raw), remedy)
 
     def keep_evaluation(self, name: str, rows: list[Mapping[str, Any]]) -> None:
-        self._write("evaluations", name, rows)
+        self._keep("evaluations", name, rows)
 
     def teacher_responses(self) -> list[Rollout] | None:
         """The teacher's responses to the held-out prompts, on which students are scored, if it has given them."""
-        raw = self._read("evaluations", _RESPONSES)
-        return None if raw is None else rollouts_from_json(raw)
+        remedy = "delete it, and the same command has the teacher generate them again"
+        return self._kept(self.path / "evaluations" / f"{_RESPONSES}.json", rollouts_from_json, remedy)
 
     def keep_teacher_responses(self, responses: Sequence[Rollout]) -> None:
-        self._write("evaluations", _RESPONSES, rollouts_to_json(responses))
+        self._keep("evaluations", _RESPONSES, rollouts_to_json(responses))
 
     def cost(self, name: str) -> StageCost | None:
         """The cost of a stage that has finished, else None."""
-        raw = self._read("stages", name)
-        return None if raw is None else from_json(StageCost, raw, f"stages/{name}.json")
+        file = self.path / "stages" / f"{name}.json"
+        remedy = "delete it, and the same command takes it from the stage's last checkpoint"
+        return self._kept(file, lambda raw: _cost(name, raw), remedy)
 
     def keep_cost(self, name: str, cost: Mapping[str, Any]) -> None:
-        self._write("stages", name, cost)
+        self._keep("stages", name, cost)
 
-    def check_base(self, fingerprint: str) -> None:
-        """Keep who the frozen base of a student with adapters is, whose checkpoints hold the adapters only.
+    def keep_time(self) -> None:
+        """Call this when work is saved: the time until now counts as the run's."""
+        if is_first():
+            self.clock.keep()
 
-        Raises UserError where it was another one when the run began.
-        """
-        known = self._read("student", "base")
-        if known is None or not first_says(lambda: _holds_work(self.path)):
-            self._write("student", "base", fingerprint)
-        elif known != fingerprint:
-            raise UserError(
-                f"{self.path} holds adapters of other weights than student.path now does; put those back, or give "
-                "this run another --name"
-            )
+    def _rows(self, name: str, raw: Any) -> list[EvaluationRow]:
+        rows = [from_json(EvaluationRow, row, f"row {number}") for number, row in enumerate(raw, start=1)]
+        assert all(row.model == name for row in rows), "another model"
+        assert [row.mode for row in rows] == self._config["evaluation"]["modes"], "other modes"
+        return rows
 
-    def _read(self, kind: str, name: str) -> Any:
-        file = self.path / kind / f"{name}.json"
-        return first_says(lambda: json.loads(file.read_text()) if file.exists() else None)
+    def _kept(self, file: Path, made: Callable[[Any], Kept], remedy: str) -> Kept | None:
+        """What `made` makes of a JSON file that is kept, None where there is none."""
 
-    def _write(self, kind: str, name: str, value: Any) -> None:
+        def checked(raw: Any) -> Any:
+            made(raw)
+            return raw
+
+        raw = first_says(lambda: read_json(file, checked, remedy) if file.exists() else None)
+        return None if raw is None else made(raw)
+
+    def _keep(self, kind: str, name: str, value: Any) -> None:
         if not is_first():
             return
         require_id(self.path, self.run_id)
         (self.path / kind).mkdir(exist_ok=True)
         write_atomically(self.path / kind / f"{name}.json", json.dumps(value, indent=2) + "\n")
+        self.clock.keep()
+
+
+def _cost(name: str, raw: Any) -> StageCost:
+    cost = from_json(StageCost, raw, "its record")
+    assert cost.name == name, "another stage"
+    return cost
 
 
 def _check_config(file: Path, wanted: Any) -> None:
     if not file.exists() or not _holds_work(file.parent):
         return
-    differences = differing_fields(json.loads(file.read_text()), wanted)
+    remedy = "put it back from a copy, or give this run another --name"
+    differences = differing_fields(read_json(file, _json_object, remedy), wanted)
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
         more = f" and {len(differences) - _SHOWN_DIFFERENCES} more" if len(differences) > _SHOWN_DIFFERENCES else ""
@@ -137,6 +190,26 @@ def _check_config(file: Path, wanted: Any) -> None:
             f"{file.parent} holds a run of another configuration ({shown}{more}); "
             "give this one another --name, or delete that directory"
         )
+
+
+def _json_object(raw: Any) -> dict[str, Any]:
+    assert isinstance(raw, dict), "no object"
+    return raw
+
+
+def _refuse_links(path: Path) -> None:
+    """Refuses a run directory in which something that a run writes lies elsewhere: it would be overwritten there."""
+    for place, folders, files in os.walk(path):
+        here = Path(place)
+        for name in (*folders, *files):
+            if (here / name).is_symlink() and (here != path or name in _WRITTEN):
+                raise UserError(
+                    f"{here / name} is a symbolic link, and a run writes nothing outside of its directory; put a real "
+                    "file or folder there, or link the whole run directory"
+                )
+        if here == path:
+            # What else lies there is not the run's, and export/ is replaced as a whole.
+            folders[:] = [name for name in folders if name in _WRITTEN and name != "export"]
 
 
 def _holds_work(path: Path) -> bool:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from distill.hosts.processes import any_process, first_says
 from distill.monitor.metrics import MetricsWriter
 from distill.monitor.progress import Progress
-from distill.monitor.records import write_atomically
+from distill.monitor.records import read_json, write_atomically
 from distill.monitor.run_identity import require_id
 from distill.report.results import StageCost
 from distill.tasks.mixture import TaskMixture
@@ -124,6 +124,8 @@ class RunContext:
     """What the finished stages of this run cost, by name."""
     starts: Mapping[str, str]
     """The model that each stage starts from, by name of the stage: `student_initial` or another stage."""
+    keep_time: Callable[[], None]
+    """Called when work is saved: the time until then counts as the run's."""
 
     def require_directory(self) -> None:
         """Raises UserError, in all processes, where the directory has become another run's or is gone."""
@@ -171,7 +173,8 @@ class Stopwatch:
     def __init__(self, file: Path):
         """Goes on with the seconds that `file` holds, if it exists."""
         self._file = file
-        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        remedy = "delete it: only times that the report states are lost"
+        self.seconds = read_json(file, _seconds_by_purpose, remedy) if file.exists() else {}
 
     @contextmanager
     def timing(self, purpose: str) -> Iterator[None]:
@@ -181,3 +184,9 @@ class Stopwatch:
 
     def save(self) -> None:
         write_atomically(self._file, json.dumps(self.seconds))
+
+
+def _seconds_by_purpose(raw: Any) -> dict[str, float]:
+    if not isinstance(raw, dict) or not all(type(seconds) in (int, float) for seconds in raw.values()):
+        raise ValueError("it holds no seconds by purpose")
+    return raw

@@ -171,6 +171,7 @@ def train(
                     metadata = {"run": context.run_id, "spent": dataclasses.asdict(spent), "data": data.state()}
                     context.require_directory()
                     checkpoints.save(step + 1, state.split()[0], metadata)
+                    context.keep_time()
                 if stop:
                     checkpoints.wait()
                     raise Interrupted(f"stage {name}: saved after step {step + 1} of {steps}")

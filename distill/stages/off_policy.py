@@ -189,6 +189,7 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
                     )
                 context.require_directory()
                 first_says(functools.partial(_write_shard, directory, identity, shard, records, watch))
+                context.keep_time()
                 bar.advance(len(rollouts), tokens=sum(len(rollout.response) for rollout in rollouts))
                 if context.stop.agreed() and first != firsts[-1]:
                     raise Interrupted(f"stage {name}: the teacher has generated {first + len(rollouts)} rollouts")

@@ -95,6 +95,12 @@ def read_tokenizer(folder: str | Path) -> TokenizerFiles:
     )
 
 
+def tokenizer_paths(folder: str | Path) -> list[Path]:
+    """The files in `folder` that `read_tokenizer` reads: those of them that are there."""
+    named = [Path(folder) / name for name in (*_REQUIRED_FILES, *_OPTIONAL_FILES)]
+    return [path for path in (*named, *sorted((Path(folder) / _TEMPLATES_FOLDER).glob("*.jinja"))) if path.is_file()]
+
+
 def stop_ids_of_generation(folder: str | Path) -> tuple[int, ...]:
     """The eos_token_id entries of generation_config.json; empty where the folder has no such file or entry.
 
@@ -190,7 +196,6 @@ def _without(tokens: Iterable[str], texts: Iterable[str]) -> Iterator[str]:
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
-    contents = {}
     for name in _REQUIRED_FILES:
         path = folder / name
         if not path.is_file():
@@ -199,9 +204,7 @@ def _read_files(folder: Path) -> dict[str, bytes]:
                 f"{path}: not found; a model folder needs {' and '.join(_REQUIRED_FILES)} "
                 "(transformers' AutoTokenizer.save_pretrained writes both)"
             )
-        contents[name] = path.read_bytes()
-    further = [folder / name for name in _OPTIONAL_FILES] + sorted((folder / _TEMPLATES_FOLDER).glob("*.jinja"))
-    return contents | {path.relative_to(folder).as_posix(): path.read_bytes() for path in further if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in tokenizer_paths(folder)}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
