@@ -8,16 +8,18 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
+from rich.text import Text
 
 from distill.experiment import Experiment
 from distill.hosts.processes import Cluster, is_first, where
 from distill.monitor.progress import Progress, duration
+from distill.monitor.terminal import give_up_output, make_console, spell_out
 from distill.report.report import terminal_table
 from distill.report.results import headline
 from distill.runner.command_line import overridden, parser_of
 from distill.runner.execute import execute
 from distill.runner.experiment_file import listed, load_experiment
-from distill.stages.context import Interrupted, StopRequest
+from distill.stages.stopping import ENDED_BY_CTRL_C, Interrupted, StopRequest
 from distill.training.host_memory import keep_freed_memory
 from qwen3.errors import UserError
 
@@ -36,23 +38,33 @@ _EPILOGUE = """\
 Everything goes into RUNS/NAME: config.json, tensorboard/ (tensorboard --logdir RUNS), checkpoints/, targets/,
 rollouts.jsonl, report.html, report.json, and export/, the student as a Hugging Face folder.
 python -m distill.report RUNS/NAME … makes the page of a run anew, and joins several runs into one.
-Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with all saved; 2 something for you to mend, said in one line;
-1 one of several processes has died, and the others have ended with it.
+Exit status: 0 done, or stopped by SIGTERM, SIGHUP or Ctrl-C with all saved; 130 ended by a second Ctrl-C; 2 something
+for you to mend, said in one line; 1 one of several processes has died, and the others have ended with it.
 """
 _SHOWN_CHARACTERS = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    spell_out()
     return _reported(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
 
 
 def _reported(work: Callable[[], int]) -> int:
     """The status of `work`; what the user can mend is said in one line, and the status is 2."""
     try:
-        return work()
+        status = work()
+        sys.stdout.flush()
+        return status
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:
+        # `… --help | head`: whoever read has enough.
+        give_up_output()
+        return 0
+    except KeyboardInterrupt:
+        print("ended by Ctrl-C", file=sys.stderr)
+        return ENDED_BY_CTRL_C
     except OSError as error:
         if error.filename is None and error.strerror is None:
             raise
@@ -77,9 +89,12 @@ def _main(arguments: list[str]) -> int:
         return 0 if not arguments or "--help" in arguments or "-h" in arguments else 2
     path = Path(own.experiment)
     if path.is_dir():
-        _list(path, Console())
+        _list(path, make_console())
         return 0
-    experiment = overridden(load_experiment(path), fields, path, parser)
+    try:
+        experiment = overridden(load_experiment(path), fields, path, parser)
+    except SystemExit as told:  # of --help, which has been said
+        return int(told.code or 0)
     cluster = Cluster.named(own.coordinator, own.processes, own.process)
     if cluster is None:
         return _run(experiment, own.runs, arguments)
@@ -100,24 +115,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(experiment: Experiment, runs: str, arguments: Sequence[str]) -> int:
-    console = Console() if is_first() else Console(quiet=True, force_terminal=False)
+    console = make_console(quiet=not is_first())
     directory = Path(runs) / experiment.name
-    console.print(f"[bold]{experiment.name}[/bold]  {experiment.description}", highlight=False)
+    console.print(Text(experiment.name, "bold"), f" {experiment.description}", soft_wrap=True)
     _keep_compiled(Path(runs))
-    console.print(f"run directory {directory}   tensorboard --logdir {runs}", highlight=False, style="dim")
+    console.print(f"run directory {directory}   tensorboard --logdir {runs}", style="dim", soft_wrap=True)
     try:
-        with StopRequest().listening() as stop, Progress(console) as progress:
+        with Progress(console) as progress, StopRequest(progress.print, progress.close).listening() as stop:
             command = shlex.join(["python", "-m", "distill.run", *arguments])
             report = execute(experiment, directory, progress, stop, command)
     except Interrupted as stopped:
-        console.print(f"stopped. {stopped}. The same command goes on from there.", highlight=False)
+        console.print(f"stopped. {stopped}. The same command goes on from there.", soft_wrap=True)
         return 0
+    except BrokenPipeError:
+        give_up_output()
+        raise UserError(
+            "the run has stopped, since nobody reads its output any more; the same command goes on from what was "
+            "saved last: send its output to a file"
+        ) from None
     console.print()
     if report.rows:
         console.print(terminal_table(report))
-    console.print(headline(report), highlight=False)
+    console.print(headline(report), soft_wrap=True)
     took = "" if report.wall_seconds is None else f"   {duration(report.wall_seconds)}"
-    console.print(f"report {directory / 'report.html'}   student {directory / 'export'}{took}", highlight=False)
+    console.print(f"report {directory / 'report.html'}   student {directory / 'export'}{took}", soft_wrap=True)
     return 0
 
 
@@ -135,7 +156,7 @@ def _list(folder: Path, console: Console) -> None:
     lines = list(listed(folder))
     width = max(len(str(file)) for file, _ in lines)
     for file, line in lines:
-        console.print(f"{file!s:{width}}  {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{file!s:{width}}  {line}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_erro
 from distill.hosts.processes import require_same
 from distill.monitor.metrics import RolloutSample
 from distill.report.results import TEACHER, EvaluationRow, LengthHistogram, scalars_of
-from distill.stages.context import EngineSizes, Interrupted, RunContext
+from distill.stages.context import EngineSizes, RunContext
+from distill.stages.stopping import Interrupted
 from distill.tasks.requests import asked_in, prompt_ids
 from distill.tasks.samples import judge
 from qwen3.decoder.model import Qwen3

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from distill.monitor.terminal import make_console
+
 _SPEED_WINDOW_SECONDS = 30.0
 _SHOWN_BYTES = 10**8
 
@@ -107,7 +109,7 @@ class Progress:
         line_interval_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.console = console or Console()
+        self.console = console or make_console()
         self.clock = clock
         self.line_interval_seconds = line_interval_seconds
         self._depth = 0
@@ -133,12 +135,16 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the terminal as a prompt needs it."""
         if self._bars is not None:
             self._bars.stop()
 
     def print(self, line: str) -> None:
         """A line above the bars, or in the log; `line` is shown as it is, without markup."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, name: str, total_steps: int, *, completed_steps: int = 0, unit: str = "steps") -> Iterator[Task]:

@@ -172,7 +172,9 @@ def _agreements(experiment: Experiment, tokenizer: ChatTokenizer, began: datetim
 def _stage(name: str, stage: Stage, start: Qwen3, context: RunContext, run: RunDirectory) -> tuple[Qwen3, StageCost]:
     done = run.cost(name)
     if done is not None:
-        return trained_model(name, start, stage.training, context), done
+        trained = trained_model(name, start, stage.training, context, done.steps)
+        if trained is not None:
+            return trained, done
     model, spent = stage.run(name, start, context)
     cost = _cost(name, stage, context.starts[name], spent, jax.device_count())
     run.keep_cost(name, record_json(cost))

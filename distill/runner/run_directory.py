@@ -18,7 +18,7 @@ from distill.monitor.wall_clock import WallClock
 from distill.report.reading import from_json
 from distill.report.results import STUDENT_INITIAL, TEACHER, EvaluationRow, StageCost
 from distill.runner.inputs import Inputs, check_unchanged, found_inputs, inputs_from_json
-from distill.stages.context import Interrupted
+from distill.stages.stopping import Interrupted
 from qwen3.errors import UserError
 from qwen3.rollout import Rollout, rollouts_from_json, rollouts_to_json
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 from jax.sharding import Mesh
 
-from distill.hosts.processes import any_process, first_says
+from distill.hosts.processes import first_says
 from distill.monitor.metrics import MetricsWriter
 from distill.monitor.progress import Progress
 from distill.monitor.records import read_json, write_atomically
 from distill.monitor.run_identity import require_id
 from distill.report.results import StageCost
+from distill.stages.stopping import StopRequest
 from distill.tasks.mixture import TaskMixture
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.decoder.config import ModelConfig
@@ -26,40 +26,6 @@ from qwen3.decoder.model import Qwen3
 from qwen3.field_types import check_product
 from qwen3.generation.engine import Engine
 from qwen3.generation.sampling import SamplingParams
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
-
-
-class StopRequest:
-    """Turns SIGTERM and the first SIGINT into a request that stages answer between two steps.
-
-    It is answered, with all saved, after at most the step under way, the rollouts that are being written (one batch,
-    or `max_staleness` of them ahead of training), and one save; an evaluation ends with the next responses.
-    """
-
-    def __init__(self) -> None:
-        self._requested = False
-
-    def agreed(self) -> bool:
-        """Whether this process was asked to stop, or any that runs with it: all of them ask at the same places."""
-        return any_process(self._requested)
-
-    @contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
-        def note(number: int, frame: object) -> None:
-            del frame
-            if self._requested and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._requested = True
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from distill.hosts.processes import require_same
 from distill.monitor.metrics import require_finite
 from distill.monitor.utilisation import memory_gib, model_flops_utilisation
-from distill.stages.context import Interrupted, RunContext
+from distill.stages.context import RunContext
+from distill.stages.stopping import Interrupted
 from distill.training.checkpoint import Checkpointer
 from distill.training.losses import Loss
 from distill.training.optimizer import Optimizer
@@ -184,11 +185,13 @@ def _host_bytes(batches: Sequence[Batch]) -> bytes:
     return b"".join(np.asarray(leaf).tobytes() for leaf in leaves if not isinstance(leaf, jax.Array))
 
 
-def trained_model(name: str, start: Qwen3, training: Training, context: RunContext) -> Qwen3:
-    """The student of a stage that has finished, from its last checkpoint."""
+def trained_model(name: str, start: Qwen3, training: Training, context: RunContext, steps: int) -> Qwen3 | None:
+    """The student of a stage that has finished after `steps`, from its last checkpoint; None where that is gone."""
     # The schedule is no part of the state, so any number of steps gives the right structure.
     state = TrainState.start(start, training.optimizer.transformation(1), context.mesh)
     with Checkpointer(context.directory / "checkpoints" / name) as checkpoints:
+        if checkpoints.latest_step() != steps:
+            return None
         return _restored(checkpoints, state, context)[0].model
 
 

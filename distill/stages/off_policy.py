@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from distill.hosts.processes import first_says, require_same
-from distill.stages.context import EngineSizes, Interrupted, RunContext, Stopwatch
+from distill.stages.context import EngineSizes, RunContext, Stopwatch
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.stages.packed import documents_flops
+from distill.stages.stopping import Interrupted
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix, prompt_ids

@@ -43,7 +43,12 @@ class Checkpointer:
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
-            raise UserError(f"checkpoint directory {self.directory} cannot be used: {error}") from error
+            raise UserError(f"checkpoint directory {self.directory} cannot be used: {_one_line(error)}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            # Orbax reads a note about each step first of all, needs nothing of it, and stumbles over what is no note.
+            raise UserError(
+                f"a file {self.directory}/*/_CHECKPOINT_METADATA is damaged: {_one_line(error)}; delete that file"
+            ) from error
 
     def save(self, step: int, arrays: Any, metadata: Mapping[str, Any]) -> None:
         """Saves a pytree of arrays and a JSON-serialisable mapping as `step`, which must exceed every saved step.
@@ -242,13 +247,16 @@ def _listed(names: list[str], shown: int = 5) -> str:
 def _leave_later_failures_unsaid() -> None:
     """Keeps reads and writes that are still under way when one fails from printing a traceback each.
 
-    Orbax closes its event loop at the first failure, which is raised; those that end later find it closed, and Python
-    reports them as unraisable. Nobody knows when the last one ends, so this is once for all of the process.
+    Orbax closes its event loop at the first failure, which is raised; those that fail as well, or end later and find
+    it closed, Python reports as unraisable. Nobody knows when the last one ends, so this is once for all of the
+    process.
     """
     report = sys.unraisablehook
 
     def filtered(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)
+        of_orbax = code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
             report(unraisable)
 
     sys.unraisablehook = filtered

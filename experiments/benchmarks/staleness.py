@@ -18,7 +18,7 @@ from distill.experiment import Experiment
 from distill.monitor.progress import Progress
 from distill.runner.execute import execute
 from distill.stages import OnPolicy
-from distill.stages.context import StopRequest
+from distill.stages.stopping import StopRequest
 from distill.training.host_memory import keep_freed_memory
 from experiments import quickstart
 from experiments.benchmarks.machine import machine

@@ -230,7 +230,7 @@ def test_processes_move_arrays_between_meshes_that_they_share(tmp_path: Path) ->
 PRIMITIVES = """
 import os, signal, sys
 from distill.hosts import processes
-from distill.stages.context import StopRequest
+from distill.stages.stopping import StopRequest
 from qwen3.errors import UserError
 
 

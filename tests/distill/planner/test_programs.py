@@ -23,7 +23,7 @@ from distill.planner.programs import architectures, programs
 from distill.planner.roofline import work_of
 from distill.runner.execute import execute
 from distill.stages import context
-from distill.stages.context import StopRequest
+from distill.stages.stopping import StopRequest
 from distill.training.train_step import TrainStep
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.kernels import Kernels

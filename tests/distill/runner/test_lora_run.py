@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from distill.experiment import Experiment
 from distill.monitor.progress import Progress
 from distill.runner.execute import execute
-from distill.stages.context import StopRequest
+from distill.stages.stopping import StopRequest
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.errors import UserError
 from qwen3.sharding import make_mesh

@@ -16,7 +16,7 @@ from rich.console import Console
 from distill.experiment import Experiment, Teacher
 from distill.monitor.progress import Progress
 from distill.runner.execute import execute
-from distill.stages.context import StopRequest
+from distill.stages.stopping import StopRequest
 from distill.training.train_state import TrainState
 from distill.training.train_step import Batch, StepResult, TrainStep
 from qwen3.errors import UserError

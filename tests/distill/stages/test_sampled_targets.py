@@ -10,7 +10,7 @@ import pytest
 
 from distill.monitor.progress import Progress
 from distill.runner.execute import execute
-from distill.stages.context import StopRequest
+from distill.stages.stopping import StopRequest
 from qwen3.sharding import make_mesh
 from teacher.store import TargetStore
 from tests.distill import miniature
