@@ -12,8 +12,9 @@ from rich.text import Text
 
 from distill.experiment import Experiment
 from distill.hosts.processes import Cluster, is_first, where
-from distill.monitor.progress import Progress, duration
+from distill.monitor.progress import Progress
 from distill.monitor.terminal import give_up_output, make_console, spell_out
+from distill.monitor.time_left import duration
 from distill.report.report import terminal_table
 from distill.report.results import headline
 from distill.runner.command_line import overridden, parser_of

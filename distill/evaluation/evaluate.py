@@ -12,9 +12,10 @@ from distill.evaluation.comparison import Comparison, Figures, perplexity
 from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
 from distill.hosts.processes import require_same
 from distill.monitor.metrics import RolloutSample
-from distill.report.results import TEACHER, EvaluationRow, LengthHistogram, scalars_of
+from distill.report.results import TEACHER, EvaluationRow, LengthHistogram, scalars_of, with_error
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.stopping import Interrupted
+from distill.tasks.problem import Problem
 from distill.tasks.requests import asked_in, prompt_ids
 from distill.tasks.samples import judge
 from qwen3.decoder.model import Qwen3
@@ -124,17 +125,17 @@ class Evaluator:
         responses: list[Rollout] = []
         shown: list[RolloutSample] = []
         for mode in self._evaluation.modes:
-            rollouts = self._rollouts(name, model, mode)
+            problems = asked_in(mode, self._problems)
+            rollouts, samples = self._sampled(name, model, mode, problems)
             own = rollouts[:: self._evaluation.samples_per_problem]
             if comparison is not None:
                 figures = comparison.figures(name, model, mode, own)
             else:
                 figures = _of_teacher(own) if name == TEACHER else Figures()
-            samples = self._judged(rollouts)
-            rows.append(self._row(name, mode, samples, figures))
+            rows.append(self._row(name, mode, problems, samples, figures))
             responses += own
             firsts = samples[:: self._evaluation.samples_per_problem]
-            shown += [firsts[place] for place in parts.of_each_family(self._problems, self._evaluation.shown)]
+            shown += [firsts[place] for place in parts.of_each_family(problems, self._evaluation.shown)]
         self._context.metrics.evaluation(
             name,
             scalars_of(rows),
@@ -144,10 +145,11 @@ class Evaluator:
         )
         return Evaluated(rows=rows, responses=responses)
 
-    def _rollouts(self, name: str, model: Qwen3, mode: Mode) -> list[Rollout]:
-        """`samples_per_problem` to each problem in turn."""
+    def _sampled(
+        self, name: str, model: Qwen3, mode: Mode, problems: Sequence[Problem]
+    ) -> tuple[list[Rollout], list[RolloutSample]]:
+        """`samples_per_problem` to each problem in turn, and what they are judged to be."""
         evaluation, context = self._evaluation, self._context
-        problems = asked_in(mode, self._problems)
         requests = [
             Request(
                 prompt_ids=prompt_ids(problem, mode, context.tokenizer),
@@ -160,34 +162,56 @@ class Evaluator:
             for sample in range(evaluation.samples_per_problem)
         ]
         require_same(f"the requests that evaluate {name}", lambda: repr(requests).encode())
-        title = f"evaluating {name}, {mode.replace('_', '-')}"
-        with context.progress.task(title, len(requests), unit="responses") as bar:
+        with context.progress.task(evaluation_title(name, mode), len(requests), unit="responses") as bar:
 
             def on_progress(rollouts: int, tokens: int) -> None:
                 bar.advance(rollouts, tokens=tokens)
                 if context.stop.agreed():
                     raise Interrupted(f"evaluation of {name}: it starts again with the next run")
 
-            return self._engine.generate(
+            rollouts = self._engine.generate(
                 model, requests, seed=context.stage_seed("evaluation"), policy_step=0, on_progress=on_progress
             )
+            samples = self._judged(problems, rollouts)
+            bar.result = self._result(samples)
+        return rollouts, samples
 
-    def _judged(self, rollouts: Sequence[Rollout]) -> list[RolloutSample]:
-        by_id, context = {problem.problem_id: problem for problem in self._problems}, self._context
+    def _judged(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[RolloutSample]:
+        by_id, context = {problem.problem_id: problem for problem in problems}, self._context
         return [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
 
-    def _row(self, name: str, mode: Mode, samples: Sequence[RolloutSample], figures: Figures) -> EvaluationRow:
-        evaluation, count = self._evaluation, self._evaluation.samples_per_problem
+    def _graded(self, samples: Sequence[RolloutSample]) -> tuple[list[int], list[int]]:
+        """The places of the problems that have an answer, and how many responses to each of them are right."""
+        count = self._evaluation.samples_per_problem
         by_problem = [samples[first : first + count] for first in range(0, len(samples), count)]
         graded = [place for place, of_problem in enumerate(by_problem) if of_problem[0].correct is not None]
-        correct = [sum(bool(sample.correct) for sample in by_problem[place]) for place in graded]
-        problems = [self._problems[place] for place in graded]
+        return graded, [sum(bool(sample.correct) for sample in by_problem[place]) for place in graded]
+
+    def _result(self, samples: Sequence[RolloutSample]) -> str:
+        """What the progress bar ends in: pass@1 with its error, or without answers the share that ended."""
+        _, correct = self._graded(samples)
+        count = self._evaluation.samples_per_problem
+        if not correct:
+            return f"{100 * sum(sample.finished for sample in samples) / len(samples):.1f} % ended"
+        return f"{with_error(mean_pass_at_k(correct, count, 1), pass_at_1_standard_error(correct, count))} %"
+
+    def _row(
+        self,
+        name: str,
+        mode: Mode,
+        problems: Sequence[Problem],
+        samples: Sequence[RolloutSample],
+        figures: Figures,
+    ) -> EvaluationRow:
+        evaluation, count = self._evaluation, self._evaluation.samples_per_problem
+        graded, correct = self._graded(samples)
+        with_answer = [problems[place] for place in graded]
         working = [sample.working_correct for sample in samples if sample.working_correct is not None]
         lengths = [sample.response_tokens for sample in samples]
         return EvaluationRow(
             model=name,
             mode=mode,
-            problems=len(by_problem),
+            problems=len(problems),
             samples_per_problem=count,
             mean_response_tokens=sum(lengths) / len(samples),
             finished=sum(sample.finished for sample in samples) / len(samples),
@@ -197,8 +221,8 @@ class Evaluator:
             graded_problems=len(graded),
             working_correct=sum(working) / (len(graded) * count) if mode == THINKING and working else None,
             length_histogram=LengthHistogram.of(lengths, evaluation.sampling(mode).max_new_tokens),
-            by_task=parts.scores(problems, parts.task, correct, count),
-            by_family=parts.scores(problems, parts.family, correct, count),
+            by_task=parts.scores(with_answer, parts.task, correct, count),
+            by_family=parts.scores(with_answer, parts.family, correct, count),
             **figures,
         )
 
@@ -209,3 +233,8 @@ def _of_teacher(responses: Sequence[Rollout]) -> Figures:
     if not len(surprises):
         return Figures()
     return Figures(perplexity=perplexity(float(np.mean(surprises, dtype=np.float64))), compared_tokens=len(surprises))
+
+
+def evaluation_title(name: str, mode: Mode) -> str:
+    """What the progress bar of one model's evaluation in one mode is called."""
+    return f"evaluating {name}, {mode.replace('_', '-')}"

@@ -1,15 +1,16 @@
 """Progress: bars in a terminal, plain lines in a log.
 
 A stage and what happens inside it (sampling, evaluation) are nested tasks. In a terminal the rows of nested tasks stay
-in place between visits, so that a loop of sampling and training does not flicker. Anywhere else (CI, `nohup`, a pipe)
-no control code is written: a line when enough time has passed, and one when a task ends.
+in place between visits, so that a loop of sampling and training does not flicker, and the first row says how far the
+whole run is. Anywhere else (CI, `nohup`, a pipe) no control code is written: a line when enough time has passed. A task
+that ends leaves a line in both.
 """
 
 import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -19,6 +20,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 
 from distill.monitor.terminal import make_console
+from distill.monitor.time_left import Part, TimeLeft, duration
 
 _SPEED_WINDOW_SECONDS = 30.0
 _SHOWN_BYTES = 10**8
@@ -43,6 +45,8 @@ class Task:
         self.completed_steps = completed_steps
         self.tokens = 0
         self.values: dict[str, float] = {}
+        self.result = ""
+        """What came of it, for the line that it leaves in place of figures that no longer matter."""
         self.started_at = owner.clock()
         self.told_at = self.started_at
         self._owner = owner
@@ -113,7 +117,9 @@ class Progress:
         self.clock = clock
         self.line_interval_seconds = line_interval_seconds
         self._depth = 0
+        self._left = TimeLeft()
         self._rows: dict[tuple[int, str], TaskID] = {}
+        self._whole_run: TaskID | None = None
         self._bars: RichProgress | None = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             # Only the bar gives way on a narrow terminal; a row that wraps would jump.
@@ -140,7 +146,14 @@ class Progress:
     def close(self) -> None:
         """Leaves the terminal as a prompt needs it."""
         if self._bars is not None:
+            if self._whole_run is not None:
+                self._bars.remove_task(self._whole_run)
+                self._whole_run = None
             self._bars.stop()
+
+    def plan(self, parts: Sequence[Part]) -> None:
+        """The outermost tasks that are to come, in their order, from which follows how much of the run is left."""
+        self._left = TimeLeft(parts)
 
     def print(self, line: str) -> None:
         """A line above the bars, or in the log; `line` is shown as it is, without markup."""
@@ -182,60 +195,66 @@ class Progress:
         if self._bars is not None:
             row = self._rows[task.depth, task.name]
             self._bars.update(row, completed=task.completed_steps, count=task.count, figures=task.describe())
+            if task.depth == 0:
+                self._show_whole_run(self._bars, task)
         elif self.clock() - task.told_at >= self.line_interval_seconds and task.completed_steps < task.total_steps:
             self._tell(task, task.describe())
 
     def _begin(self, task: Task) -> None:
+        if task.depth == 0:
+            self._left.begin(task.name)
         if self._bars is None:
             if task.depth == 0:
                 resumed = f", continuing after {task.completed_steps:,}" if task.completed_steps else ""
-                self.print(f"{task.name}: {task.total_steps:,} {task.unit}{resumed}")
+                place = f"  ({', '.join(self._whole_run_figures(task))})" if self._left.place else ""
+                self.print(f"{task.name}: {task.total_steps:,} {task.unit}{resumed}{place}")
             return
+        if task.depth == 0:
+            self._show_whole_run(self._bars, task)
         key = task.depth, task.name
         if key not in self._rows:
             self._rows[key] = self._bars.add_task("", count="", figures="")
-        description = "  " * task.depth + task.name
         self._bars.reset(
             self._rows[key],
             total=task.total_steps,
             completed=task.completed_steps,
-            description=description,
+            description="  " * task.depth + task.name,
             count=task.count,
             figures="",
         )
 
     def _end(self, task: Task) -> None:
         took = self.clock() - task.started_at
-        if self._bars is None:
-            if task.depth == 0 or took >= self.line_interval_seconds:
-                self._tell(task, f"{task.describe()}  took {duration(took)}".strip())
-            return
-        row = self._rows[task.depth, task.name]
-        self._bars.update(row, figures=f"{task.describe()}  took {duration(took)}".strip())
-        if task.depth == 0:
-            for key in [key for key in self._rows if key[0] > 0]:
-                self._bars.remove_task(self._rows.pop(key))
-            # The row stays on the screen; a later task of this name gets its own.
-            del self._rows[task.depth, task.name]
+        figures = f"{task.result or task.describe()}  took {duration(took)}".strip()
+        if task.depth == 0 and task.completed_steps == task.total_steps:
+            self._left.end(task.name, took)
+        if self._bars is not None and task.depth > 0:
+            self._bars.update(self._rows[task.depth, task.name], figures=figures)
+        elif task.depth == 0 or took >= self.line_interval_seconds:
+            self._tell(task, figures)
+        if self._bars is not None and task.depth == 0:
+            for row in self._rows.values():
+                self._bars.remove_task(row)
+            self._rows.clear()
 
     def _tell(self, task: Task, figures: str) -> None:
         task.told_at = self.clock()
         share = f" ({task.completed_steps / task.total_steps:.0%})" if task.total_steps else ""
         self.print(f"{'  ' * task.depth}{task.name}  {task.count}{share}  {figures}".rstrip())
 
+    def _show_whole_run(self, bars: RichProgress, task: Task) -> None:
+        if not self._left.place:
+            return
+        place, *left = self._whole_run_figures(task)
+        if self._whole_run is None:
+            self._whole_run = bars.add_task("whole run", count="", figures="")
+        done, parts = self._left.done
+        bars.update(self._whole_run, total=parts, completed=done, count=place, figures=" ".join(left))
 
-def duration(seconds: float) -> str:
-    """`0.8 s`, `42 s`, `5 min 08 s`, `3 h 20 min`, `2 d 4 h`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86_400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+    def _whole_run_figures(self, task: Task) -> list[str]:
+        """Where the run is, and what is left of it where something is known."""
+        left = self._left.describe(task.seconds_left)
+        return [self._left.place, *([left] if left else [])]
 
 
 def _compact(value: float) -> str:

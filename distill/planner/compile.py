@@ -12,7 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from rich.console import Console
 
 from distill.experiment import Experiment
-from distill.monitor.progress import Progress, duration
+from distill.monitor.progress import Progress
+from distill.monitor.time_left import duration
 from distill.planner.available_memory import available_bytes
 from distill.planner.program import Program
 from distill.planner.program_memory import Compiled, compiled

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from distill.monitor.progress import duration
+from distill.monitor.time_left import duration
 from distill.planner.topology_plan import Plan
 
 _GIB, _MIB = 2**30, 2**20

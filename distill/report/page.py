@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from distill.monitor.progress import duration
+from distill.monitor.time_left import duration
 from distill.report.costs import cost_table, engineering
 from distill.report.curves import panels
 from distill.report.lineage import caption, exported, in_order, is_comparison, stage_flops

@@ -16,10 +16,11 @@ from distill.monitor.environment import commit
 from distill.monitor.metrics import METRICS_FILE, MetricsWriter, NoMetrics
 from distill.monitor.progress import Progress
 from distill.report.report import Report, StageCost, write_report
-from distill.report.results import STUDENT_INITIAL, record_json
+from distill.report.results import STUDENT_INITIAL, TEACHER, record_json
 from distill.runner import selftest
 from distill.runner.evaluations import Evaluations
 from distill.runner.export_folder import export_student
+from distill.runner.parts import parts_of
 from distill.runner.preflight import preflight
 from distill.runner.run_directory import RunDirectory
 from distill.stages import Stage
@@ -76,6 +77,8 @@ def execute(
             keep_time=run.keep_time,
         )
         _say_lost_records(run, experiment, metrics, progress)
+        names = (STUDENT_INITIAL, *experiment.stages, TEACHER)
+        progress.plan(parts_of(experiment, [name for name in names if run.evaluation(name)], finished))
         evaluations = Evaluations(experiment, context, run, student)
         rows = evaluations.of_student(STUDENT_INITIAL, student)
         models: dict[str | None, Qwen3] = {None: student}

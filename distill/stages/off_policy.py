@@ -134,6 +134,11 @@ class OffPolicy:
         return steps
 
 
+def generating_title(name: str) -> str:
+    """What the progress bar of the teacher's responses for stage `name` is called."""
+    return f"{name}: teacher generates"
+
+
 def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent) -> TargetStore:
     """Write the stage's target store, or what a killed run left unwritten of it, and count what it cost."""
     seed = context.stage_seed(name)
@@ -169,8 +174,9 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
         firsts = range(0, len(requests), stage.batch_size)
         done = begun["shards"]
         written = min(len(requests), len(done) * stage.batch_size)
-        title = f"{name}: teacher generates"
-        with context.progress.task(title, len(requests), completed_steps=written, unit="rollouts") as bar:
+        with context.progress.task(
+            generating_title(name), len(requests), completed_steps=written, unit="rollouts"
+        ) as bar:
             for shard, first in enumerate(firsts):
                 if shard in done:
                     continue

@@ -31,6 +31,8 @@ class StopRequest:
     ):
         """`say` shows a line, and `leave_terminal` gives the terminal back before the process ends: from a thread."""
         self._requested = False
+        self._answered = False
+        """Whether the watching thread has said so."""
         self._say, self._leave_terminal = say, leave_terminal
         self._terminals: list[int] = []
 

@@ -3,7 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from distill.monitor.progress import Progress, duration
+from distill.monitor.progress import Progress
+from distill.monitor.time_left import duration
 
 
 class Clock:
