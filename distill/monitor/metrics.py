@@ -87,9 +87,8 @@ class MetricsWriter:
         self._metrics = RecordLog(self._run_dir / METRICS_FILE)
         self._rollouts = RecordLog(self._run_dir / ROLLOUTS_FILE)
         self._last_step: dict[str, int] = {}
-        for record in read_records(self._metrics.path, _is_row):
+        for record in read_metrics(self._run_dir):
             self._last_step[record["stage"]] = record["step"]
-        read_records(self._rollouts.path, _is_sample)
         self._events: dict[str, EventLog] = {}
         for directory in self._run_dir.glob("tensorboard/*/"):
             untag(directory, prefix=f"{directory.name}/")
@@ -242,6 +241,12 @@ def require_finite(step: int, values: Mapping[str, SupportsFloat], *, stage: str
                 f"stage {stage}, step {step}: {name} is {float(value)}; lower the learning rate or the clipping norm "
                 f"({METRICS_FILE} shows the steps before), and start again in a new run directory"
             )
+
+
+def read_metrics(run_dir: pathlib.Path) -> list[Record]:
+    """The rows of `metrics.jsonl`, oldest first. Raises UserError where that file or `rollouts.jsonl` is damaged."""
+    read_records(run_dir / ROLLOUTS_FILE, _is_sample)
+    return read_records(run_dir / METRICS_FILE, _is_row)
 
 
 def _is_row(record: Record) -> bool:

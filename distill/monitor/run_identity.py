@@ -21,18 +21,24 @@ def claim_id(directory: Path) -> str:
 
     Raises UserError where checkpoints are there and the id is not.
     """
-    file = directory / _FILE
-    known = _content(file)
+    known = known_id(directory)
+    if known is None:
+        known = secrets.token_hex(8)
+        write_atomically(directory / _FILE, known)
+    return known
+
+
+def known_id(directory: Path) -> str | None:
+    """The id of the run in `directory`, None where it has none yet. Raises UserError as `claim_id` does."""
+    known = _content(directory / _FILE)
     if re.fullmatch(rb"[0-9a-f]{16}", known):
         return known.decode()
     if any((directory / "checkpoints").glob("*/*/record")):
         raise UserError(
-            f'{file} is damaged; write the 16 digits into it that stand after "run" in '
+            f'{directory / _FILE} is damaged; write the 16 digits into it that stand after "run" in '
             f"{directory / 'checkpoints'}/STAGE/STEP/record/metadata, or give this run another --name"
         )
-    new = secrets.token_hex(8)
-    write_atomically(file, new)
-    return new
+    return None
 
 
 def require_id(directory: Path, run_id: str) -> None:

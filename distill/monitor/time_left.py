@@ -53,6 +53,8 @@ class TimeLeft:
     def describe(self, of_current_seconds: float | None) -> str:
         """`~ 5 min and 2 stages left`, where the present part takes `of_current_seconds` more; empty if unknown."""
         paces = self._seconds_of_pace
+        if of_current_seconds is None and self._current is not None:
+            of_current_seconds = paces.get(self._current.pace)
         known = [paces[part.pace] for part in self._coming if part.pace in paces]
         # A stage is one, however many bars it has.
         unknown = {(part.kind, part.whose) for part in self._coming if part.pace not in paces}

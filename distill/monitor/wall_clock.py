@@ -30,7 +30,7 @@ class WallClock:
     def keep(self) -> None:
         """Call this when work is saved."""
         self.seconds = self._before + self._clock() - self._started
-        write_atomically(self._file, json.dumps(self.seconds))
+        write_atomically(self._file, json.dumps({"seconds": self.seconds}))
 
     def forget_before(self) -> None:
         """The work of the processes before is gone, and with it their time."""
@@ -45,6 +45,9 @@ class WallClock:
 
 
 def _seconds(raw: object) -> float:
-    if isinstance(raw, bool) or not isinstance(raw, int | float) or not 0 <= raw < math.inf:
-        raise ValueError(f"it holds {json.dumps(raw)[:40]}, no number of seconds")
-    return float(raw)
+    # In an object, half of which is no document: half a number would be another number.
+    assert isinstance(raw, dict), "no object"
+    seconds = raw["seconds"]
+    assert type(seconds) in (int, float), "no number of seconds"
+    assert 0 <= seconds < math.inf, "no number of seconds"
+    return float(seconds)

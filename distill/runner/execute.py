@@ -19,7 +19,7 @@ from distill.report.report import Report, StageCost, write_report
 from distill.report.results import STUDENT_INITIAL, TEACHER, record_json
 from distill.runner import selftest
 from distill.runner.evaluations import Evaluations
-from distill.runner.export_folder import export_student
+from distill.runner.export_folder import check_export_record, export_student
 from distill.runner.parts import parts_of
 from distill.runner.preflight import preflight
 from distill.runner.run_directory import RunDirectory
@@ -46,6 +46,7 @@ def execute(
     Raises UserError for what the user can mend and Interrupted where the run was asked to stop and has saved.
     """
     with RunDirectory.claim(directory, experiment) as run, contextlib.ExitStack() as opened:
+        first_says(lambda: check_export_record(directory))
         mesh, teacher_mesh = experiment.meshes()
         tokenizer = _tokenizer(experiment, run.began)
         tasks = TaskMixture(experiment.tasks)

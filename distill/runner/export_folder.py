@@ -28,6 +28,11 @@ class _Written:
     files: dict[str, FileState] = dataclasses.field(default_factory=dict)
 
 
+def check_export_record(directory: Path) -> None:
+    """Raises UserError where the record of what `export_student` has written is damaged."""
+    _recorded(directory / EXPORT_RECORD)
+
+
 def export_student(experiment: Experiment, model: Qwen3, context: RunContext) -> None:
     """Write `model` as a Hugging Face folder, or leave alone the one that this run has written.
 
@@ -64,13 +69,18 @@ def _found(
     changed since, which may be replaced, and whether there is nothing to write."""
     latest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
     of = str(file_state(checkpoints / str(latest) / "record" / "metadata")["blake2b"])
-    if not record.exists():
+    written = _recorded(record)
+    if written is None:
         return {}, of, [], _present(folder), False
-    written = read_json(record, _written_from_json, "delete it, and export/ is written again")
     present = [name for name in written.files if (folder / name).is_file()]
     changed = [name for name in present if _has_changed(folder / name, written.files[name])]
     complete = written.of == of and len(present) == len(written.files)
     return written.files, of, changed, sorted(written.files.keys() - set(changed)), complete
+
+
+def _recorded(record: Path) -> _Written | None:
+    remedy = "delete it, and export/ is written again"
+    return read_json(record, _written_from_json, remedy) if record.exists() else None
 
 
 def _written_from_json(raw: object) -> _Written:

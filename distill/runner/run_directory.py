@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from distill.experiment import Experiment, differing_fields
 from distill.hosts.processes import first_says, is_first, require_same
 from distill.monitor.environment import environment
+from distill.monitor.metrics import read_metrics
 from distill.monitor.records import read_json, write_atomically
-from distill.monitor.run_identity import began_at, claim_id, keep_began, require_id
+from distill.monitor.run_identity import began_at, claim_id, keep_began, known_id, require_id
 from distill.monitor.wall_clock import WallClock
 from distill.report.reading import from_json
 from distill.report.results import STUDENT_INITIAL, TEACHER, EvaluationRow, StageCost
@@ -100,6 +101,8 @@ class RunDirectory:
         inputs = found_inputs(experiment, known or {})
         if known is not None:
             check_unchanged(known, inputs)
+        known_id(path)
+        read_metrics(path)
         return inputs
 
     def begin(self) -> None:

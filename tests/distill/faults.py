@@ -7,17 +7,22 @@ forked from a server that has imported everything and started no device, and sha
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
+import pty
 import random
 import signal
+import struct
 import sys
 import tempfile
+import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +80,34 @@ def launch(
             output=(Path(folder) / "output").read_text(),
             phases=(Path(folder) / "phases").read_text().splitlines(),
         )
+
+
+def launch_in_terminal(
+    file: Path, runs: Path, *more: str, keys: Sequence[tuple[bytes, bytes | None]], variables: Mapping[str, str] = {}
+) -> tuple[int, str]:
+    """Run `file`'s experiment in a terminal of 80 columns, and return its exit status and what the terminal showed.
+
+    `keys` are texts to wait for, one after the other, and what is typed then; None closes the terminal.
+    """
+    command, environment = miniature.launch_command(file, runs, *more, devices=1)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvpe(command[0], command, {**environment, "TERM": "xterm", **variables})
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    shown, begin, open_keys = b"", 0, list(keys)
+    with contextlib.suppress(OSError):  # Linux's end of a terminal
+        while received := os.read(terminal, 65536):
+            shown += received
+            while open_keys and open_keys[0][0] in shown[begin:]:
+                begin = len(shown)
+                if (typed := open_keys.pop(0)[1]) is None:
+                    break
+                os.write(terminal, typed)
+            else:
+                continue
+            break
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), shown.decode()
 
 
 def _work(

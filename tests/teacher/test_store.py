@@ -258,6 +258,46 @@ def test_nan_is_refused_before_it_is_stored_and_where_a_store_holds_it(tmp_path:
         store[1]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shards": {}},
+        {"shards": []},
+        {"shards": {"0": [1]}},
+        {"shards": {"first": "SHARD"}},
+        {"shards": {"1": "SHARD"}},
+        {"entries": None},
+        {"entries": "four"},
+        {"finished": "yes"},
+        {"identity": []},
+        {"shards": {"0": {"records": "many"}}},
+        {"shards": {"0": {"records": True}}},
+        {"shards": {"0": {"records": -5}}},
+    ],
+)
+def test_an_index_of_another_shape_is_named(tmp_path: Path, wrong: dict[str, object]) -> None:
+    write_store(tmp_path, shards=1)
+    index = json.loads((tmp_path / "index.json").read_text())
+    whole = index["shards"]["0"]
+    shards = wrong.get("shards", index["shards"])
+    if isinstance(shards, dict):
+        filled = {
+            number: whole if shard == "SHARD" else whole | shard if isinstance(shard, dict) else shard
+            for number, shard in shards.items()
+        }
+        wrong = wrong | {"shards": filled}
+    (tmp_path / "index.json").write_text(json.dumps(index | wrong))
+    with pytest.raises(UserError, match=r"index\.json is damaged: .*; restore it or delete") as refused:
+        TargetStore.open(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_index_that_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"index\.json cannot be read: .*; restore it or delete"):
+        TargetStore.open(tmp_path)
+
+
 def test_unusable_places_and_records_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):

@@ -147,6 +147,24 @@ def test_torn_event_file_is_cut_too(tmp_path):
     assert scalar_points(tmp_path, "s", "loss") == [(1, 1), (2, 2), (3, 30)]
 
 
+@pytest.mark.parametrize("damage", [b"", b"\x07" * 300, b'[1, {"a": "b"}]', bytes(12)])
+def test_a_damaged_event_file_ends_where_the_damage_begins(tmp_path, damage):
+    with metrics.MetricsWriter(tmp_path) as writer:
+        writer.scalars(1, {"loss": 2.0}, stage="sft")
+    (file,) = (tmp_path / "tensorboard" / "sft").iterdir()
+    whole = file.read_bytes()
+    for kept in (whole, b""):
+        file.write_bytes(kept + damage)
+        with metrics.MetricsWriter(tmp_path) as writer:
+            writer.resume_at("sft", 1)
+            writer.scalars(2, {"loss": 1.0}, stage="sft")
+        steps = [event.step for event in tensorboard(tmp_path, "sft").Scalars("sft/loss")]
+        assert steps == ([1, 2] if kept else [2])
+        for later in (tmp_path / "tensorboard" / "sft").iterdir():
+            if later != file:
+                later.unlink()
+
+
 def test_text_past_the_restored_step_is_gone(tmp_path):
     with metrics.MetricsWriter(tmp_path) as writer:
         for step in (1, 2, 3):

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from distill.monitor.progress import Progress
-from distill.monitor.time_left import duration
+from distill.monitor.time_left import Part, duration
 
 
 class Clock:
@@ -102,8 +102,7 @@ def test_terminal_rows_never_wrap_and_nested_rows_stay_between_visits(clock, wid
                 sampling.advance(8, tokens=4096)
             stage.advance(tokens=4096, values={"loss": 0.25})
         progress._bars.refresh()
-        frame = output.getvalue().rpartition("\x1b[2K")[2]
-        lines = [line.rstrip() for line in frame.splitlines()]
+        lines = last_frame(output)
         assert len(lines) == 2
         assert lines[0].startswith("on_policy")
         assert lines[0].endswith("2/100 steps  loss 0.250  4,096 tokens/s  1 min 38 s left")
@@ -112,11 +111,96 @@ def test_terminal_rows_never_wrap_and_nested_rows_stay_between_visits(clock, wid
     assert "sampling" not in output.getvalue().rpartition("\x1b[2K")[2]
 
 
+def last_frame(output):
+    return [line.rstrip() for line in output.getvalue().rpartition("\x1b[2K")[2].splitlines()]
+
+
+def test_a_task_that_ends_leaves_a_whole_line_in_a_terminal_too(clock):
+    progress, output = terminal(clock, 30)
+    with progress, progress.task("evaluating student_initial, non-thinking", 8, unit="responses") as task:
+        clock.seconds += 3
+        task.advance(8)
+        task.result = "95.2 ± 1.3 %"
+    said = "evaluating student_initial, non-thinking  8/8 responses (100%)  95.2 ± 1.3 %  took 3.0 s"
+    assert f"\x1b[2K{said}\n" in output.getvalue()
+
+
+@pytest.mark.parametrize("width", [1, 5, 20, 40])
+def test_small_terminals_get_one_row_a_task(clock, width):
+    progress, output = terminal(clock, width)
+    progress.plan([part("off_policy", "stage", "stage 1 of 1")])
+    with progress, progress.task("off_policy", 10_000) as task:
+        clock.seconds += 1
+        task.advance(tokens=4096, values={"loss": 0.25})
+        progress._bars.refresh()
+        lines = last_frame(output)
+        assert len(lines) == 2
+        assert all(len(line) <= width for line in lines)
+
+
+def part(title, kind, place, pace=None):
+    return Part(title=title, kind=kind, whose=title, place=place, pace=pace)
+
+
+def test_the_log_says_which_stage_it_is_and_what_is_left_of_the_run(clock):
+    progress, output = plain(clock, line_interval_seconds=100)
+    progress.plan(
+        [
+            part("evaluating start", "evaluation", "before stage 1 of 2", "fast"),
+            part("sft", "stage", "stage 1 of 2"),
+            part("evaluating sft", "evaluation", "stage 1 of 2", "fast"),
+            part("on_policy", "stage", "stage 2 of 2"),
+            part("evaluating on_policy", "evaluation", "stage 2 of 2", "fast"),
+            part("evaluating teacher", "evaluation", "after stage 2 of 2"),
+        ]
+    )
+    with progress:
+        for title in ("evaluating start", "sft", "evaluating sft", "on_policy", "evaluating on_policy"):
+            with progress.task(title, 2) as task:
+                clock.seconds += 10
+                task.advance(2)
+    begun = [line for line in output.getvalue().splitlines() if ": 2 steps" in line]
+    assert begun == [
+        "evaluating start: 2 steps  (before stage 1 of 2, 2 stages and 4 evaluations left)",
+        "sft: 2 steps  (stage 1 of 2, ~20 s, 2 stages and 1 evaluation left)",
+        "evaluating sft: 2 steps  (stage 1 of 2, ~20 s, 1 stage and 1 evaluation left)",
+        "on_policy: 2 steps  (stage 2 of 2, ~10 s, 1 stage and 1 evaluation left)",
+        "evaluating on_policy: 2 steps  (stage 2 of 2, ~10 s and 1 evaluation left)",
+    ]
+
+
+def test_a_terminal_shows_the_time_left_of_the_whole_run(clock):
+    progress, output = terminal(clock, 100)
+    progress.plan(
+        [
+            part("evaluating start", "evaluation", "before stage 1 of 1", "fast"),
+            part("sft", "stage", "stage 1 of 1"),
+            part("evaluating sft", "evaluation", "stage 1 of 1", "fast"),
+        ]
+    )
+    with progress:
+        with progress.task("evaluating start", 1) as task:
+            clock.seconds += 60
+            task.advance()
+        with progress.task("sft", 100) as task:
+            for _ in range(2):
+                clock.seconds += 1
+                task.advance()
+            progress._bars.refresh()
+            assert last_frame(output)[0].startswith("whole run")
+            # 98 steps of a second each, and another evaluation.
+            assert last_frame(output)[0].endswith("stage 1 of 1 ~2 min 38 s left")
+    assert "whole run" not in output.getvalue().rpartition("\x1b[2K")[2]
+
+
 def test_markup_in_lines_is_shown_as_it_is(clock):
     progress, output = plain(clock)
     with progress:
-        progress.print("rollout [bold]12[/bold] of a rather long line, longer than the console is wide")
-    assert output.getvalue() == "rollout [bold]12[/bold] of a rather long line, longer than the console is wide\n"
+        progress.print("rollout [bold]12[/bold] [/] :smile: of a rather long line, longer than the console is wide")
+    assert (
+        output.getvalue()
+        == "rollout [bold]12[/bold] [/] :smile: of a rather long line, longer than the console is wide\n"
+    )
 
 
 @pytest.mark.parametrize(

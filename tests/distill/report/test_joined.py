@@ -110,7 +110,10 @@ REFUSED = {
     "an unfinished run": (lambda run: [str(_unfinished(run))], "has not finished"),
     "named twice": (lambda run: [str(run), f"{run}/../{run.name}"], "named twice"),
     "no JSON": (lambda run: _damage(run, "report.json", "{"), "report.json is not valid JSON"),
-    "no object": (lambda run: _damage(run, "report.json", "[1]"), "report.json holds list, not a JSON object; restore it"),
+    "no object": (
+        lambda run: _damage(run, "report.json", "[1]"),
+        "holds list, not a JSON object; restore it",
+    ),
     "nothing in it": (lambda run: _damage(run, "report.json", "{}"), "report.json: experiment is missing"),
     "a row that is none": (
         lambda run: _damage(run, "report.json", '{"experiment": "a", "rows": [3], "stages": []}'),
@@ -141,7 +144,7 @@ REFUSED = {
         lambda run: _damage(run, "rollouts.jsonl", '{"stage": "a", "step": 1}\n'),
         "rollouts.jsonl:1: mode is",
     ),
-    "config": (lambda run: _damage(run, "config.json", "nonsense"), "config.json cannot be read as JSON"),
+    "config": (lambda run: _damage(run, "config.json", "nonsense"), "config.json is not valid JSON"),
     "a place that is none": (lambda run: [str(run), "--to", str(run / "no" / "where.html")], "cannot write"),
 }
 

@@ -6,7 +6,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -30,31 +29,6 @@ from qwen3.sharding import MeshShape, make_mesh
 from student.init import FromScratch
 from tests.distill import faults, miniature
 from tests.distill.faults import Kill, launch, scalars
-
-
-@pytest.fixture(scope="module")
-def experiment_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return faults.make_experiment(tmp_path_factory.mktemp("miniature"))
-
-
-@pytest.fixture(scope="module")
-def finished(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of one uninterrupted run of the command itself."""
-    runs = tmp_path_factory.mktemp("uninterrupted")
-    command, environment = miniature.launch_command(experiment_file, runs, devices=1)
-    done = subprocess.run(
-        command, cwd=experiment_file.parent, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "self-test  KL of the student to itself" in done.stdout
-    assert "report" in done.stdout
-    return runs / "miniature"
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, to damage."""
-    return shutil.copytree(finished, tmp_path / "miniature")
 
 
 def test_report_has_a_row_for_every_model_and_mode(finished: Path) -> None:
@@ -205,6 +179,7 @@ def test_sigterm_saves_and_exits_with_0(experiment_file: Path, finished: Path, t
     assert "saved after step 1 of 3" in " ".join(stopped.output.split())
     # Checkpoints come every second step; this one is there because of the signal.
     assert (tmp_path / "miniature" / "checkpoints" / "pretraining" / "1").is_dir()
+    assert json.loads((tmp_path / "miniature" / "wall_seconds.json").read_text())["seconds"] > 0
 
 
 def test_sigterm_saves_what_was_written_ahead(experiment_file: Path, finished: Path, copied: Path) -> None:
@@ -263,6 +238,16 @@ def test_damaged_checkpoint_and_full_disk_leave_what_was_saved_before(
     faults.require_same_end(copied, finished)
 
 
+def test_a_finished_stage_whose_last_checkpoint_is_gone_is_trained_to_its_end_again(
+    experiment_file: Path, finished: Path, copied: Path
+) -> None:
+    shutil.rmtree(copied / "checkpoints" / "on_policy" / "5")
+    shutil.rmtree(copied / "checkpoints" / "ahead" / "5")
+    again = launch(experiment_file, copied.parent)
+    assert again.status == 0, again.output
+    faults.require_same_end(copied, finished)
+
+
 def test_a_truncated_store_is_named(experiment_file: Path, copied: Path) -> None:
     _forget(copied, "off_policy")
     shard = copied / "targets" / "off_policy" / "targets-00001.arrayrecord"
@@ -300,11 +285,22 @@ def test_a_run_whose_directory_is_replaced_stops_and_writes_nothing_there(
     assert not (own / "export").exists()
 
 
-def test_the_same_command_again_changes_nothing(experiment_file: Path, finished: Path) -> None:
-    before = (finished / "metrics.jsonl").read_bytes()
-    again = launch(experiment_file, finished.parent)
+def test_the_same_command_again_changes_nothing_and_leaves_what_others_wrote(
+    experiment_file: Path, finished: Path, copied: Path
+) -> None:
+    (copied / "export" / "README.md").write_text("About this model.")
+    (copied / "export" / "plots").mkdir()
+    (copied / "export" / "plots" / "loss.png").write_bytes(b"\x89PNG")
+    (copied / "export" / "generation_config.json").write_text("{}")
+    names = ["metrics.jsonl", "wall_seconds.json", *(str(path) for path in copied.glob("export/**/*"))]
+    before = {name: (copied / name).stat().st_mtime_ns for name in names}
+    again = launch(experiment_file, copied.parent)
     assert again.status == 0, again.output
-    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert {name: (copied / name).stat().st_mtime_ns for name in names} == before
+    assert "export/generation_config.json is not as this run wrote it, and stays so; delete it" in again.output
+    assert again.output.count("is not as this run wrote it") == 1
+    for name in ("metrics.jsonl", "wall_seconds.json"):
+        assert (copied / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_another_configuration_is_refused_with_the_fields_that_differ(experiment_file: Path, finished: Path) -> None:

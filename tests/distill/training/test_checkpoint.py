@@ -203,6 +203,26 @@ def test_of_many_arrays_that_cannot_be_read_one_line_is_said(tmp_path: Path, mon
     assert not printed
 
 
+def test_each_damaged_file_is_not_needed_or_named_in_one_line(tmp_path: Path) -> None:
+    tree = {"weights": np.arange(64, dtype=np.float32)}
+    with Checkpointer(tmp_path / "whole") as checkpointer:
+        checkpointer.save(1, tree, METADATA)
+    named = {}
+    for file in sorted(path for path in (tmp_path / "whole" / "1").rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        for damage in (content[: len(content) // 2], b"", b"\xff\x07" * 300, b'[1, {"a": "b"}]'):
+            file.write_bytes(damage)
+            try:
+                with Checkpointer(tmp_path / "whole") as checkpointer:
+                    assert_identical(checkpointer.restore(tree)[0], tree)
+            except UserError as error:
+                named[file.name] = str(error)
+        file.write_bytes(content)
+    for line in named.values():
+        assert re.fullmatch(rf"[^\n]*{tmp_path}/whole[^\n]* is damaged: [^\n]+; delete [^\n]+", line)
+    assert {"metadata", "manifest.ocdbt", "_METADATA", "_CHECKPOINT_METADATA"} <= named.keys()
+
+
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
 @pytest.mark.parametrize("victim", ["largest data file", "array index", "record"])
 def test_damage_is_refused_and_the_checkpoint_named(tmp_path: Path, victim: str, damage: Any) -> None:

@@ -427,6 +427,26 @@ def test_a_kill_between_renames_loses_nothing(folder, model):
     assert_equal(hf.load(folder), model)
 
 
+def test_what_the_writer_does_not_own_stays(folder):
+    (folder / "README.md").write_text("mine")
+    (folder / "plots").mkdir()
+    (folder / "plots" / "loss.png").write_bytes(b"mine")
+    (folder / "link").symlink_to("plots")
+    (folder / "config.json").write_text("changed by hand")
+    inode = (folder / "README.md").stat().st_ino
+    with complete_folder(folder, own=[WEIGHTS, "generation_config.json"]) as partial:
+        for name in (WEIGHTS, "config.json"):
+            (partial / name).write_text("new")
+    assert (folder / WEIGHTS).read_text() == "new"
+    assert not (folder / "generation_config.json").exists()
+    assert (folder / "config.json").read_text() == "changed by hand"
+    assert (folder / "plots" / "loss.png").read_bytes() == b"mine"
+    assert (folder / "link").is_symlink()
+    # Not copied: what lies there may be large.
+    assert (folder / "README.md").stat().st_ino == inode
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
 def test_a_model_is_replaced_but_nothing_else(folder, model):
     hf.save(folder, model, max_shard_bytes=3000)
     assert not (folder / WEIGHTS).exists()
