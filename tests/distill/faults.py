@@ -13,10 +13,10 @@ import fcntl
 import json
 import multiprocessing
 import os
-import pty
 import random
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import termios
@@ -90,10 +90,16 @@ def launch_in_terminal(
     `keys` are texts to wait for, one after the other, and what is typed then; None closes the terminal.
     """
     command, environment = miniature.launch_command(file, runs, *more, devices=1)
-    process, terminal = pty.fork()
-    if process == 0:
-        os.execvpe(command[0], command, {**environment, "TERM": "xterm", **variables})
+    terminal, inside = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        ["setsid", "--ctty", *command],
+        env={**environment, "TERM": "xterm", **variables},
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+    )
+    os.close(inside)
     shown, begin, open_keys = b"", 0, list(keys)
     with contextlib.suppress(OSError):  # Linux's end of a terminal
         while received := os.read(terminal, 65536):
@@ -107,7 +113,7 @@ def launch_in_terminal(
                 continue
             break
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), shown.decode()
+    return process.wait(), shown.decode()
 
 
 def _work(

@@ -16,9 +16,8 @@ FIRST = "stopping after this step; press Ctrl-C again to end now"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
-    """Where the endless run goes on from test to test; `finished` has compiled its programs."""
-    del finished
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the endless run goes on from test to test."""
     return tmp_path_factory.mktemp("endless")
 
 
@@ -36,9 +35,11 @@ def test_ctrl_c_says_at_once_what_happens_and_a_second_ends_with_130(experiment_
     assert shown.rpartition(cursor_shown)[2].startswith(last)
 
 
-@pytest.mark.parametrize("variables", [{}, {"TERM": "dumb", "NO_COLOR": "1", "PYTHONIOENCODING": "ascii"}])
-def test_one_ctrl_c_saves(experiment_file: Path, runs: Path, variables: dict[str, str]) -> None:
-    more = (*ENDLESS, "--description", MARKUP)
+def test_one_ctrl_c_saves_in_a_terminal_of_few_means_too(experiment_file: Path, runs: Path) -> None:
+    more, variables = (
+        (*ENDLESS, "--description", MARKUP),
+        {"TERM": "dumb", "NO_COLOR": "1", "PYTHONIOENCODING": "ascii"},
+    )
     status, shown = launch_in_terminal(experiment_file, runs, *more, keys=[(b"loss", b"\x03")], variables=variables)
     assert status == 0, shown
     assert FIRST in shown
