@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from distill.monitor.progress import Task as Bar
-from distill.stages.context import EngineSizes, Interrupted, RunContext
+from distill.stages.context import EngineSizes, RunContext
+from distill.stages.stopping import Interrupted
 from distill.training.losses import Loss, distillation_loss
 from distill.training.packing import pack_rollouts, rollout_example, rows_needed
 from distill.training.train_step import Batch

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp

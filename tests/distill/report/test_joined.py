@@ -126,7 +126,7 @@ REFUSED = {
     "a wrong type": (lambda run: _wrong(run, "pass_at_1", "0.5"), "rows[0]: pass_at_1 is '0.5'; it must be a number"),
     "not a number": (
         lambda run: _wrong(run, "mean_response_tokens", float("nan")),
-        "is nan; it must be a finite number",
+        "holds NaN, which is no number; correct it",
     ),
     "a histogram that is none": (
         lambda run: _wrong(run, "length_histogram", {"bin_tokens": 0, "counts": [1]}),
