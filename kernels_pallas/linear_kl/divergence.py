@@ -6,6 +6,7 @@ buckets.
 """
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -50,24 +51,8 @@ class Divergence:
 def contribution(
     divergence: Divergence, teacher_logprob: Float[Array, "..."], student_logprob: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """What one bucket adds to the divergence, in nats; -inf is a probability of 0, also for the derivative.
-
-    Written as an f-divergence (with the terms ±p ±q, which sum to zero over all buckets), so that every bucket's
-    contribution is non-negative by itself and an error in either log-sum-exp cancels to first order: a student equal
-    to its teacher scores 0 to rounding of the second order, and nothing ever needs a clamp.
-    """
-    p, q = jnp.exp(teacher_logprob), jnp.exp(student_logprob)
-    if divergence.name == "forward_kl":
-        return _weighted_log_ratio(p, teacher_logprob, student_logprob) - p + q
-    if divergence.name == "reverse_kl":
-        return _weighted_log_ratio(q, student_logprob, teacher_logprob) - q + p
-    w = divergence.weight
-    assert w is not None
-    m = w * p + (1 - w) * q
-    log_m = jnp.log(jnp.where(m > 0, m, 1))
-    if divergence.name == "skew_kl":
-        return _weighted_log_ratio(p, teacher_logprob, log_m) - p + m
-    return w * _weighted_log_ratio(p, teacher_logprob, log_m) + (1 - w) * _weighted_log_ratio(q, student_logprob, log_m)
+    """What one bucket adds to the divergence, in nats; -inf is a probability of 0, also for the derivative."""
+    return contribution_and_slope(divergence, teacher_logprob, student_logprob)[0]
 
 
 def contribution_and_slope(
@@ -75,21 +60,36 @@ def contribution_and_slope(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """`contribution` and its derivative by `student_logprob`, elementwise.
 
-    The derivatives are written out, since kernels have no differentiation and most terms cancel.
+    Contributions are written as an f-divergence (with the terms ±p ±q, which sum to zero over all buckets), so that
+    every bucket's is non-negative by itself and an error in either log-sum-exp cancels to first order: a student equal
+    to its teacher scores 0 to rounding of the second order, and nothing ever needs a clamp. The derivatives are
+    written out, since kernels have no differentiation and most terms cancel.
     """
-    value = contribution(divergence, teacher_logprob, student_logprob)
-    p, q = jnp.exp(teacher_logprob), jnp.exp(student_logprob)
+    lp, lq, w = teacher_logprob, student_logprob, divergence.weight
+    p, q = jnp.exp(lp), jnp.exp(lq)
     if divergence.name == "forward_kl":
-        return value, q - p
+        return _weighted_log_ratio(p, lp, lq) - p + q, q - p
     if divergence.name == "reverse_kl":
-        return value, _weighted_log_ratio(q, student_logprob, teacher_logprob)
-    w = divergence.weight
+        log_ratio = _weighted_log_ratio(q, lq, lp)
+        return log_ratio - q + p, log_ratio
     assert w is not None
-    m = w * p + (1 - w) * q
-    m = jnp.where(m > 0, m, 1)
     if divergence.name == "skew_kl":
-        return value, (1 - w) ** 2 * q * (q - p) / m
-    return value, (1 - w) * _weighted_log_ratio(q, student_logprob, jnp.log(m))
+        m = w * p + (1 - w) * q
+        m = jnp.where(m > 0, m, 1)
+        return _weighted_log_ratio(p, lp, jnp.log(m)) + (1 - w) * (q - p), (1 - w) ** 2 * q * ((q - p) / m)
+    # Of log q - log m little would be left where p and q, or the weight, leave m near q: so from the smaller's share.
+    least = float(jnp.finfo(q.dtype).tiny)
+    smaller_to_larger = jnp.minimum(p, q) / jnp.maximum(jnp.maximum(p, q), least)
+    log_m_to_larger = _log1p(jnp.where(q < p, 1 - w, w) * (smaller_to_larger - 1))
+    log_p_to_q = jnp.maximum(lp, math.log(least)) - jnp.maximum(lq, math.log(least))
+    slope = -(1 - w) * q * (log_m_to_larger + jnp.maximum(log_p_to_q, 0))
+    return slope - w * p * (log_m_to_larger + jnp.maximum(-log_p_to_q, 0)), slope
+
+
+def _log1p(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log(1 + x); Mosaic GPU has none. What rounding 1 + x loses is put back to first order."""
+    y = 1 + x
+    return jnp.log(y) + (x - (y - 1)) / y
 
 
 def _weighted_log_ratio(mass: Array, log_mass: Array, log_other: Array) -> Array:

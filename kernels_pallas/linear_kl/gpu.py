@@ -20,8 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import warpgroup
 from kernels_pallas.linear_kl.divergence import Divergence, contribution_and_slope
+from kernels_pallas.linear_kl.mass import Mass, Survey
 from kernels_pallas.linear_kl.passes import rounds
-from kernels_pallas.linear_kl.xla import Mass
+from kernels_pallas.linear_kl.sure import relative_slopes
 
 DTYPES = ("bfloat16",)
 MULTIPLE = 64  # of D: what a product sums at a time
@@ -51,7 +52,7 @@ def survey_at_ids(
             "sums_own": plgpu.SMEM((_WORKERS, 3, warpgroup.ROWS), jnp.float32),
         },
     )
-    return chosen.max(0)[:, :count], _merge(sums)
+    return chosen.max(0)[:, :count], _merge(_mass(sums))
 
 
 def slopes_at_ids(
@@ -85,7 +86,7 @@ def survey_full(
     head: Float[Array, "V D"],
     teacher_hidden: Float[Array, "M Dt"],
     teacher_head: Float[Array, "V Dt"],
-) -> tuple[Mass, Mass, Float[Array, " M"]]:
+) -> Survey:
     """As `tpu.survey_full`."""
     (sums,) = _launch(
         functools.partial(_survey_full_kernel, vocab=len(head)),
@@ -94,8 +95,8 @@ def survey_full(
         by_part=[((7, len(hidden)), jnp.float32)],
         scratch={"sums_own": plgpu.SMEM((_WORKERS, 7, warpgroup.ROWS), jnp.float32)},
     )
-    student, teacher = _merge(sums[:, :3]), _merge(sums[:, 3:6])
-    return student, teacher, jnp.where(sums[:, 3] == teacher.top, sums[:, 6], _MASKED).max(0)
+    parts = Survey(student=_mass(sums[:, :3]), teacher=_mass(sums[:, 3:6]), teacher_at_top=sums[:, 6])
+    return parts.together(_merge(parts.student), _merge(parts.teacher), functools.partial(jnp.max, axis=0))
 
 
 def slopes_full(
@@ -103,7 +104,7 @@ def slopes_full(
     head: Float[Array, "V D"],
     teacher_hidden: Float[Array, "M Dt"],
     teacher_head: Float[Array, "V Dt"],
-    rows: Float[Array, "4 M"],
+    rows: Float[Array, "8 M"],
     fresh: Int[Array, ""] | int,
     *,
     divergence: Divergence,
@@ -172,9 +173,9 @@ def _survey_full_kernel(at, sums, *, sums_own, vocab):
         student, teacher, at_top = carry[:3], carry[3:6], carry[6]
         counts = _counts(block, zs.shape, vocab)
         zs, zt = jnp.where(counts, zs, _MASKED), jnp.where(counts, zt, _MASKED)
-        here = jnp.max(zt, axis=1)
-        first = jnp.max(jnp.where(zt == warpgroup.spread(here, zt.shape, 0), zs, _MASKED), axis=1)
-        before = teacher[0]
+        here = jnp.max(zs, axis=1)
+        first = jnp.max(jnp.where(zs == warpgroup.spread(here, zs.shape, 0), zt, _MASKED), axis=1)
+        before = student[0]
         at_top = jnp.maximum(jnp.where(before >= here, at_top, _MASKED), jnp.where(here >= before, first, _MASKED))
         return *_add_mass(student, zs), *_add_mass(teacher, zt), at_top
 
@@ -186,16 +187,19 @@ def _survey_full_kernel(at, sums, *, sums_own, vocab):
 
 
 def _slopes_full_kernel(at, rows, fresh, sums, *out, sums_own, slopes_own, vocab, divergence):
-    student_lse, teacher_lse, weight, whole_slope = (warpgroup.load(rows, (i, at.rows), 0) for i in range(4))
+    by_row = [warpgroup.load(rows, (i, at.rows), 0) for i in range(8)]
 
     def step(block, carry, zs, zt):
         value, slope_sum = carry
-        lp, lq = zt - warpgroup.spread(teacher_lse, zt.shape, 0), zs - warpgroup.spread(student_lse, zs.shape, 0)
+        student_top, student_log, teacher_top, teacher_log, weight, cut, centre, whole_slope = (
+            warpgroup.spread(x, zs.shape, 0) for x in by_row
+        )
+        lp, lq = (zt - teacher_top) - teacher_log, (zs - student_top) - student_log
         counts = _counts(block, lq.shape, vocab) & (block.index(lq.shape) >= fresh[0])
-        share, slope = (jnp.where(counts, x, 0) for x in contribution_and_slope(divergence, lp, lq))
+        share, slope = contribution_and_slope(divergence, lp, lq)
+        share, slope = (jnp.where(counts, x, 0) for x in (share, relative_slopes(slope, lq, cut, centre)))
         if out:
-            slopes = slope - jnp.exp(lq) * warpgroup.spread(whole_slope, lq.shape, 0)
-            slopes = jnp.where(counts, warpgroup.spread(weight, lq.shape, 0) * slopes, 0)
+            slopes = jnp.where(counts, weight * (slope - jnp.exp(lq) * whole_slope), 0)
             at.store_tile(block, slopes, slopes_own, out[0])
         return value + jnp.sum(share, axis=1), slope_sum + jnp.sum(slope, axis=1)
 
@@ -342,12 +346,12 @@ def _add_mass(mass: Any, logits: Array) -> tuple[Array, Array, Array]:
     return top, shrink * total + jnp.sum(own, axis=1), moment
 
 
-def _merge(sums: Float[Array, "parts 3 M"]) -> Mass:
-    top, total, moment = sums.swapaxes(0, 1)
-    highest = top.max(0)
-    fall = top - highest
-    shrink = jnp.exp(fall)
-    return Mass(top=highest, total=(shrink * total).sum(0), moment=(shrink * (moment + fall * total)).sum(0))
+def _mass(sums: Float[Array, "parts 3 M"]) -> Mass:
+    return Mass(top=sums[:, 0], total=sums[:, 1], moment=sums[:, 2])
+
+
+def _merge(parts: Mass) -> Mass:
+    return parts.together(parts.top.max(0), functools.partial(jnp.sum, axis=0))
 
 
 def _launch(

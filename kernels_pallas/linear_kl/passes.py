@@ -14,17 +14,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.linear_kl.mass import finite
+from kernels_pallas.linear_kl.sure import Sure
 from kernels_pallas.linear_kl.xla import (
     Blocks,
     Gradients,
     accumulator,
-    finite,
     largest,
     local_ids,
     over_buckets,
     own_ids,
     summed,
-    survey_over,
 )
 
 TOKENS = 128  # what a kernel's tokens are a multiple of
@@ -37,14 +37,16 @@ def full(kernels, hidden, head, teacher_hidden, teacher_head, weights, *, diverg
     weight = _tokens(weights, 0).astype(jnp.float32)
     live = weight != 0
     h, th = (jnp.where(live[:, None], _tokens(x, 0), 0) for x in (hidden, teacher_hidden))
-    student, teacher, student_at_top = survey_over(vocab_axis, *kernels.survey_full(h, head, th, teacher_head))
-    rows = jnp.stack([student.log(), teacher.log(), weight, jnp.zeros_like(weight)])
+    found = kernels.survey_full(h, head, th, teacher_head).over(vocab_axis)
+    sure = Sure.of(divergence, found)
+    ours, theirs = ((mass.top, jnp.log(mass.total)) for mass in (found.student, found.teacher))
+    rows = jnp.stack([*ours, *theirs, weight, sure.cut, sure.centre, jnp.zeros_like(weight)])
     gradients = None
     if not with_gradients or not divergence.slopes_cancel:
         value, slope_sum, _ = kernels.slopes_full(
             h, head, th, teacher_head, rows, 0, divergence=divergence, with_slopes=False
         )
-        rows = rows.at[3].set(summed(slope_sum, vocab_axis))
+        rows = rows.at[7].set(summed(slope_sum, vocab_axis))
     if with_gradients:
 
         def part(words: Blocks, index, value):
@@ -57,9 +59,9 @@ def full(kernels, hidden, head, teacher_hidden, teacher_head, weights, *, diverg
         gradients, value = _gradients(part, h, (head, teacher_head), jnp.zeros_like(weight), hidden.shape)
     stats = {
         "divergence": summed(value, vocab_axis),
-        "student_entropy": student.entropy(),
-        "teacher_entropy": teacher.entropy(),
-        "top1_agreement": (student_at_top >= student.top).astype(value.dtype),
+        "student_entropy": found.student.entropy(),
+        "teacher_entropy": found.teacher.entropy(),
+        "top1_agreement": found.agreement,
     }
     return _sum(stats, weights, gradients)
 

@@ -18,8 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.linear_kl.divergence import Divergence, contribution_and_slope
+from kernels_pallas.linear_kl.mass import Mass, Survey
 from kernels_pallas.linear_kl.passes import rounds
-from kernels_pallas.linear_kl.xla import Mass
+from kernels_pallas.linear_kl.sure import relative_slopes
 
 DTYPES = ("bfloat16", "float32")
 MULTIPLE = 1  # of D
@@ -82,8 +83,8 @@ def survey_full(
     head: Float[Array, "V D"],
     teacher_hidden: Float[Array, "M Dt"],
     teacher_head: Float[Array, "V Dt"],
-) -> tuple[Mass, Mass, Float[Array, " M"]]:
-    """What the student's logits add up to, the teacher's, and the student's logit at the teacher's first word."""
+) -> Survey:
+    """What the student's logits add up to, the teacher's, and the teacher's logit at the student's first word."""
     results = _run(
         functools.partial(_survey_full_kernel, words=len(head)),
         tables=(),
@@ -93,7 +94,7 @@ def survey_full(
         results=[("rows", 1)] * 7,
         scratch=(),
     )
-    return _mass(results[:3]), _mass(results[3:6]), results[6][0]
+    return Survey(student=_mass(results[:3]), teacher=_mass(results[3:6]), teacher_at_top=results[6][0])
 
 
 def slopes_full(
@@ -101,16 +102,17 @@ def slopes_full(
     head: Float[Array, "V D"],
     teacher_hidden: Float[Array, "M Dt"],
     teacher_head: Float[Array, "V Dt"],
-    rows: Float[Array, "4 M"],
+    rows: Float[Array, "8 M"],
     fresh: Int[Array, ""] | int,
     *,
     divergence: Divergence,
     with_slopes: bool,
 ) -> tuple[Float[Array, " M"], Float[Array, " M"], Float[Array, "V M"] | None]:
-    """The divergence's sum over these words, that of its slopes, and the derivatives by the logits if asked for.
+    """The divergence's sum over these words, that of `sure.relative_slopes`, and the derivatives by the logits if asked
+    for.
 
-    `rows` are the student's log-sum-exp, the teacher's, the weight, and the sum of slopes over the whole vocabulary.
-    Words before `fresh` count nothing.
+    `rows` are the top and the log of the total of the student's `Mass` and of the teacher's, the weight, `Sure.cut`,
+    `Sure.centre`, and the sum of relative slopes over the whole vocabulary. Words before `fresh` count nothing.
     """
     value, slope_sum, *slopes = _run(
         functools.partial(_slopes_full_kernel, words=len(head), divergence=divergence),
@@ -153,20 +155,20 @@ def _slopes_at_ids_kernel(rounds, fresh, h, w, ids, gradient, rows, out, slopes,
 
 
 def _survey_full_kernel(h, th, w, tw, *results, words):
-    student, teacher, student_at_top = results[:3], results[3:6], results[6]
+    student, teacher, teacher_at_top = results[:3], results[3:6], results[6]
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        student_at_top[...] = jnp.full_like(student_at_top, _MASKED)
-        teacher[0][...] = jnp.full_like(teacher[0], _LOWEST)
+        teacher_at_top[...] = jnp.full_like(teacher_at_top, _MASKED)
+        student[0][...] = jnp.full_like(student[0], _LOWEST)
 
     zs, zt = _product(w, h), _product(tw, th)
     real = _index(zs.shape) < words - _first(w)
     zs, zt = jnp.where(real, zs, _MASKED), jnp.where(real, zt, _MASKED)
-    before, here = teacher[0][...], jnp.max(zt, axis=0, keepdims=True)
-    at_top = jnp.max(jnp.where(zt == here, zs, _MASKED), axis=0, keepdims=True)
-    student_at_top[...] = jnp.maximum(
-        jnp.where(before >= here, student_at_top[...], _MASKED), jnp.where(here >= before, at_top, _MASKED)
+    before, here = student[0][...], jnp.max(zs, axis=0, keepdims=True)
+    at_top = jnp.max(jnp.where(zs == here, zt, _MASKED), axis=0, keepdims=True)
+    teacher_at_top[...] = jnp.maximum(
+        jnp.where(before >= here, teacher_at_top[...], _MASKED), jnp.where(here >= before, at_top, _MASKED)
     )
     _add_mass(zs, *student)
     _add_mass(zt, *teacher)
@@ -178,11 +180,14 @@ def _slopes_full_kernel(fresh, h, th, w, tw, rows, value, slope_sum, *slopes, wo
         value[...] = jnp.zeros_like(value)
         slope_sum[...] = jnp.zeros_like(slope_sum)
 
-    student_lse, teacher_lse, weight, whole_slope = (rows[i : i + 1] for i in range(4))
-    lp, lq = _product(tw, th) - teacher_lse, _product(w, h) - student_lse
+    student_top, student_log, teacher_top, teacher_log, weight, cut, centre, whole_slope = (
+        rows[i : i + 1] for i in range(8)
+    )
+    lp, lq = (_product(tw, th) - teacher_top) - teacher_log, (_product(w, h) - student_top) - student_log
     index = _index(lq.shape)
     counts = (index < words - _first(w)) & (index >= fresh[0] - _first(w))
-    share, slope = (jnp.where(counts, x, 0) for x in contribution_and_slope(divergence, lp, lq))
+    share, slope = contribution_and_slope(divergence, lp, lq)
+    share, slope = (jnp.where(counts, x, 0) for x in (share, relative_slopes(slope, lq, cut, centre)))
     value[...] += jnp.sum(share, axis=0, keepdims=True)
     slope_sum[...] += jnp.sum(slope, axis=0, keepdims=True)
     for out in slopes:

@@ -15,6 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kernels_pallas.linear_kl.divergence import Divergence, contribution_and_slope
+from kernels_pallas.linear_kl.mass import Mass, Survey, finite
+from kernels_pallas.linear_kl.sure import Sure, gradient_over_buckets, relative_slopes
 
 Stats = dict[str, Float[Array, "B T"]]
 
@@ -25,56 +27,6 @@ class Gradients:
 
     hidden: Float[Array, "B T D"]
     head: Float[Array, "V D"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mass:
-    """What exponentials of logits add up to, scaled by the largest so that nothing overflows; parts can be merged.
-
-    `total` is Σ exp(z - top) and `moment` Σ exp(z - top)·(z - top), which is all that the entropy needs.
-    """
-
-    top: Float[Array, " M"]
-    total: Float[Array, " M"]
-    moment: Float[Array, " M"]
-
-    @classmethod
-    def of(cls, logits: Float[Array, "..."], axis: int) -> "Mass":
-        top = logits.max(axis)
-        below = jnp.maximum(logits - jnp.expand_dims(finite(top), axis), jnp.finfo(logits.dtype).min)
-        mass = jnp.exp(below)
-        return cls(top=top, total=mass.sum(axis), moment=(mass * below).sum(axis))
-
-    @classmethod
-    def nothing(cls, shape: tuple[int, ...], dtype) -> "Mass":
-        zero = jnp.zeros(shape, dtype)
-        return cls(top=jnp.full(shape, -jnp.inf, dtype), total=zero, moment=zero)
-
-    def merge(self, other: "Mass") -> "Mass":
-        top = jnp.maximum(self.top, other.top)
-        ours, theirs = (jnp.maximum(part - finite(top), jnp.finfo(top.dtype).min) for part in (self.top, other.top))
-        return Mass(
-            top=top,
-            total=jnp.exp(ours) * self.total + jnp.exp(theirs) * other.total,
-            moment=jnp.exp(ours) * (self.moment + ours * self.total)
-            + jnp.exp(theirs) * (other.moment + theirs * other.total),
-        )
-
-    def over(self, vocab_axis: str | None) -> "Mass":
-        """Merged over the devices of a mesh axis, each of which has some of the words; as it is without one."""
-        if vocab_axis is None:
-            return self
-        top = lax.pmax(self.top, vocab_axis)
-        own = self.merge(dataclasses.replace(Mass.nothing(top.shape, top.dtype), top=top))
-        return Mass(top=top, total=lax.psum(own.total, vocab_axis), moment=lax.psum(own.moment, vocab_axis))
-
-    def log(self) -> Float[Array, " M"]:
-        return jnp.log(self.total) + finite(self.top)
-
-    def entropy(self) -> Float[Array, " M"]:
-        """In nats, of the distribution that the logits stand for."""
-        return jnp.log(self.total) - self.moment / self.total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,43 +90,38 @@ def full(
     def block(index, live, weight, by_head):
         h = jnp.where(live[:, None], positions.tokens(hidden, index), 0)
         th = jnp.where(live[:, None], positions.tokens(teacher_hidden, index), 0)
-        nothing = Mass.nothing(live.shape, accumulator(hidden))
 
         # One product each, over all words: for products of their own, blocks of a head would have to be copied.
         logits = _logits(h, head), _logits(th, teacher_head)
 
-        def survey(carry, step):
-            student_mass, teacher_mass, student_at_top = carry
-            zs, zt = (vocab.words(z, step[0]) for z in logits)
-            top = zt.max(0)
-            at_top = jnp.where(zt == top, zs, -jnp.inf).max(0)
-            at_top = jnp.maximum(
-                jnp.where(teacher_mass.top >= top, student_at_top, -jnp.inf),
-                jnp.where(top >= teacher_mass.top, at_top, -jnp.inf),
-            )
-            return (student_mass.merge(Mass.of(zs, 0)), teacher_mass.merge(Mass.of(zt, 0)), at_top), None
+        def survey(found, step):
+            return found.with_block(*(vocab.words(z, step[0]) for z in logits)), None
 
-        found, _ = vocab.scan(survey, (nothing, nothing, nothing.top))
-        student_mass, teacher_mass, student_at_top = survey_over(vocab_axis, *found)
-        student_lse, teacher_lse = student_mass.log(), teacher_mass.log()
+        found = Survey.nothing(live.shape, accumulator(hidden))
+        found = vocab.scan(survey, found)[0].over(vocab_axis)
+        sure = Sure.of(divergence, found)
+
+        def logprobs(index):
+            zs, zt = (vocab.words(z, index) for z in logits)
+            return found.teacher.logprobs(zt), found.student.logprobs(zs)
 
         def add_slopes(slope_sum, step):
-            zs, zt = (vocab.words(z, step[0]) for z in logits)
-            slope = contribution_and_slope(divergence, zt - teacher_lse, zs - student_lse)[1]
-            return slope_sum + slope.sum(0), None
+            lp, lq = logprobs(step[0])
+            slope = contribution_and_slope(divergence, lp, lq)[1]
+            return slope_sum + relative_slopes(slope, lq, sure.cut, sure.centre).sum(0), None
 
-        slope_sum = jnp.zeros(live.shape, student_lse.dtype)
+        slope_sum = jnp.zeros_like(sure.centre)
         if with_gradients and not divergence.slopes_cancel:
             slope_sum = summed(vocab.scan(add_slopes, slope_sum)[0], vocab_axis)
 
         def finish(carry, step):
             value_sum, gradients = carry
             i, _ = step
-            zs, zt = (vocab.words(z, i) for z in logits)
-            lp, lq = zt - teacher_lse, zs - student_lse
+            lp, lq = logprobs(i)
             value, slope = contribution_and_slope(divergence, lp, lq)
             if with_gradients:
-                dz = weight * (slope - jnp.exp(lq) * slope_sum)
+                relative = relative_slopes(slope, lq, sure.cut, sure.centre)
+                dz = weight * (relative - jnp.exp(lq) * slope_sum)
                 gradients = _add_products(gradients, dz, h, head, vocab, i)
             return (value_sum + value.sum(0), gradients), None
 
@@ -182,9 +129,9 @@ def full(
         (value, gradients), _ = vocab.scan(finish, start)
         stats = {
             "divergence": summed(value, vocab_axis),
-            "student_entropy": student_mass.entropy(),
-            "teacher_entropy": teacher_mass.entropy(),
-            "top1_agreement": (student_at_top >= student_mass.top).astype(value.dtype),
+            "student_entropy": found.student.entropy(),
+            "teacher_entropy": found.teacher.entropy(),
+            "top1_agreement": found.agreement,
         }
         return stats, gradients
 
@@ -248,9 +195,9 @@ def over_buckets(
     `chosen` are the student's logits at `ids`, `rest` what its others add up to; the teacher's last entry is its tail.
     """
     student_mass, dtype = rest.merge(Mass.of(chosen, -1)), chosen.dtype
-    lp, lq = teacher_logprobs, jnp.concatenate([chosen, rest.log()[..., None]], -1) - student_mass.log()[..., None]
+    lp, lq = teacher_logprobs, student_mass.logprobs(jnp.concatenate([chosen.T, rest.log()[None]])).T
     value, slope = contribution_and_slope(divergence, lp, lq)
-    gradient = weight[..., None] * (slope - jnp.exp(lq) * slope.sum(-1, keepdims=True))
+    gradient = weight[..., None] * gradient_over_buckets(slope, lq)
     first = (lp[..., :-1] == lp[..., :-1].max(-1, keepdims=True)) & (ids >= 0)
     return gradient, {
         "divergence": value.sum(-1),
@@ -294,18 +241,6 @@ def own_ids(ids: Int[Array, "*batch J"], words: int, vocab_axis: str | None) -> 
         return ids
     device = lax.axis_index(vocab_axis)
     return jnp.where(ids // words == device, ids - device * words, -1)
-
-
-def survey_over(
-    vocab_axis: str | None, student: Mass, teacher: Mass, student_at_top: Float[Array, " M"]
-) -> tuple[Mass, Mass, Float[Array, " M"]]:
-    """What each device found among its words, put together: both masses, and the student's logit where the teacher's
-    is the largest."""
-    if vocab_axis is None:
-        return student, teacher, student_at_top
-    whole = teacher.over(vocab_axis)
-    at_top = jnp.where(teacher.top == whole.top, student_at_top, -jnp.inf)
-    return student.over(vocab_axis), whole, lax.pmax(at_top, vocab_axis)
 
 
 def summed(x: Array, vocab_axis: str | None) -> Array:
@@ -366,11 +301,6 @@ def _logits(hidden: Array, head: Array) -> Float[Array, "V M"]:
     """Words come first because few tokens meet many words: on CPU the products with the head are then up to half as
     fast again, and its gradient needs no transposed copy."""
     return jnp.einsum("VD,MD->VM", head, hidden, preferred_element_type=accumulator(hidden))
-
-
-def finite(x: Array) -> Array:
-    """-inf as 0, so that exp(-inf - x) is 0 instead of NaN where nothing has any mass."""
-    return jnp.where(x == -jnp.inf, 0, x)
 
 
 def accumulator(x: Array):
