@@ -40,16 +40,21 @@ class Optimizer:
         check_fields(self, "optimizer")
 
     def learning_rates(self, steps: int) -> optax.Schedule:
-        """Learning rate by step for a stage of `steps` steps."""
+        """Learning rate by step, counted from 0, for a stage of `steps` steps.
+
+        The first step of the rise is not 0, since a step that changes nothing would be wasted. The first step after it
+        has the peak and the last one `final_fraction` of that. A stage of one step has the peak.
+        """
         warmup = round(self.warmup_fraction * steps)
-        rest = max(1, steps - warmup)
-        final = self.learning_rate * self.final_fraction
-        decay = {
-            "cosine": optax.cosine_decay_schedule(self.learning_rate, rest, self.final_fraction),
-            "linear": optax.linear_schedule(self.learning_rate, final, rest),
-            "constant": optax.constant_schedule(self.learning_rate),
-        }[self.schedule]
-        # The first step of the rise is not 0: a step that changes nothing would be a step wasted.
+        final = self.learning_rate if self.schedule == "constant" else self.learning_rate * self.final_fraction
+        falls = steps - warmup - 1
+        if falls < 1:
+            # Nothing of a fall but its end, where there was a rise before it.
+            decay = optax.constant_schedule(final if warmup else self.learning_rate)
+        elif self.schedule == "cosine":
+            decay = optax.cosine_decay_schedule(self.learning_rate, falls, self.final_fraction)
+        else:
+            decay = optax.linear_schedule(self.learning_rate, final, falls)
         rise = optax.linear_schedule(self.learning_rate / (warmup + 1), self.learning_rate, max(1, warmup))
         return optax.join_schedules([rise, decay], [warmup])
 

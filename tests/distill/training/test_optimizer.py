@@ -14,18 +14,29 @@ from student.lora import Lora
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_schedule_rises_to_the_peak_and_ends_at_the_final_fraction(schedule: str) -> None:
-    optimizer = Optimizer(learning_rate=1e-3, schedule=schedule, warmup_fraction=0.1, final_fraction=0.2)
-    rates = [float(optimizer.learning_rates(100)(step)) for step in range(101)]
-    assert 0 < rates[0] < 1e-3
-    assert rates[10] == pytest.approx(1e-3)
-    assert max(rates) == pytest.approx(1e-3)
-    assert rates[100] == pytest.approx(1e-3 if schedule == "constant" else 2e-4)
-    assert np.all(np.diff(rates[:11]) > 0)
+@pytest.mark.parametrize(
+    ("steps", "warmup_fraction", "warmup"), [(2, 0.0, 0), (3, 0.0, 0), (3, 0.4, 1), (100, 0.0, 0), (100, 0.1, 10)]
+)
+def test_the_first_step_after_warmup_has_the_peak_and_the_last_the_final_fraction(
+    schedule: str, steps: int, warmup_fraction: float, warmup: int
+) -> None:
+    optimizer = Optimizer(learning_rate=1e-3, schedule=schedule, warmup_fraction=warmup_fraction, final_fraction=0.2)
+    rates = [float(optimizer.learning_rates(steps)(step)) for step in range(steps)]
+    assert rates[0] == pytest.approx(1e-3 / (warmup + 1))
+    assert rates[warmup] == max(rates) == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-3 if schedule == "constant" else 2e-4)
+    assert np.all(np.diff(rates[: warmup + 1]) > 0)
+    if schedule != "constant":
+        assert np.all(np.diff(rates[warmup:]) < 0)
 
 
-def test_a_single_step_without_warmup_has_a_learning_rate() -> None:
-    assert float(Optimizer(learning_rate=1e-3, warmup_fraction=0).learning_rates(1)(0)) == pytest.approx(1e-3)
+@pytest.mark.parametrize(
+    ("steps", "warmup_fraction", "expected"),
+    [(1, 0.0, [1.0]), (2, 0.5, [0.5, 0.2]), (3, 0.7, [1 / 3, 2 / 3, 0.2]), (2, 1.0, [1 / 3, 2 / 3])],
+)
+def test_stages_too_short_for_a_fall(steps: int, warmup_fraction: float, expected: list[float]) -> None:
+    optimizer = Optimizer(learning_rate=1.0, warmup_fraction=warmup_fraction, final_fraction=0.2)
+    assert [float(optimizer.learning_rates(steps)(step)) for step in range(steps)] == pytest.approx(expected)
 
 
 def test_decay_spares_norms_and_biases_but_not_adapters() -> None:
