@@ -34,7 +34,8 @@ def export(
         folder: A new, empty or model folder; a model that is already there is replaced.
         generation: Sampling defaults for generation_config.json in transformers' names, such as temperature and
             top_p. End and padding tokens are the tokenizer's unless given here.
-        dtype: What weights are stored as; None keeps the model's dtype.
+        dtype: What weights are stored as; None keeps the model's dtype. Adapters are merged in float32 and rounded to
+            this once: bfloat16 has been seen to move a logit by 3 % of the logits' standard deviation, float32 by 3e-6.
         adapters_of: The folder of the base: write the adapters alone, as PEFT loads them, instead of a whole model
             with the adapters merged.
         own: The files in `folder` that may be replaced; everything else there stays as it is. None: the folder is a

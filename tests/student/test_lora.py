@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.chat.tokenizer import train_byte_level_bpe
@@ -138,6 +139,26 @@ def test_adapters_keep_their_dtype_where_none_is_named(folders: dict[str, Path],
     export(tmp_path / "own", student, ChatTokenizer.from_folder(folders["dense"]), adapters_of=folders["dense"])
     stored = load_file(tmp_path / "own" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {np.dtype(np.float32)}
+
+
+def test_a_bfloat16_base_is_merged_in_float32_and_rounded_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    student = adapted(folders["dense"], dataclasses.replace(LORA, base_dtype="bfloat16"))
+    tokenizer = ChatTokenizer.from_folder(folders["dense"])
+    for name, dtype in (("exact", jnp.float32), ("rounded", jnp.bfloat16)):
+        export(tmp_path / name, student, tokenizer, dtype=dtype)
+    exact, rounded = (load_torch(tmp_path / name / "model.safetensors") for name in ("exact", "rounded"))
+    assert all(torch.equal(weight.to(torch.bfloat16), rounded[name]) for name, weight in exact.items())
+    ours = our_logits(student)
+    apart = {
+        name: np.abs(
+            their_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)) - ours
+        ).max()
+        / ours.std()
+        for name in ("exact", "rounded")
+    }
+    assert apart["exact"] < 1e-4
+    # What bfloat16's 8 bits take from the merged weights, as they do from any exported ones.
+    assert 1e-3 < apart["rounded"] < 0.05, apart
 
 
 def test_rollouts_are_drawn_from_the_adapted_student(folders: dict[str, Path]) -> None:
