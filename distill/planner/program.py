@@ -16,10 +16,10 @@ from qwen3.decoder.model import Qwen3
 
 Purpose = Literal[
     "teacher_prefills", "teacher_generates", "teacher_scores",
-    "student_prefills", "student_generates", "student_trains", "student_updates", "student_scores",
+    "student_prefills", "student_generates", "student_routes", "student_trains", "student_updates", "student_scores",
 ]  # fmt: skip
-"""Prompts into the cache, tokens out of it, targets of rows, gradients of a microbatch, the optimiser's update, and
-what an evaluation compares with targets."""
+"""Prompts into the cache, tokens out of it, targets of rows, the load of experts in a microbatch, its gradients, the
+optimiser's update, and what an evaluation compares with targets."""
 Role = Literal["student", "teacher"]
 EVALUATION = "evaluation"
 

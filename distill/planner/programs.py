@@ -268,10 +268,11 @@ class _Planned:
         )
         made = step.programs(state, self._batch(stage))
         several = isinstance(stage, OnPolicy) or stage.microbatches_per_step > 1
-        purposes: dict[Purpose, tuple[Any, tuple[Any, ...]]] = {
-            "student_trains": made.more_gradients if several else made.first_gradients,
-            "student_updates": made.update,
-        }
+        purposes: dict[Purpose, tuple[Any, tuple[Any, ...]]] = {}
+        if several and made.add_load is not None:
+            purposes["student_routes"] = made.add_load
+        purposes["student_trains"] = made.more_gradients if several else made.first_gradients
+        purposes["student_updates"] = made.update
         for purpose, (function, arguments) in purposes.items():
             yield Program(
                 stage=name,

@@ -95,7 +95,7 @@ def work_of(program: Program, experiment: Experiment) -> Work:
             moved = traffic.weights(1) + traffic.activations(1) + traffic.logits(5)
             flops = rows * forward.executed(length, _row_pairs(program)) + again
             return Work(flops=flops, device_bytes=moved, tokens=rows * length)
-        case "teacher_prefills" | "student_prefills":
+        case "teacher_prefills" | "student_prefills" | "student_routes":
             flops = rows * (forward.executed(length, _row_pairs(program)) - length * head)
             return Work(flops=flops, device_bytes=traffic.weights(1) + traffic.activations(1), tokens=rows * length)
         case "teacher_generates" | "student_generates":

@@ -105,7 +105,7 @@ def _stage_table(plan: Plan) -> Table:
         writes = sum(
             stage.seconds.get(name, 0.0) for name in ("student_prefills", "student_generates", "student_scores")
         )
-        trains = sum(stage.seconds.get(name, 0.0) for name in ("student_trains", "student_updates"))
+        trains = sum(stage.seconds.get(name, 0.0) for name in ("student_routes", "student_trains", "student_updates"))
         moved = f"{stage.bytes_moved / 1e9:,.1f} GB" if stage.bytes_moved else ""
         table.add_row(
             stage.name,

@@ -224,6 +224,6 @@ def _remedy(program: Program, memory: Memory) -> str:
         return "spread the weights over more devices: more mesh.fsdp, mesh.expert or mesh.tensor, or teacher.mesh"
     if most == "cache":
         return "write fewer or shorter sequences at once: a smaller batch_size or prompts_per_step, or max_new_tokens"
-    if program.purpose == "student_trains":
+    if program.purpose in ("student_routes", "student_trains"):
         return "lower training.rows or training.row_length, set training.rematerialise, or raise mesh.context"
     return "score fewer or shorter rows at once, or raise mesh.context"

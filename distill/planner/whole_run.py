@@ -90,7 +90,9 @@ class _Run:
     def stage(self, name: str) -> StagePlan:
         stage = self._experiment.stages[name]
         if isinstance(stage, Sft):
-            return StagePlan(stage=name, calls=self._updates(stage.training.steps or 0, stage.microbatches_per_step))
+            return StagePlan(
+                stage=name, calls=self._updates(name, stage.training.steps or 0, stage.microbatches_per_step)
+            )
         if isinstance(stage, OnPolicy):
             return self._on_policy(name, stage)
         calls: dict[Purpose, float] = {}
@@ -105,7 +107,7 @@ class _Run:
         entries = stage.sampled_tokens or stage.top_k
         return StagePlan(
             stage=name,
-            calls=calls | self._updates(steps, stage.microbatches_per_step),
+            calls=calls | self._updates(name, steps, stage.microbatches_per_step),
             tokens_moved=moved,
             bytes_moved=moved * (_STORED_BYTES * entries + 4),
         )
@@ -125,7 +127,7 @@ class _Run:
             stage=name,
             calls={purpose: count * steps for purpose, count in one_step.items()}
             | {"teacher_scores": float(steps * microbatches)}
-            | self._updates(steps, microbatches),
+            | self._updates(name, steps, microbatches),
             tokens_moved=steps * tokens,
             bytes_moved=float(positions * scores.model.hidden_size * width),
             pipeline=None
@@ -165,8 +167,11 @@ class _Run:
         tokens = max(sequences * response / writer.rows, response) if refilled else longest
         return {prefills: math.ceil(sequences / reader.rows), generates: tokens}
 
-    def _updates(self, steps: float, microbatches: float) -> dict[Purpose, float]:
-        return {"student_trains": float(steps * microbatches), "student_updates": float(steps)}
+    def _updates(self, name: str, steps: float, microbatches: float) -> dict[Purpose, float]:
+        calls: dict[Purpose, float] = {"student_trains": float(steps * microbatches), "student_updates": float(steps)}
+        if (name, "student_routes") in self._programs and microbatches > 1:
+            calls["student_routes"] = calls["student_trains"]
+        return calls
 
     def _row_tokens(self, stage: str, purpose: Purpose) -> float:
         program = self._programs[stage, purpose]
@@ -184,7 +189,8 @@ class _Run:
         student = self._programs[name, "student_trains"]
         tokens = student.rows * student.length * self._assumed.filled_share
         adapters = student.adapter_parameters
-        microbatch = training_flops(student.model, adapters).per_token * tokens
+        flops = training_flops(student.model, adapters, microbatches=stage.microbatches_per_step)
+        microbatch = flops.per_token * tokens
         teacher = next((p.model for p in self._programs.values() if p.purpose.startswith("teacher")), student.model)
         written = forward_flops(teacher).per_token + forward_flops(student.model, adapters).per_token
         budget = other.calls["student_trains"] * microbatch + other.tokens_moved * written

@@ -124,7 +124,8 @@ class OffPolicy:
         budget = other.student_train_flops + other.student_sample_flops + other.teacher_flops - spent.teacher_flops
         lengths = [len(store[index].rollout.tokens) for index in range(min(len(store), _SAMPLED_RECORDS))]
         rows_of_sample = rows_needed(lengths, self.training.row_length)
-        flops_of_row = training_flops(model.config, adapter_parameters(model)).of(lengths) / rows_of_sample
+        flops = training_flops(model.config, adapter_parameters(model), microbatches=self.microbatches_per_step)
+        flops_of_row = flops.of(lengths) / rows_of_sample
         steps = int(budget / (flops_of_row * self.training.rows * self.microbatches_per_step))
         if steps < 1:
             raise UserError(
@@ -233,7 +234,7 @@ class _StoredTargets:
             to_example=scored_example,
         )
         self._microbatches = stage.microbatches_per_step
-        self._flops = training_flops(model.config, adapter_parameters(model))
+        self._flops = training_flops(model.config, adapter_parameters(model), microbatches=self._microbatches)
 
     def step_data(self, step: int, model: Qwen3, spent: Spent) -> StepData:
         del step, model, spent

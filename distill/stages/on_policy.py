@@ -135,8 +135,8 @@ class _OwnRollouts:
         self._seed = context.stage_seed(name)
         self._asked = stage.asked(context.tasks, self._seed)
         self._engine = context.engine(model, stage.generation)
-        self._sample_flops = forward_flops(model.config, adapter_parameters(model))
-        self._train_flops = training_flops(model.config, adapter_parameters(model))
+        self._adapter_parameters = adapter_parameters(model)
+        self._sample_flops = forward_flops(model.config, self._adapter_parameters)
         self._teacher_flops = forward_flops(context.load_teacher().model.config)
         threads = context.mesh.size == 1
         self._ahead = (
@@ -164,7 +164,8 @@ class _OwnRollouts:
         metrics = self._judged(step, rollouts) | {"tokens_per_second_per_device/generation": generated}
         if self._ahead:
             metrics |= {"staleness": step - rollouts[0].policy_step, "rollout_wait_seconds": scored - started}
-        return StepData(batches=batches, train_flops=self._train_flops.of(lengths), metrics=metrics)
+        flops = training_flops(model.config, self._adapter_parameters, microbatches=len(batches))
+        return StepData(batches=batches, train_flops=flops.of(lengths), metrics=metrics)
 
     def _asked_at(self, step: int) -> Sequence[tuple[Problem, Mode]]:
         first = step * self._stage.prompts_per_step

@@ -87,7 +87,7 @@ class _WorkedDocuments:
             to_example=rollout_example,
         )
         self._microbatches = stage.microbatches_per_step
-        self._flops = training_flops(model.config, adapter_parameters(model))
+        self._flops = training_flops(model.config, adapter_parameters(model), microbatches=self._microbatches)
         self._one_hot = jax.jit(one_hot)
 
     def step_data(self, step: int, model: Qwen3, spent: Spent) -> StepData:

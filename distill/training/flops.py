@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.moe import balances_load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +51,20 @@ def forward_flops(config: ModelConfig, adapter_parameters: int = 0) -> Flops:
     )
 
 
-def training_flops(config: ModelConfig, adapter_parameters: int = 0) -> Flops:
-    """One forward and one backward pass.
+def training_flops(config: ModelConfig, adapter_parameters: int = 0, *, microbatches: int = 1) -> Flops:
+    """One forward and one backward pass, and the forward pass before them in which several microbatches of a step find
+    the load that a mixture of experts balances.
 
     Backward, a product costs twice its forward pass, once for each operand's gradient; a frozen weight's is not
     needed. With adapters all weights but theirs are frozen; without (0), none is.
     """
     whole = forward_flops(config, adapter_parameters)
     spared = forward_flops(config).per_token if adapter_parameters else 0
-    return Flops(per_token=3 * whole.per_token - spared, per_attended_token=3 * whole.per_attended_token)
+    per_token, per_attended_token = 3 * whole.per_token - spared, 3 * whole.per_attended_token
+    if microbatches > 1 and balances_load(config):
+        per_token += whole.per_token - 2 * config.hidden_size * config.vocab_size  # no head
+        per_attended_token += whole.per_attended_token
+    return Flops(per_token=per_token, per_attended_token=per_attended_token)
 
 
 def executed_training_flops(

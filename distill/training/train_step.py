@@ -2,7 +2,9 @@
 
 Every microbatch divides by the same global denominator, the number of trained positions in the whole step, which is
 known before the first one runs. So the update is the same however a step is cut into microbatches or spread over
-devices.
+devices. What a mixture of experts balances, its load, is that of the whole step, too: where a step has several
+microbatches, a forward pass over all of them finds it first. It costs a third of what the training FLOPs are without
+it; what balances no experts, or has one microbatch a step, does without.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from distill.training.host_memory import Growth
@@ -22,7 +24,7 @@ from distill.training.losses import Loss, distillation_loss
 from distill.training.train_state import TrainState
 from qwen3.decoder.adapter import joined
 from qwen3.decoder.model import Qwen3
-from qwen3.decoder.moe import load_balancing_loss
+from qwen3.decoder.moe import RouterStats, balances_load, load_balancing_loss
 from qwen3.rollout import NON_THINKING, THINKING
 from qwen3.sharding import TOKENS, batch_sharding, place, placed_shapes, row_shapes, shardings, to_pieces
 
@@ -85,6 +87,7 @@ class TrainStep:
         self._mesh = mesh
         self._teacher_head = teacher_head
         self._accumulate = _gradient_program(loss, mesh, rematerialise)
+        self._add_load = _load_program(mesh)
         self._growth = Growth()
 
         def apply(state: TrainState, sums: _Sums) -> tuple[TrainState, dict[str, Array]]:
@@ -108,12 +111,14 @@ class TrainStep:
         real = int(sum(np.sum(batch.segment_ids != 0) for batch in batches))
         places = sum(batch.tokens.size for batch in batches)
         denominator = np.float32(trained)
-        sums = None
+        sums, load = None, None
         trained_state, frozen = state.split()
+        if len(batches) > 1 and balances_load(state.model.config):
+            for batch in batches:
+                load = self._add_load(trained_state.model, frozen, load, place(_rows(batch), self._sharding))
         for batch in batches:
-            sums = self._accumulate(
-                trained_state.model, frozen, sums, self._place(batch), denominator, self._teacher_head
-            )
+            placed = place(batch, self._sharding)
+            sums = self._accumulate(trained_state.model, frozen, sums, placed, denominator, self._teacher_head, load)
         trained_state, measured = self._apply(trained_state, sums)
         metrics = _means({name: float(value) for name, value in jax.device_get(measured).items()})
         self._growth.give_back()
@@ -126,28 +131,38 @@ class TrainStep:
         trained, frozen = state.split()
         placed = row_shapes(batch, self._mesh, TOKENS)
         denominator = jax.ShapeDtypeStruct((), np.float32)
-        first = trained.model, frozen, None, placed, denominator, self._teacher_head
+        first = trained.model, frozen, None, placed, denominator, self._teacher_head, None
+        load, add_load = None, None
         with jax.set_mesh(self._mesh):
             sums = jax.eval_shape(self._accumulate, *first)
+            if balances_load(state.model.config):
+                load = jax.eval_shape(self._add_load, trained.model, frozen, None, _rows(placed))
+                load = row_shapes(load, self._mesh, PartitionSpec())
+                add_load = self._add_load, (trained.model, frozen, load, _rows(placed))
         sums = placed_shapes(sums, self._mesh)
-        more = trained.model, frozen, sums, placed, denominator, self._teacher_head
+        more = trained.model, frozen, sums, placed, denominator, self._teacher_head, load
         return TrainPrograms(
+            add_load=add_load,
             first_gradients=(self._accumulate, first),
             more_gradients=(self._accumulate, more),
             update=(self._apply, (trained, sums)),
         )
 
-    def _place(self, batch: Batch) -> Batch:
-        return place(batch, batch_sharding(self._mesh))
+    @property
+    def _sharding(self) -> NamedSharding:
+        return batch_sharding(self._mesh)
 
 
 class TrainPrograms(NamedTuple):
     """The programs of a step, each with its arguments."""
 
+    add_load: tuple[Any, tuple[Any, ...]] | None
+    """Counts what goes to each expert, in every microbatch before the gradients of any, if there are several. None
+    where no load is balanced."""
     first_gradients: tuple[Any, tuple[Any, ...]]
-    """Of a step's first microbatch."""
+    """Of a step's only microbatch, or its first one where no load is balanced."""
     more_gradients: tuple[Any, tuple[Any, ...]]
-    """Of every other one, added to those before."""
+    """Of every other one, added to those before; with the load of the whole step."""
     update: tuple[Any, tuple[Any, ...]]
 
 
@@ -156,10 +171,15 @@ def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool) -> Callable[.
     """Adds one microbatch's gradients and metrics to the sums; shared by all stages with this loss."""
 
     def objective(
-        trained: Qwen3, frozen: Qwen3, batch: Batch, denominator: Array, head: Array | None
+        trained: Qwen3,
+        frozen: Qwen3,
+        batch: Batch,
+        denominator: Array,
+        head: Array | None,
+        load: RouterStats | None,
     ) -> tuple[Array, dict[str, Array]]:
         model = joined(trained, frozen)
-        out = model(batch.tokens, batch.positions, batch.segment_ids, rematerialise=rematerialise, mesh=mesh)
+        out = model(*_rows(batch), rematerialise=rematerialise, mesh=mesh)
         hidden, batch = to_pieces((out.hidden, batch), mesh)
         weights = batch.loss_mask.astype(jnp.float32) / denominator
         total, stats = distillation_loss(
@@ -167,22 +187,48 @@ def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool) -> Callable[.
             mesh=mesh,
         )  # fmt: skip
         metrics = _by_mode(stats, batch) | {"loss": total}
-        if out.router is not None and model.config.router_aux_loss_coef:
-            # The share of the step's tokens in this microbatch makes the balance a mean over the step.
-            balance = load_balancing_loss(out.router) * jnp.sum(weights)
+        if out.router is not None and balances_load(model.config):
+            balance = load_balancing_loss(out.router, out.router if load is None else load)
             metrics["load_balance"] = balance
             total = total + model.config.router_aux_loss_coef * balance
         return total, metrics
 
     def accumulate(
-        trained: Qwen3, frozen: Qwen3, sums: _Sums | None, batch: Batch, denominator: Array, head: Array | None
+        trained: Qwen3,
+        frozen: Qwen3,
+        sums: _Sums | None,
+        batch: Batch,
+        denominator: Array,
+        head: Array | None,
+        load: RouterStats | None,
     ) -> _Sums:
-        (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(trained, frozen, batch, denominator, head)
+        """`load` is that of all microbatches, None where this is the only one."""
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (_, metrics), gradients = gradient(trained, frozen, batch, denominator, head, load)
         gradients = jax.lax.with_sharding_constraint(gradients, shardings(gradients, mesh))
         new = _Sums(gradients=gradients, metrics=metrics)
         return new if sums is None else jax.tree.map(jnp.add, sums, new)
 
     return jax.jit(accumulate, donate_argnums=2)
+
+
+@functools.cache
+def _load_program(mesh: Mesh) -> Callable[..., RouterStats]:
+    """Adds what one microbatch's router does to the sums."""
+
+    def add_load(
+        trained: Qwen3, frozen: Qwen3, load: RouterStats | None, rows: tuple[Array, Array, Array]
+    ) -> RouterStats:
+        found = joined(trained, frozen)(*rows, mesh=mesh).router
+        new = found if load is None else jax.tree.map(jnp.add, load, found)
+        return jax.lax.with_sharding_constraint(new, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.jit(add_load, donate_argnums=2)
+
+
+def _rows(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]]:
+    """What the model takes of a batch."""
+    return batch.tokens, batch.positions, batch.segment_ids
 
 
 def _by_mode(stats: Mapping[str, Float[Array, "B T"]], batch: Batch) -> dict[str, Array]:

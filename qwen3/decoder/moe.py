@@ -66,12 +66,19 @@ class Moe(nnx.Module):
         return out.reshape(x.shape), RouterStats(jnp.sum(chosen * mask, axis=0), jnp.sum(probabilities * mask, axis=0))
 
 
-def load_balancing_loss(stats: RouterStats) -> Float[Array, ""]:
-    """E · Σ_i f_i p_i, averaged over layers: 1 when balanced (arXiv 2505.09388; over all tokens in `stats`).
+def balances_load(config: ModelConfig) -> bool:
+    """Whether training adds a loss that spreads tokens over the experts evenly."""
+    return any(moe for moe, _ in config.layer_runs()) and config.router_aux_loss_coef > 0
 
-    f_i is the share of routed token slots that went to expert i, p_i the mean router probability of expert i.
+
+def load_balancing_loss(part: RouterStats, whole: RouterStats) -> Float[Array, ""]:
+    """E · Σ_i f_i p_i, averaged over layers: 1 when balanced (arXiv 2501.11873; 2505.09388 over a global batch).
+
+    f_i is the share of routed token slots that went to expert i, p_i the mean router probability of expert i, both over
+    the tokens in `whole`. Of these, `part` has some: its share of p_i, through which alone a gradient goes. The losses
+    of parts add up to that of the whole.
     """
-    counts = stats.tokens_per_expert
+    counts, probability = jax.lax.stop_gradient((whole.tokens_per_expert, whole.probability))
     share = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1)
-    mean = stats.probability / jnp.maximum(jnp.sum(stats.probability, axis=-1, keepdims=True), 1e-9)
-    return counts.shape[-1] * jnp.mean(jnp.sum(jax.lax.stop_gradient(share) * mean, axis=-1))
+    mean = part.probability / jnp.maximum(jnp.sum(probability, axis=-1, keepdims=True), 1e-9)
+    return counts.shape[-1] * jnp.mean(jnp.sum(share * mean, axis=-1))

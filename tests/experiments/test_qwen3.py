@@ -32,7 +32,7 @@ found = {}
 for file, count in json.loads(sys.argv[1]).items():
     made = programs(load_experiment(Path(file)), jax.devices()[:count])
     for program in made:
-        if program.purpose in ("teacher_scores", "student_trains", "student_scores"):
+        if program.purpose in ("teacher_scores", "student_routes", "student_trains", "student_scores"):
             with jax.set_mesh(program.mesh):
                 program.function.trace(*program.arguments, **program.options)
     first = {program.purpose: program.arguments[0] for program in reversed(made)}
@@ -85,6 +85,13 @@ def test_both_stages_and_the_evaluation_are_there(found: dict[str, dict]) -> Non
         *(f"evaluation: {role} {does}" for role in ("student", "teacher") for does in prefills_and_generates),
         *(f"evaluation: {role} scores" for role in ("teacher", "student")),
     ]
+
+
+def test_a_student_with_experts_counts_their_load_before_it_trains_on_several_microbatches(
+    found: dict[str, dict],
+) -> None:
+    trains = found["qwen3_30b_a3b_student"]["programs"].index("on_policy: student trains")
+    assert found["qwen3_30b_a3b_student"]["programs"][trains - 1] == "on_policy: student routes"
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -82,7 +82,7 @@ def loss_and_gradients(model, batch, mesh=None):
         following = batch["tokens"][:, 1:, None]
         mask = (batch["segments"][:, 1:] == batch["segments"][:, :-1]) & (batch["segments"][:, 1:] != 0)
         total = -jnp.sum(jnp.take_along_axis(logprobs, following, axis=2)[..., 0] * mask) / jnp.sum(mask)
-        return total if output.router is None else total + load_balancing_loss(output.router)
+        return total if output.router is None else total + load_balancing_loss(output.router, output.router)
 
     return jax.value_and_grad(loss)(model)
 

@@ -1,5 +1,7 @@
 """Analytic FLOPs against the compiler's count of a one-layer program."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -63,3 +65,17 @@ def test_frozen_weights_have_no_gradient_to_pay_for() -> None:
     attended = training_flops(config, adapters).per_attended_token
     assert attended == 3 * base.per_attended_token
     assert training_flops(config, adapters).per_token == 2 * base.per_token + 3 * 2 * adapters
+
+
+def test_several_microbatches_find_the_load_of_experts_first() -> None:
+    dense = ModelConfig(
+        model_type="qwen3", vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=4, max_position_embeddings=8,
+    )  # fmt: skip
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 4}
+    moe = dataclasses.replace(dense, model_type="qwen3_moe", **experts)
+    once, head = forward_flops(moe).of([3]), 3 * 2 * 4 * 8
+    assert training_flops(moe, microbatches=2).of([3]) == 4 * once - head
+    unbalanced = dataclasses.replace(moe, router_aux_loss_coef=0.0)
+    for config in (dense, unbalanced):
+        assert training_flops(config, microbatches=2) == training_flops(config)

@@ -18,6 +18,7 @@ from kernels_pallas.topologies import compile_for
 from qwen3.decoder.adapter import adapter_parameters, trained_and_frozen
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
+from qwen3.decoder.moe import RouterStats, load_balancing_loss
 from qwen3.rollout import THINKING, Rollout
 from qwen3.sharding import MeshShape, make_mesh, placed_shapes, shardings
 from student.lora import Lora
@@ -29,7 +30,8 @@ DESCENT = optax.sgd(1e4)
 
 
 def config(moe: bool) -> ModelConfig:
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if moe else {}
+    # A balance so heavy that it is seen in every gradient.
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 1.0}
     return ModelConfig(
         model_type="qwen3_moe" if moe else "qwen3",
         vocab_size=64,
@@ -41,7 +43,7 @@ def config(moe: bool) -> ModelConfig:
         head_dim=8,
         max_position_embeddings=64,
         tie_word_embeddings=not moe,
-        **experts,
+        **(experts if moe else {}),
     )
 
 
@@ -156,6 +158,30 @@ def test_gradient_accumulation_has_one_global_denominator(kind: str) -> None:
     whole = step(MeshShape(), 1, kind, False, 1)
     cut = step(MeshShape(), 1, kind, False, 4)
     assert_same(cut, whole, SUM_ORDER)
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "mesh_shape", "devices"),
+    [(2, MeshShape(), 1), (4, MeshShape(), 1), (2, MeshShape(data=2, expert=2), 4)],
+    ids=["2", "4", "2-sharded"],
+)
+def test_the_load_of_experts_is_balanced_over_the_whole_step(
+    microbatches: int, mesh_shape: MeshShape, devices: int
+) -> None:
+    whole = step(MeshShape(), 1, "one_hot", True, 1)
+    cut = step(mesh_shape, devices, "one_hot", True, microbatches)
+    assert_same(cut, whole, SUM_ORDER)
+
+
+def test_the_balance_is_that_of_the_paper() -> None:
+    """E · Σ f_i p_i of each layer, by hand, over the tokens of both microbatches."""
+    counts, probability = (np.random.default_rng(0).random((2, 3, 4)) for _ in range(2))
+    parts = [RouterStats(jnp.asarray(c), jnp.asarray(p)) for c, p in zip(counts, probability, strict=True)]
+    whole = jax.tree.map(jnp.add, *parts)
+    f, p = (x.sum(0) / x.sum(0).sum(-1, keepdims=True) for x in (counts, probability))
+    expected = np.mean(4 * (f * p).sum(-1))
+    # float32
+    assert sum(load_balancing_loss(part, whole) for part in parts) == pytest.approx(expected, rel=1e-6)
 
 
 def test_packed_rows_have_the_loss_and_gradients_of_one_document_a_row() -> None:
