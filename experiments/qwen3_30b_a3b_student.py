@@ -10,8 +10,8 @@ gradients take 11 GiB of each.
 Both models' experts are spread alike, and no token is dropped in either; the student's router is kept balanced by the
 loss that its config.json asks for (router_aux_loss_coef).
 
-Hours by the plan: v5p:4x4x4 43 h, 2,729 chip-hours; v6e:8x8 72 h, 4,621 chip-hours; h100:8x8 35 h, 2,216 chip-hours;
-h200:8x8 24 h, 1,561 chip-hours. Well over half of them the teacher generates.
+Hours by the plan: v5p:4x4x4 43 h, 2,742 chip-hours; v6e:8x8 72 h, 4,634 chip-hours; h100:8x8 35 h, 2,222 chip-hours;
+h200:8x8 24 h, 1,567 chip-hours. Well over half of them the teacher generates.
 """
 
 from distill import Experiment
