@@ -51,18 +51,19 @@ def linear_kl_full(
 
     Args:
       hidden, head: the student's final hidden states and output matrix, float32 or bfloat16.
-      teacher_hidden, teacher_head: the teacher's, of any width, over the same V words.
+      teacher_hidden, teacher_head: the teacher's, of any width, over the same vocabulary of V tokens.
       weights: mask / denominator. A position of weight 0 adds exactly nothing to the loss or to any gradient, even
         where its hidden states are NaN.
       divergence: which loss.
       block_tokens: about how many of the B·T tokens to work on at a time; blocks are taken along T and are counted
         over the whole batch, so give (tokens per device) · (data shards) where B is sharded. Of "xla" alone.
-      block_vocab: how many words at a time. None takes what suits a CPU's cache, and V whole elsewhere. Leave it
+      block_vocab: how many entries of the vocabulary at a time. None takes what suits a CPU's cache, and V whole
+      elsewhere. Leave it
         whole (V) where the head is sharded over the vocabulary, or every block is gathered. Of "xla" alone.
-      vocab_axis: inside `shard_map`, the mesh axis whose devices have the same positions and share the words: of V
-        words in all, each has the heads' rows of its own, in order, and the ids count through all of them. Per token
+      vocab_axis: inside `shard_map`, the mesh axis whose devices have the same positions and share the entries: of V
+        entries in all, each has the heads' rows of its own, in order, and the ids count through all of them. Per token
         they exchange a few numbers. Each returns the whole sum and all statistics; of the derivatives by the head
-        those of its own words, by the hidden states what its words add, which `shard_map` sums. Not of "reference".
+        those of its own entries, by the hidden states what its entries add, which `shard_map` sums. Not of "reference".
       implementation: None (picks "xla"), "xla", "reference" (materialises [B, T, V]; for tests), or the kernels "tpu"
         and "gpu", which work on one device's arrays (inside `shard_map` if there are several) and take blocks of
         their own. They know every divergence.
@@ -76,7 +77,7 @@ def linear_kl_full(
     Returns:
       The loss sum, in nats, and per-position statistics without gradient, 0 where the weight is 0: `divergence`,
       `student_entropy`, `teacher_entropy` (nats), `top1_agreement` (1 where the student ranks the teacher's first
-      word first).
+      entry first).
 
     Raises:
       ValueError: shapes that do not fit together, a block size below 1, an implementation that is unknown or of
@@ -105,40 +106,41 @@ def linear_kl_at_ids(
     vocab_axis: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B T"]]]:
-    """Σ weights · divergence between distributions over J named words and one bucket for all the others.
+    """Σ weights · divergence between distributions over J named tokens of the vocabulary and one bucket for all the
+    others.
 
     By the data-processing inequality this never exceeds the divergence over the whole vocabulary, and it is never
     negative. With J = 1, log-probability 0 and an empty tail it is the cross-entropy (forward KL against a one-hot).
-    The student's tail is the log-sum-exp over its unnamed words, never 1 - Σ exp.
+    The student's tail is the log-sum-exp over its unnamed entries, never 1 - Σ exp.
 
     Args:
-      ids: the named words of each position, without duplicates; -1 marks an absent entry.
+      ids: the named entries of each position, without duplicates; -1 marks an absent entry.
       teacher_logprobs: the teacher's log-probabilities of them over the whole vocabulary (not renormalised).
-      teacher_log_tail: the logarithm of its mass on all other words; -inf where there is none.
+      teacher_log_tail: the logarithm of its mass on all other entries; -inf where there is none.
       Others as in `linear_kl_full`.
 
-    Peak temporary memory of "xla", counted as there, with the vocabulary rounded up to W words in whole blocks:
+    Peak temporary memory of "xla", counted as there, with the vocabulary rounded up to W entries in whole blocks:
     4·M·(W + 4·block_vocab) + 4·block_vocab·D bytes. The logits are the student's alone.
 
     Returns:
       As `linear_kl_full`, with `student_entropy` exact over the vocabulary, `teacher_entropy` that of the J + 1
       buckets (a lower bound of its exact entropy), `top1_agreement` against the teacher's first among the named
-      words, and also `teacher_tail_mass` and `student_support_mass` (the student's mass on the named words).
+      entries, and also `teacher_tail_mass` and `student_support_mass` (the student's mass on the named entries).
 
     Raises:
-      ValueError: as `linear_kl_full`, or more words than the kernel asked for takes.
+      ValueError: as `linear_kl_full`, or more entries than the kernel asked for takes.
     """
     _require_student(hidden, head, weights)
     _require("ids", ids, (*hidden.shape[:2], None))
     if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids has dtype {ids.dtype}; pass integer word ids")
+        raise ValueError(f"ids has dtype {ids.dtype}; pass integer token ids")
     _require("teacher_logprobs", teacher_logprobs, ids.shape)
     _require("teacher_log_tail", teacher_log_tail, ids.shape[:2])
     plan = _plan(hidden, head, divergence, block_tokens, block_vocab, vocab_axis, implementation)
     _require_kernel(plan, hidden=hidden, head=head)
     if plan.kernels and ids.shape[2] > plan.kernels.MOST_NAMED:
         raise ValueError(
-            f"ids names {ids.shape[2]} words; implementation {plan.implementation!r} of linear_kl takes at most "
+            f"ids names {ids.shape[2]} entries; implementation {plan.implementation!r} of linear_kl takes at most "
             f"{plan.kernels.MOST_NAMED}; use 'xla'"
         )
     return _at_ids(hidden, head, (ids, teacher_logprobs, teacher_log_tail, weights), plan)
@@ -214,9 +216,10 @@ def _plan(hidden, head, divergence, block_tokens, block_vocab, vocab_axis, imple
     if block_vocab is None:
         block_vocab = _cache_block(vocab) if on_cpu else vocab
     if block_tokens is None:
-        # As many as for all words on one device: the fewer, the oftener the gradient of its words is read and written.
-        words = vocab if vocab_axis is None else vocab * jax.lax.axis_size(vocab_axis)
-        block_tokens = (_LOGIT_BYTES_CPU if on_cpu else _LOGIT_BYTES_ACCELERATOR) // (4 * words)
+        # As many as for all entries on one device: the fewer, the oftener the gradient of its entries is read and
+        # written.
+        entries = vocab if vocab_axis is None else vocab * jax.lax.axis_size(vocab_axis)
+        block_tokens = (_LOGIT_BYTES_CPU if on_cpu else _LOGIT_BYTES_ACCELERATOR) // (4 * entries)
         block_tokens = min(block_tokens, _CPU_BLOCK_TOKENS) if on_cpu else block_tokens
     blocks = -(-length // max(1, block_tokens // batch))
     return _Plan(

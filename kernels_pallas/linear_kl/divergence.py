@@ -1,7 +1,7 @@
 """The four losses as elementwise functions of two log-probabilities: what a bucket adds, and its slope.
 
-A distribution over buckets is a vector of log-probabilities. A bucket is a word (full vocabulary) or, where the
-teacher names only some words, one of those words or all the remaining ones together. Every loss here is a sum over
+A distribution over buckets is a vector of log-probabilities. A bucket is an entry (full vocabulary) or, where the
+teacher names only some entries, one of those entries or all the remaining ones together. Every loss here is a sum over
 buckets.
 """
 

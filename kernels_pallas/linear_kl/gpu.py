@@ -1,11 +1,11 @@
-"""The passes of the linear KL in Mosaic GPU for Hopper: tiles of tokens by words, as warpgroups with a job each.
+"""The passes of the linear KL in Mosaic GPU for Hopper: tiles of tokens by entries, as warpgroups with a job each.
 
-Two warpgroups compute the logits of 64 tokens each with a block of words that they share, and reduce them in their
+Two warpgroups compute the logits of 64 tokens each with a block of entries that they share, and reduce them in their
 registers; a third fetches ahead. A thread block goes through one of several parts of the vocabulary, so that few
 tokens fill a card too, and thread blocks that run beside each other share tokens.
 
-The named words of a token are found in rounds: of each token the largest id that is left in the block, compared with
-the words' indices. A table says how many rounds a tile needs.
+The named entries of a token are found in rounds: of each token the largest id that is left in the block, compared with
+the entries' indices. A table says how many rounds a tile needs.
 """
 
 import functools
@@ -211,16 +211,16 @@ def _slopes_full_kernel(at, rows, fresh, sums, *out, sums_own, slopes_own, vocab
 
 
 class _Block:
-    """A block of words. The last one is moved back to end with the head; the words that it shares with the one before
-    are not its own."""
+    """A block of entries. The last one is moved back to end with the head; the entries that it shares with the one
+    before are not its own."""
 
-    def __init__(self, number: Any, words: int):
+    def __init__(self, number: Any, entries: int):
         self.begin = number * _BLOCK_VOCAB
-        self.first = jnp.minimum(self.begin, words - _BLOCK_VOCAB)
+        self.first = jnp.minimum(self.begin, entries - _BLOCK_VOCAB)
         self.number = number
 
     def index(self, shape: tuple[int, ...]) -> Array:
-        """The word of each logit."""
+        """The entry of each logit."""
         return warpgroup.index_along(shape, 1) + self.first
 
 
@@ -251,8 +251,8 @@ class _Place:
                 def multiply(i: Any, total: Array, done: Any = done) -> Array:
                     slot = jax.lax.rem(done + i, _STAGES)
                     plgpu.barrier_wait(self._ready.at[slot])
-                    own, words = self._row_tiles.at[slot * _WORKERS + self.worker], self._vocab_tiles.at[slot]
-                    total = warpgroup.add_product_of_tiles(total, own, words, transpose_b=True)
+                    own, entries = self._row_tiles.at[slot * _WORKERS + self.worker], self._vocab_tiles.at[slot]
+                    total = warpgroup.add_product_of_tiles(total, own, entries, transpose_b=True)
                     plgpu.barrier_arrive(self._free.at[slot])
                     return total
 
@@ -268,7 +268,7 @@ class _Place:
 
         @pl.loop(self._begin, self._end)
         def _(number: Any) -> None:
-            words = pl.ds(_Block(number, self._heads[0].shape[0]).first, _BLOCK_VOCAB)
+            entries = pl.ds(_Block(number, self._heads[0].shape[0]).first, _BLOCK_VOCAB)
             done = (number - self._begin) * sum(self._steps)
             for hidden, head, steps in zip(self._hidden, self._heads, self._steps, strict=True):
 
@@ -280,7 +280,7 @@ class _Place:
                         rows = pl.ds((self._tile * _WORKERS + worker) * warpgroup.ROWS, warpgroup.ROWS)
                         own = self._row_tiles.at[slot * _WORKERS + worker]
                         plgpu.copy_gmem_to_smem(hidden.at[rows, inner], own, self._ready.at[slot])
-                    plgpu.copy_gmem_to_smem(head.at[words, inner], self._vocab_tiles.at[slot], self._ready.at[slot])
+                    plgpu.copy_gmem_to_smem(head.at[entries, inner], self._vocab_tiles.at[slot], self._ready.at[slot])
 
                 done += steps
 
@@ -303,13 +303,13 @@ class _Place:
 
 
 def _counts(block: _Block, shape: tuple[int, ...], vocab: int) -> Array:
-    """Which words are a block's own, and any at all."""
+    """Which entries are a block's own, and any at all."""
     index = block.index(shape)
     return (index >= block.begin) & (index < vocab)
 
 
 def _each_round(at: _Place, block: _Block, ids: Any, rounds: Any, look: Callable[..., Any], carry: Any) -> Any:
-    """Run look(hit, own, carry) for each round: `hit` [tokens, words] and `own` [tokens, J] say where an id is.
+    """Run look(hit, own, carry) for each round: `hit` [tokens, entries] and `own` [tokens, J] say where an id is.
 
     Entries without an id in this block are in `own` too, once a token has none left; `hit` is then false everywhere.
     """

@@ -1,7 +1,7 @@
-"""What the logits of a token add up to, and what the teacher says of the student's likeliest word.
+"""What the logits of a token add up to, and what the teacher says of the student's likeliest entry.
 
 All that is needed of a whole vocabulary can be put together from its parts: blocks that follow each other, parts that
-run side by side, devices that share the words.
+run side by side, devices that share the entries.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Mass:
         return both.together(both.top.max(0), functools.partial(jnp.sum, axis=0))
 
     def over(self, vocab_axis: str | None) -> "Mass":
-        """Merged over the devices of a mesh axis, each of which has some of the words; as it is without one."""
+        """Merged over the devices of a mesh axis, each of which has some of the entries; as it is without one."""
         if vocab_axis is None:
             return self
         return self.together(lax.pmax(self.top, vocab_axis), functools.partial(lax.psum, axis_name=vocab_axis))
@@ -70,7 +70,7 @@ class Mass:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Survey:
-    """The masses of both models, and the teacher's logit at the student's likeliest word."""
+    """The masses of both models, and the teacher's logit at the student's likeliest entry."""
 
     student: Mass
     teacher: Mass
@@ -82,7 +82,7 @@ class Survey:
         return cls(student=mass, teacher=mass, teacher_at_top=mass.top)
 
     def with_block(self, student: Float[Array, "V M"], teacher: Float[Array, "V M"]) -> "Survey":
-        """Together with the logits of further words."""
+        """Together with the logits of further entries."""
         before, here = self.student.top, student.max(0)
         at_top = jnp.where(student == here, teacher, -jnp.inf).max(0)
         return Survey(
@@ -107,7 +107,7 @@ class Survey:
 
     @property
     def agreement(self) -> Float[Array, " M"]:
-        """1 where a word is the likeliest of both."""
+        """1 where an entry is the likeliest of both."""
         return (self.teacher_at_top >= self.teacher.top).astype(self.teacher.total.dtype)
 
 

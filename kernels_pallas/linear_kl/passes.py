@@ -5,7 +5,7 @@ log-sum-exp. The second makes the logits again, and writes what the loss changes
 vocabulary and all tokens, in the model's dtype, which is how the products that follow want it. Those two products are
 plain: with the tokens they complete the gradient of that part of the head, with the head they add to the tokens' own.
 
-Two kernels that each kept a gradient's sum, as in attention, would multiply once more (five products of tokens, words
+Two kernels that each kept a gradient's sum, as in attention, would multiply once more (five products of tokens, entries
 and width instead of four), and a sum as wide as a model does not fit into a GPU's registers. Going over tokens instead
 would need a float32 sum as large as the head.
 """
@@ -29,7 +29,7 @@ from kernels_pallas.linear_kl.xla import (
 
 TOKENS = 128  # what a kernel's tokens are a multiple of
 _PART_BYTES = 256 * 2**20  # of the derivatives by the logits of one part of the vocabulary, and of its rows of heads
-_PART = 512  # what the words of a part are a multiple of, unless it is the whole vocabulary
+_PART = 512  # what the entries of a part are a multiple of, unless it is the whole vocabulary
 
 
 def full(kernels, hidden, head, teacher_hidden, teacher_head, weights, *, divergence, vocab_axis, with_gradients):
@@ -49,10 +49,10 @@ def full(kernels, hidden, head, teacher_hidden, teacher_head, weights, *, diverg
         rows = rows.at[7].set(summed(slope_sum, vocab_axis))
     if with_gradients:
 
-        def part(words: Blocks, index, value):
-            own, teachers = (words.slice(x, index, 0) for x in (head, teacher_head))
+        def part(entries: Blocks, index, value):
+            own, teachers = (entries.slice(x, index, 0) for x in (head, teacher_head))
             more, _, slopes = kernels.slopes_full(
-                h, own, th, teachers, rows, _fresh(words, index), divergence=divergence, with_slopes=True
+                h, own, th, teachers, rows, _fresh(entries, index), divergence=divergence, with_slopes=True
             )
             return slopes, value + more
 
@@ -85,10 +85,10 @@ def at_ids(
     if with_gradients:
         rest_lse = finite(rest.log())
 
-        def part(words: Blocks, index, nothing):
-            part_ids = local_ids(own, words, index)
+        def part(entries: Blocks, index, nothing):
+            part_ids = local_ids(own, entries, index)
             slopes = kernels.slopes_at_ids(
-                h, words.slice(head, index, 0), part_ids, gradient, rest_lse, _fresh(words, index)
+                h, entries.slice(head, index, 0), part_ids, gradient, rest_lse, _fresh(entries, index)
             )
             return slopes, nothing
 
@@ -111,7 +111,7 @@ def rounds(
 
 
 def _gradients(part, hidden: Float[Array, "M D"], heads: tuple[Float[Array, "V _"], ...], carry, shape):
-    """Gradients from `part(words, index, carry) -> (slopes [words, M], carry)`, one part of the vocabulary each.
+    """Gradients from `part(entries, index, carry) -> (slopes [entries, M], carry)`, one part of the vocabulary each.
 
     The gradient by a head is by the first; `shape` is that of the hidden states before they were put in one axis.
     """
@@ -119,28 +119,28 @@ def _gradients(part, hidden: Float[Array, "M D"], heads: tuple[Float[Array, "V _
     entry_bytes = len(hidden) * hidden.dtype.itemsize + sum(x.shape[1] * x.dtype.itemsize for x in heads)
     most = max(1, _PART_BYTES // (entry_bytes * _PART))
     parts = -(-len(head) // (most * _PART))
-    words = Blocks(size=len(head), block=min(len(head), -(-len(head) // (parts * _PART)) * _PART))
+    entries = Blocks(size=len(head), block=min(len(head), -(-len(head) // (parts * _PART)) * _PART))
     dtype, precision = accumulator(hidden), lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
 
     def body(state, step):
         index, _ = step
         by_hidden, by_head, carry = state
-        slopes, carry = part(words, index, carry)
+        slopes, carry = part(entries, index, carry)
         product = {"preferred_element_type": dtype, "precision": precision}
-        by_hidden += jnp.einsum("VM,VD->MD", slopes, words.slice(head, index, 0), **product)
-        # Words that an earlier part had are 0 here; nothing is rounded twice.
-        by_head = words.add(by_head, jnp.einsum("VM,MD->VD", slopes, hidden, **product), index, 0)
+        by_hidden += jnp.einsum("VM,VD->MD", slopes, entries.slice(head, index, 0), **product)
+        # Entries that an earlier part had are 0 here; nothing is rounded twice.
+        by_head = entries.add(by_head, jnp.einsum("VM,MD->VD", slopes, hidden, **product), index, 0)
         return (by_hidden, by_head, carry), None
 
     start = (jnp.zeros(hidden.shape, dtype), jnp.zeros_like(head), carry)
-    (by_hidden, by_head, carry), _ = words.scan(body, start)
+    (by_hidden, by_head, carry), _ = entries.scan(body, start)
     by_hidden = by_hidden[: shape[0] * shape[1]].reshape(shape).astype(hidden.dtype)
     return Gradients(hidden=by_hidden, head=by_head), carry
 
 
-def _fresh(words: Blocks, index: Int[Array, ""] | int) -> Int[Array, ""] | int:
-    """The first of a part's words that no earlier part had."""
-    return index * words.block - words.start(index)
+def _fresh(entries: Blocks, index: Int[Array, ""] | int) -> Int[Array, ""] | int:
+    """The first of a part's entries that no earlier part had."""
+    return index * entries.block - entries.start(index)
 
 
 def _tokens(array: Array, filling: int) -> Array:

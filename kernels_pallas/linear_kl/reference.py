@@ -31,10 +31,10 @@ def at_ids(hidden, head, ids, teacher_logprobs, teacher_log_tail, weights, *, di
     """As `api.linear_kl_at_ids`."""
     live = weights != 0
     ids = jnp.where(live[..., None], ids, -1)
-    words = _softmax(jnp.where(live[..., None], hidden, 0), head)
-    named = jax.nn.one_hot(ids, head.shape[0], dtype=words.dtype)  # all zeros for -1
+    entries = _softmax(jnp.where(live[..., None], hidden, 0), head)
+    named = jax.nn.one_hot(ids, head.shape[0], dtype=entries.dtype)  # all zeros for -1
     student = jnp.concatenate(
-        [jnp.einsum("BTJV,BTV->BTJ", named, words), (words * (1 - named.sum(-2))).sum(-1, keepdims=True)], -1
+        [jnp.einsum("BTJV,BTV->BTJ", named, entries), (entries * (1 - named.sum(-2))).sum(-1, keepdims=True)], -1
     )
     teacher_named = jnp.where(ids < 0, 0, jnp.exp(teacher_logprobs))
     teacher_tail = jnp.where(live, jnp.exp(teacher_log_tail), 1)
@@ -43,9 +43,9 @@ def at_ids(hidden, head, ids, teacher_logprobs, teacher_log_tail, weights, *, di
     teacher_top = jnp.take_along_axis(ids, teacher_named.argmax(-1)[..., None], -1)[..., 0]
     stats = {
         "divergence": divergences,
-        "student_entropy": -xlogy(words, words).sum(-1),
+        "student_entropy": -xlogy(entries, entries).sum(-1),
         "teacher_entropy": -xlogy(teacher, teacher).sum(-1),
-        "top1_agreement": (words.argmax(-1) == teacher_top).astype(hidden.dtype),
+        "top1_agreement": (entries.argmax(-1) == teacher_top).astype(hidden.dtype),
         "teacher_tail_mass": teacher_tail,
         "student_support_mass": student[..., :-1].sum(-1),
     }

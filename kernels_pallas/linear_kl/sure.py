@@ -21,7 +21,7 @@ _NEAREST = 0.5  # nats below it, between it and the next
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sure:
-    """The word of each token that the student is sure of, if there is one.
+    """The entry of each token that the student is sure of, if there is one.
 
     There is none for a divergence whose slopes cancel: q - p is all of the derivative then.
     """

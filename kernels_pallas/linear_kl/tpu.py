@@ -1,10 +1,10 @@
-"""The passes of the linear KL in Mosaic TPU: tiles of words by tokens, with the whole width in one product.
+"""The passes of the linear KL in Mosaic TPU: tiles of entries by tokens, with the whole width in one product.
 
-Logits stand as [words, tokens]: what is reduced to one number a token runs over sublanes, and takes one lane of it.
+Logits stand as [entries, tokens]: what is reduced to one number a token runs over sublanes, and takes one lane of it.
 A block of tokens stays in fast memory while the vocabulary goes by.
 
-The named words of a token are found in rounds: of each token the largest id that is left in the block, compared with
-the words' indices. A table in scalar memory says how many rounds a tile needs.
+The named entries of a token are found in rounds: of each token the largest id that is left in the block, compared with
+the entries' indices. A table in scalar memory says how many rounds a tile needs.
 """
 
 import functools
@@ -39,13 +39,13 @@ _LOWEST = -1e29
 def survey_at_ids(
     hidden: Float[Array, "M D"], head: Float[Array, "V D"], ids: Int[Array, "M J"]
 ) -> tuple[Float[Array, "M J"], Mass]:
-    """The logits at `ids` (anything where an id is -1), and what those of all other words add up to."""
+    """The logits at `ids` (anything where an id is -1), and what those of all other entries add up to."""
     sizes = _sizes((hidden, head))
     chosen, *rest = _run(
-        functools.partial(_survey_at_ids_kernel, words=len(head)),
+        functools.partial(_survey_at_ids_kernel, entries=len(head)),
         tables=(rounds(ids, *sizes, len(head)),),
         tokens=(hidden,),
-        words=(head,),
+        entries=(head,),
         rows=(ids.T,),
         results=(("rows", ids.shape[1]), *[("rows", 1)] * 3),
         scratch=(((sizes[1], sizes[0]), jnp.float32), ((ids.shape[1], sizes[0]), jnp.int32)),
@@ -61,16 +61,16 @@ def slopes_at_ids(
     rest_lse: Float[Array, " M"],
     fresh: Int[Array, ""] | int,
 ) -> Float[Array, "V M"]:
-    """The derivatives by the logits: `gradient` at `ids`, its last entry shared out among all other words.
+    """The derivatives by the logits: `gradient` at `ids`, its last entry shared out among all other entries.
 
-    Words before `fresh` get 0.
+    Entries before `fresh` get 0.
     """
     sizes = _sizes((hidden, head))
     (out,) = _run(
         _slopes_at_ids_kernel,
         tables=(rounds(ids, *sizes, len(head)), jnp.asarray(fresh, jnp.int32).reshape(1)),
         tokens=(hidden,),
-        words=(head,),
+        entries=(head,),
         rows=(ids.T, gradient[:, :-1].T, jnp.stack([rest_lse, gradient[:, -1]])),
         results=(("logits", hidden.dtype),),
         scratch=(((sizes[1], sizes[0]), jnp.float32), ((ids.shape[1], sizes[0]), jnp.int32)),
@@ -84,12 +84,12 @@ def survey_full(
     teacher_hidden: Float[Array, "M Dt"],
     teacher_head: Float[Array, "V Dt"],
 ) -> Survey:
-    """What the student's logits add up to, the teacher's, and the teacher's logit at the student's first word."""
+    """What the student's logits add up to, the teacher's, and the teacher's logit at the student's first entry."""
     results = _run(
-        functools.partial(_survey_full_kernel, words=len(head)),
+        functools.partial(_survey_full_kernel, entries=len(head)),
         tables=(),
         tokens=(hidden, teacher_hidden),
-        words=(head, teacher_head),
+        entries=(head, teacher_head),
         rows=(),
         results=[("rows", 1)] * 7,
         scratch=(),
@@ -108,17 +108,17 @@ def slopes_full(
     divergence: Divergence,
     with_slopes: bool,
 ) -> tuple[Float[Array, " M"], Float[Array, " M"], Float[Array, "V M"] | None]:
-    """The divergence's sum over these words, that of `sure.relative_slopes`, and the derivatives by the logits if asked
-    for.
+    """The divergence's sum over these entries, that of `sure.relative_slopes`, and the derivatives by the logits if
+    asked for.
 
     `rows` are the top and the log of the total of the student's `Mass` and of the teacher's, the weight, `Sure.cut`,
-    `Sure.centre`, and the sum of relative slopes over the whole vocabulary. Words before `fresh` count nothing.
+    `Sure.centre`, and the sum of relative slopes over the whole vocabulary. Entries before `fresh` count nothing.
     """
     value, slope_sum, *slopes = _run(
-        functools.partial(_slopes_full_kernel, words=len(head), divergence=divergence),
+        functools.partial(_slopes_full_kernel, entries=len(head), divergence=divergence),
         tables=(jnp.asarray(fresh, jnp.int32).reshape(1),),
         tokens=(hidden, teacher_hidden),
-        words=(head, teacher_head),
+        entries=(head, teacher_head),
         rows=(rows,),
         results=(("rows", 1), ("rows", 1), *([("logits", hidden.dtype)] if with_slopes else [])),
         scratch=(),
@@ -126,13 +126,13 @@ def slopes_full(
     return value[0], slope_sum[0], slopes[0] if slopes else None
 
 
-def _survey_at_ids_kernel(rounds, h, w, ids, chosen, top, total, moment, logits, left, *, words):
+def _survey_at_ids_kernel(rounds, h, w, ids, chosen, top, total, moment, logits, left, *, entries):
     @pl.when(pl.program_id(1) == 0)
     def _():
         chosen[...] = jnp.full_like(chosen, _MASKED)
 
     index = _index(logits.shape)
-    logits[...] = jnp.where(index < words - _first(w), _product(w, h), _MASKED)
+    logits[...] = jnp.where(index < entries - _first(w), _product(w, h), _MASKED)
 
     @_each_round(rounds, ids, left, w)
     def _(hit, own):
@@ -154,7 +154,7 @@ def _slopes_at_ids_kernel(rounds, fresh, h, w, ids, gradient, rows, out, slopes,
     out[...] = jnp.where(_index(out.shape) >= fresh[0] - _first(w), slopes[...], 0).astype(out.dtype)
 
 
-def _survey_full_kernel(h, th, w, tw, *results, words):
+def _survey_full_kernel(h, th, w, tw, *results, entries):
     student, teacher, teacher_at_top = results[:3], results[3:6], results[6]
 
     @pl.when(pl.program_id(1) == 0)
@@ -163,7 +163,7 @@ def _survey_full_kernel(h, th, w, tw, *results, words):
         student[0][...] = jnp.full_like(student[0], _LOWEST)
 
     zs, zt = _product(w, h), _product(tw, th)
-    real = _index(zs.shape) < words - _first(w)
+    real = _index(zs.shape) < entries - _first(w)
     zs, zt = jnp.where(real, zs, _MASKED), jnp.where(real, zt, _MASKED)
     before, here = student[0][...], jnp.max(zs, axis=0, keepdims=True)
     at_top = jnp.max(jnp.where(zs == here, zt, _MASKED), axis=0, keepdims=True)
@@ -174,7 +174,7 @@ def _survey_full_kernel(h, th, w, tw, *results, words):
     _add_mass(zt, *teacher)
 
 
-def _slopes_full_kernel(fresh, h, th, w, tw, rows, value, slope_sum, *slopes, words, divergence):
+def _slopes_full_kernel(fresh, h, th, w, tw, rows, value, slope_sum, *slopes, entries, divergence):
     @pl.when(pl.program_id(1) == 0)
     def _():
         value[...] = jnp.zeros_like(value)
@@ -185,7 +185,7 @@ def _slopes_full_kernel(fresh, h, th, w, tw, rows, value, slope_sum, *slopes, wo
     )
     lp, lq = (_product(tw, th) - teacher_top) - teacher_log, (_product(w, h) - student_top) - student_log
     index = _index(lq.shape)
-    counts = (index < words - _first(w)) & (index >= fresh[0] - _first(w))
+    counts = (index < entries - _first(w)) & (index >= fresh[0] - _first(w))
     share, slope = contribution_and_slope(divergence, lp, lq)
     share, slope = (jnp.where(counts, x, 0) for x in (share, relative_slopes(slope, lq, cut, centre)))
     value[...] += jnp.sum(share, axis=0, keepdims=True)
@@ -195,7 +195,7 @@ def _slopes_full_kernel(fresh, h, th, w, tw, rows, value, slope_sum, *slopes, wo
 
 
 def _add_mass(logits: Array, top: Any, total: Any, moment: Any) -> None:
-    """`Mass.merge` into refs, of which the first block of words finds anything."""
+    """`Mass.merge` into refs, of which the first block of entries finds anything."""
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
@@ -219,7 +219,7 @@ def _mass(rows: list[Array]) -> Mass:
 
 
 def _each_round(rounds: Any, ids: Any, left: Any, w: Any) -> Callable[[Callable[[Array, Array], None]], None]:
-    """Run body(hit, own) for each round: `hit` [words, tokens] and `own` [J, tokens] say where a token's id is.
+    """Run body(hit, own) for each round: `hit` [entries, tokens] and `own` [J, tokens] say where a token's id is.
 
     Entries without an id in this block are in `own` too, once a token has none left; `hit` is then false everywhere.
     """
@@ -244,11 +244,11 @@ def _index(shape: tuple[int, ...]) -> Array:
 
 
 def _first(w: Any) -> Any:
-    """The first word of this block."""
+    """The first entry of this block."""
     return pl.program_id(1) * w.shape[0]
 
 
-def _product(w: Any, h: Any) -> Float[Array, "words tokens"]:
+def _product(w: Any, h: Any) -> Float[Array, "entries tokens"]:
     return jax.lax.dot_general(
         w[...],
         h[...],
@@ -263,7 +263,7 @@ def _run(
     *,
     tables: tuple[Array, ...],
     tokens: tuple[Array, ...],
-    words: tuple[Array, ...],
+    entries: tuple[Array, ...],
     rows: tuple[Array, ...],
     results: Any,
     scratch: tuple[Any, ...],
@@ -272,8 +272,8 @@ def _run(
 
     `results` are of the kind "rows", with a number of rows, or "logits", with a dtype.
     """
-    block_tokens, block_vocab = _sizes((*tokens, *words))
-    count, vocab = tokens[0].shape[0], words[0].shape[0]
+    block_tokens, block_vocab = _sizes((*tokens, *entries))
+    count, vocab = tokens[0].shape[0], entries[0].shape[0]
 
     def rows_spec(height: int) -> pl.BlockSpec:
         return pl.BlockSpec((height, block_tokens), lambda m, v, *_: (0, m))
@@ -293,7 +293,7 @@ def _run(
             grid=(pl.cdiv(count, block_tokens), pl.cdiv(vocab, block_vocab)),
             in_specs=[
                 *(pl.BlockSpec((block_tokens, x.shape[1]), lambda m, v, *_: (m, 0)) for x in tokens),
-                *(pl.BlockSpec((block_vocab, x.shape[1]), lambda m, v, *_: (v, 0)) for x in words),
+                *(pl.BlockSpec((block_vocab, x.shape[1]), lambda m, v, *_: (v, 0)) for x in entries),
                 *(rows_spec(x.shape[0]) for x in rows),
             ],
             out_specs=out_specs,
@@ -304,17 +304,17 @@ def _run(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
         ),
         name=getattr(kernel, "func", kernel).__name__.strip("_"),
-    )(*tables, *tokens, *words, *rows)
+    )(*tables, *tokens, *entries, *rows)
 
 
 def _sizes(operands: tuple[Array, ...]) -> tuple[int, int]:
-    """Tokens and words of a tile: multiples of the lanes that share the vocabulary and the tokens out evenly."""
-    tokens, words = (operands[i * len(operands) // 2].shape[0] for i in (0, 1))
+    """Tokens and entries of a tile: multiples of the lanes that share the vocabulary and the tokens out evenly."""
+    tokens, entries = (operands[i * len(operands) // 2].shape[0] for i in (0, 1))
     # Of float32 a product makes bfloat16 pieces, which take as much again.
     row_bytes = sum(x.shape[1] * (8 if x.dtype == jnp.float32 else 2) for x in operands[: len(operands) // 2])
     return (
         _even_block(tokens, min(_BLOCK_TOKENS, _TOKEN_BYTES // row_bytes)),
-        _even_block(words, min(_BLOCK_VOCAB, _VOCAB_BLOCK_BYTES // row_bytes)),
+        _even_block(entries, min(_BLOCK_VOCAB, _VOCAB_BLOCK_BYTES // row_bytes)),
     )
 
 

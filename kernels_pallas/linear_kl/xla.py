@@ -59,12 +59,12 @@ class Blocks:
         part = self.slice(array, index, 1)
         return part.reshape(-1, *part.shape[2:])
 
-    def words(self, logits: Float[Array, "V M"], index: Int[Array, ""] | int) -> Float[Array, "block M"]:
-        """A block of logits, each word in one block only."""
+    def entries(self, logits: Float[Array, "V M"], index: Int[Array, ""] | int) -> Float[Array, "block M"]:
+        """A block of logits, each entry in one block only."""
         return self.counted(self.slice(logits, index, 0), index)
 
     def counted(self, block: Float[Array, "block M"], index: Int[Array, ""] | int) -> Float[Array, "block M"]:
-        """-inf at the words of a block that an earlier block has already counted."""
+        """-inf at the entries of a block that an earlier block has already counted."""
         return block if self.size % self.block == 0 else jnp.where(self.fresh(index)[:, None], block, -jnp.inf)
 
     def add(self, array: Array, update: Array, index: Int[Array, ""] | int, axis: int) -> Array:
@@ -85,24 +85,24 @@ def full(
     hidden, head, teacher_hidden, teacher_head, weights, *, divergence, positions: Blocks, vocab: Blocks, vocab_axis,
     with_gradients,
 ) -> tuple[Array, Stats, Gradients | None]:  # fmt: skip
-    """Every word is a bucket. Arguments and results as in `api.linear_kl_full`, and the gradients if asked for."""
+    """Every entry is a bucket. Arguments and results as in `api.linear_kl_full`, and the gradients if asked for."""
 
     def block(index, live, weight, by_head):
         h = jnp.where(live[:, None], positions.tokens(hidden, index), 0)
         th = jnp.where(live[:, None], positions.tokens(teacher_hidden, index), 0)
 
-        # One product each, over all words: for products of their own, blocks of a head would have to be copied.
+        # One product each, over all entries: for products of their own, blocks of a head would have to be copied.
         logits = _logits(h, head), _logits(th, teacher_head)
 
         def survey(found, step):
-            return found.with_block(*(vocab.words(z, step[0]) for z in logits)), None
+            return found.with_block(*(vocab.entries(z, step[0]) for z in logits)), None
 
         found = Survey.nothing(live.shape, accumulator(hidden))
         found = vocab.scan(survey, found)[0].over(vocab_axis)
         sure = Sure.of(divergence, found)
 
         def logprobs(index):
-            zs, zt = (vocab.words(z, index) for z in logits)
+            zs, zt = (vocab.entries(z, index) for z in logits)
             return found.teacher.logprobs(zt), found.student.logprobs(zs)
 
         def add_slopes(slope_sum, step):
@@ -142,7 +142,7 @@ def at_ids(
     hidden, head, ids, teacher_logprobs, teacher_log_tail, weights, *, divergence, positions: Blocks, vocab: Blocks,
     vocab_axis, with_gradients,
 ) -> tuple[Array, Stats, Gradients | None]:  # fmt: skip
-    """The named words and everything else are J + 1 buckets. Arguments and results as in `api.linear_kl_at_ids`, and
+    """The named entries and everything else are J + 1 buckets. Arguments and results as in `api.linear_kl_at_ids`, and
     the gradients if asked for."""
 
     def block(index, live, weight, by_head):
@@ -168,7 +168,7 @@ def at_ids(
 
         def finish(gradients, step):
             i, rest = step
-            # Unnamed words share the tail's gradient by their part of the tail. Dividing by the tail's own mass,
+            # Unnamed entries share the tail's gradient by their part of the tail. Dividing by the tail's own mass,
             # not by the whole vocabulary's, stays exact where that mass underflows.
             dz = gradient[..., -1:] * jnp.exp(rest - finite(rest_lse)[..., None])
             dz = _put(dz, local_ids(own, vocab, i), gradient[..., :-1])
@@ -190,7 +190,7 @@ def over_buckets(
     rest: Mass,
     weight: Float[Array, " M"],
 ) -> tuple[Float[Array, "M J+1"], dict[str, Float[Array, " M"]]]:
-    """The derivative by the student's log-masses of J words and of the rest, times `weight`; and the statistics.
+    """The derivative by the student's log-masses of J entries and of the rest, times `weight`; and the statistics.
 
     `chosen` are the student's logits at `ids`, `rest` what its others add up to; the teacher's last entry is its tail.
     """
@@ -235,12 +235,12 @@ def local_ids(ids: Int[Array, "*batch J"], vocab: Blocks, index) -> Int[Array, "
     return jnp.where(ids // vocab.block == index, ids - vocab.start(index), -1)
 
 
-def own_ids(ids: Int[Array, "*batch J"], words: int, vocab_axis: str | None) -> Int[Array, "*batch J"]:
-    """Ids counted from the first of this device's `words`, -1 where another device of the axis has the word."""
+def own_ids(ids: Int[Array, "*batch J"], entries: int, vocab_axis: str | None) -> Int[Array, "*batch J"]:
+    """Ids counted from the first of this device's `entries`, -1 where another device of the axis has the entry."""
     if vocab_axis is None:
         return ids
     device = lax.axis_index(vocab_axis)
-    return jnp.where(ids // words == device, ids - device * words, -1)
+    return jnp.where(ids // entries == device, ids - device * entries, -1)
 
 
 def summed(x: Array, vocab_axis: str | None) -> Array:
@@ -298,7 +298,7 @@ def _add_products(gradients, dz: Array, hidden: Array, head: Array, vocab: Block
 
 
 def _logits(hidden: Array, head: Array) -> Float[Array, "V M"]:
-    """Words come first because few tokens meet many words: on CPU the products with the head are then up to half as
+    """Entries come first because few tokens meet many entries: on CPU the products with the head are then up to half as
     fast again, and its gradient needs no transposed copy."""
     return jnp.einsum("VD,MD->VM", head, hidden, preferred_element_type=accumulator(hidden))
 

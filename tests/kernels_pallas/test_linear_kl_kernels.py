@@ -179,7 +179,7 @@ def test_what_a_kernel_does_not_take_is_refused(monkeypatch):
     mixed = (*inputs[:2], inputs[2].astype(jnp.bfloat16), *inputs[3:])
     with pytest.raises(ValueError, match=r"teacher_hidden and teacher_head have dtypes bfloat16, float32; .*'tpu'"):
         linear_kl_full(*mixed, **options)
-    with pytest.raises(ValueError, match="ids names 300 words; implementation 'tpu' of linear_kl takes at most 256"):
+    with pytest.raises(ValueError, match="ids names 300 entries; implementation 'tpu' of linear_kl takes at most 256"):
         linear_kl_at_ids(*make_inputs("at_ids", 2, (8, 8), 700, 300, 1, jnp.float32), **options)
     with (
         jax.set_mesh(jax.make_mesh((2, 4), ("data", "tensor"))),

@@ -141,7 +141,7 @@ def test_more_words_than_a_kernel_takes_are_refused_before_the_teacher_names_the
     config = dataclasses.replace(DENSE, hidden_size=128)
     mesh, kernels = make_mesh(MeshShape(tensor=2)), Kernels(linear_kl="tpu")
     kernels.check(config, "float32", mesh, tokens_per_target=256)
-    with pytest.raises(UserError, match=r"kernels\.linear_kl: ids names 257 words; .* takes at most 256; use 'xla'"):
+    with pytest.raises(UserError, match=r"kernels\.linear_kl: ids names 257 entries; .* takes at most 256; use 'xla'"):
         kernels.check(config, "float32", mesh, tokens_per_target=257)
 
 
