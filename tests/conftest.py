@@ -15,14 +15,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 _QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {_QUICK_COMPILE}"
 
-_KEPT_BYTES = 1_200_000_000
-"""What a worker may keep between modules; compiled programs, of which jax never lets one go, would reach five times as
+_KEPT_BYTES = 1_400_000_000
+"""What a worker may keep between tests; compiled programs, of which jax never lets one go, would reach four times as
 much."""
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def compiled_programs_are_let_go() -> Iterator[None]:
-    """Modules share few programs, so what one has compiled goes once it is much."""
+    """Tests share few programs, so what has been compiled goes once it is much."""
     yield
     if _resident_bytes() > _KEPT_BYTES:
         import jax

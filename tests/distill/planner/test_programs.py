@@ -81,6 +81,9 @@ def test_a_run_calls_what_was_planned(teacher: str, tmp_path: Path, monkeypatch:
     # Engines that earlier tests have made are not recorded, and later ones must not find recorded ones.
     monkeypatch.setattr(context, "_engine", functools.cache(context._engine.__wrapped__))
     experiment = sharded(teacher)
+    # Responses that end at once still fill several microbatches.
+    on_policy = dataclasses.replace(experiment.stages["on_policy"], prompts_per_step=24)
+    experiment = dataclasses.replace(experiment, stages={**experiment.stages, "on_policy": on_policy})
     mesh = experiment.meshes()[0]
     called: list[list[Any]] = []
 
