@@ -111,4 +111,7 @@ def test_the_hours_that_a_file_names_are_those_of_its_plan(name: str) -> None:
         plan = plan_on(experiment, stand_ins(kind, shape), CHIPS[kind], topology, Assumptions())
         assert plan.fits
         # Hours are given without decimals: half an hour is what rounding takes.
-        assert numbers == (pytest.approx(plan.seconds / 3600, rel=0.02, abs=0.5), pytest.approx(plan.chip_hours, rel=0.01))
+        assert numbers == (
+            pytest.approx(plan.seconds / 3600, rel=0.02, abs=0.5),
+            pytest.approx(plan.chip_hours, rel=0.01),
+        )

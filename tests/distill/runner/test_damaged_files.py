@@ -115,7 +115,7 @@ def test_the_command_ends_with_that_line_and_2(
         {"pass_at_k": {"two": 0.5}},
         {"model": "teacher"},
         {"mode": "dreaming"},
-        {"surprise": 1},
+        {"problems": "six"},
     ],
 )
 def test_rows_of_an_evaluation_are_checked_value_by_value(

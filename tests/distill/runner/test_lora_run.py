@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from student.export import export
 from student.init import FromCheckpoint, FromScratch
 from student.lora import Lora
 from tests.distill import miniature
+from tests.distill.faults import scalars
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,6 @@ def run(experiment: Experiment, directory: Path) -> None:
     with pytest.MonkeyPatch.context() as patched, Progress() as progress:
         patched.setattr("distill.experiment.make_mesh", lambda shape, _: make_mesh(shape, jax.devices()[:1]))
         execute(experiment, directory, progress, StopRequest())
-
-
-def scalars(directory: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in record["scalars"].items() if "per_second" not in name} for record in records
-    ]
 
 
 def test_resumed_after_its_first_step_it_ends_in_the_same_adapters(
