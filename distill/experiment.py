@@ -134,7 +134,7 @@ class Experiment:
             if source.longest_tokens > stage.training.row_length:
                 yield (
                     f"stages.{name}.training.row_length is {stage.training.row_length}, but what {stage.targets_of} "
-                    f"writes may have {source.longest_tokens} tokens; raise it"
+                    f"generates may have {source.longest_tokens} tokens; raise it"
                 )
 
     @property

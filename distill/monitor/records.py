@@ -115,7 +115,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 def _cut_torn_line(path: pathlib.Path) -> None:
     with open(path, "rb+") as file:
-        end = file.seek(0, os.SEEK_END)
+        size = end = file.seek(0, os.SEEK_END)
         block_bytes = 65_536
         while end > 0:
             start = max(0, end - block_bytes)
@@ -125,7 +125,9 @@ def _cut_torn_line(path: pathlib.Path) -> None:
                 end = start + newline + 1
                 break
             end = start
-        file.truncate(end)
+        # A whole file keeps its time: nothing was written.
+        if end < size:
+            file.truncate(end)
 
 
 def unwritable(path: pathlib.Path, error: OSError) -> UserError:

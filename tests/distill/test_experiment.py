@@ -106,7 +106,9 @@ def test_drawn_words_of_another_stage_give_only_the_forward_kl(experiment: Exper
 
 def test_rows_hold_what_another_stage_writes(experiment: Experiment) -> None:
     training = dataclasses.replace(experiment.stages["same_outputs"].training, row_length=96)
-    with pytest.raises(UserError, match="row_length is 96, but what off_policy writes may have 104 tokens; raise it"):
+    with pytest.raises(
+        UserError, match="row_length is 96, but what off_policy generates may have 116 tokens; raise it"
+    ):
         changed(experiment, "same_outputs", training=training)
 
 

@@ -83,7 +83,7 @@ def test_every_field_of_every_class_takes_what_can_be_or_says_what_is_wrong() ->
         (lambda: OnPolicy(prompts_per_step=10**5), r"prompts_per_step 100000 × training\.steps 200 is 20000000; it"),
         (lambda: OnPolicy(samples_per_prompt=2**20), r"prompts_per_step × samples_per_prompt 67108864 × tokens of"),
         (lambda: Evaluation(problems=10**7), r"evaluation\.problems 10000000 × samples_per_problem 8 is 80000000; it"),
-        (lambda: Evaluation(problems=10**8), r"at most 10000000, for all of them are kept in memory"),
+        (lambda: Evaluation(problems=10**8), r"at most 10000000, for all responses are kept in memory"),
         (lambda: Evaluation(shown=-1), r"evaluation\.shown is -1; it must be at least 0"),
         (lambda: Evaluation(modes=()), r"evaluation\.modes is empty; name one or both of thinking and non_thinking"),
         (lambda: Evaluation(modes=("thinking", "thinking")), r"evaluation\.modes holds 'thinking' twice; leave one"),

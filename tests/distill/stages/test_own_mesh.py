@@ -35,7 +35,7 @@ def colocated(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     teacher = make_teacher(tmp_path_factory.mktemp("teacher"), MOE | {"num_hidden_layers": 1})
     whole = miniature(teacher)
     off_policy, on_policy = whole.stages["off_policy"], whole.stages["on_policy"]
-    training = dataclasses.replace(on_policy.training, steps=2, rows=8, row_length=104)
+    training = dataclasses.replace(on_policy.training, steps=2, rows=8, row_length=120)
     return dataclasses.replace(
         whole,
         student=FromScratch(architecture=DENSE | {"num_hidden_layers": 1}, tokenizer=teacher),

@@ -243,7 +243,7 @@ def test_a_statistic_that_targets_cannot_give_is_absent(arrays):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "kl"}, "name 'kl' is not a divergence; use one of forward_kl, reverse_kl, jsd, skew_kl"),
+        ({"name": "kl"}, "name is 'kl'; it must be 'forward_kl' or 'reverse_kl' or 'jsd' or 'skew_kl'"),
         ({"name": "jsd"}, "weight None of jsd must lie strictly between 0 and 1"),
         ({"name": "skew_kl", "weight": 1.0}, "weight 1.0 of skew_kl must lie strictly between 0 and 1"),
         ({"name": "reverse_kl", "weight": 0.5}, "weight 0.5 has no meaning for reverse_kl"),

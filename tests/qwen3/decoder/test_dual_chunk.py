@@ -134,10 +134,10 @@ def test_a_published_file_is_read_and_written():
 @pytest.mark.parametrize(
     ("chunks", "message"),
     [
-        ({"chunk_size": 8, "local_size": 8}, r"local_size of .* is 8; it must be .* below chunk_size, 8$"),
-        ({"local_size": -1}, "local_size of .* is -1"),
+        ({"chunk_size": 8, "local_size": 8}, r"\.local_size is 8; it must be below chunk_size, 8$"),
+        ({"local_size": -1}, r"\.local_size is -1; it must be at least 0"),
         ({"chunk_size": "8"}, r"dual_chunk_attention_config\.chunk_size is '8'; it must be a whole number"),
-        ({"original_max_position_embeddings": -1}, "original_max_position_embeddings of .* is -1"),
+        ({"original_max_position_embeddings": -1}, r"\.original_max_position_embeddings is -1; it must be at least 0"),
         ({"sparse_attention_enabled": True}, "sparse_attention_enabled is not supported; set it to false"),
         ({"sparse_attention_config": [{}]}, "sparse_attention_enabled is not supported; set it to false"),
     ],

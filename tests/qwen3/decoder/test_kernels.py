@@ -69,7 +69,10 @@ def test_a_kernel_on_a_mesh_attends_every_row_and_head():
             {"linear_kl": "gpu"},
             r"kernels\.linear_kl: implementation 'gpu' of linear_kl needs an NVIDIA",
         ),
-        ({"attention": "triton"}, r"kernels\.attention: implementation 'triton' of attention is unknown; use one of"),
+        (
+            {"attention": "triton"},
+            r"kernels\.attention is 'triton'; it must be 'xla' or 'reference' or 'tpu' or 'gpu' or None",
+        ),
         (
             {"paged_attention": "tpu"},
             r"kernels\.paged_attention: implementation 'tpu' of paged_attention needs TPU, this platform is cpu",
