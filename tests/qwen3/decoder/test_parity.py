@@ -172,13 +172,13 @@ def test_fused_experts_load_like_single_ones(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-def test_tied_model_ignores_a_stored_head(tmp_path):
+def test_a_head_that_is_stored_beside_tied_embeddings_is_the_embedding(tmp_path):
     theirs = make_torch("qwen3_tied_theta")
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     assert "lm_head.weight" not in tensors
-    save_file(tensors | {"lm_head.weight": np.ones_like(tensors["model.embed_tokens.weight"])}, file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}, file)
     tokens, positions, mask = padded_batch()
     logits = np.asarray(hf.load(tmp_path).logits(tokens, positions, mask))
     # float32 sums in another order.
