@@ -382,7 +382,7 @@ def with_a_file_outside(index, folder):
         (with_a_tensor_elsewhere, "places model.norm.weight in model-00001-of-.*, which does not hold"),
         (with_a_file_outside, "names ../other.safetensors; shards must lie in the same folder"),
         (index_of({}), "is no safetensors index with a weight_map"),
-        (index_of([]), "is no safetensors index"),
+        (index_of([]), "holds list, not a JSON object"),
         (index_of({"weight_map": {"model.norm.weight": 3}}), "names 3, absent from the folder"),
         (index_of({"weight_map": {}}), "missing: "),
     ],
