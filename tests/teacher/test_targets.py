@@ -126,11 +126,11 @@ def test_targets_travel_as_pytrees(targets):
 
 @pytest.mark.parametrize("k", [0, V + 1])
 def test_an_impossible_k_is_refused(teacher, k):
-    with pytest.raises(ValueError, match=f"k {k} must lie between 1 and the vocabulary's {V} words"):
+    with pytest.raises(ValueError, match=f"k {k} must lie between 1 and the vocabulary's {V} tokens"):
         top_k_targets(*teacher[:2], k)
 
 
-def test_drawn_words_stand_for_the_teacher_on_average(teacher):
+def test_sampled_tokens_stand_for_the_teacher_on_average(teacher):
     hidden, head, words = teacher
     sampled_tokens, rounds = 3, 2000
     keys = jax.random.split(jax.random.key(0), rounds)
