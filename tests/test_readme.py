@@ -17,7 +17,11 @@ from distill.tasks.mixture import TaskMixture
 from qwen3.chat.chat import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = sorted(file for file in ROOT.rglob("README.md") if not {".venv", "runs"} & set(file.relative_to(ROOT).parts))
+READMES = sorted(
+    file
+    for file in ROOT.rglob("README.md")
+    if not any(part.startswith(".") or part in ("runs", "build") for part in file.relative_to(ROOT).parts)
+)
 _NAMED = re.compile(r"`(?P<name>[\w.]+\.(?:py|jsonl))`[^`\n]*:\n\n```\w+\n(?P<text>.*?)```\n", re.DOTALL)
 _PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
