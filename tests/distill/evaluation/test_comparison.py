@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from distill.evaluation.comparison import Comparison, perplexity, scoring_shape
 from distill.monitor.progress import Progress
-from distill.stages.context import EngineSizes, Interrupted
+from distill.stages.context import EngineSizes
+from distill.stages.stopping import Interrupted
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError

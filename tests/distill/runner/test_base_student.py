@@ -19,8 +19,8 @@ from distill.experiment import Experiment
 from distill.monitor.progress import Progress
 from distill.runner import execute as runner
 from distill.stages import Sft
-from distill.stages.context import StopRequest
 from distill.stages.loop import Training
+from distill.stages.stopping import StopRequest
 from distill.tasks import PromptFile
 from distill.tasks.requests import ModeMix
 from distill.training.optimizer import Optimizer

@@ -18,8 +18,8 @@ from distill.report.report import Report, terminal_table
 from distill.report.results import headline
 from distill.runner.execute import execute
 from distill.stages import Sft
-from distill.stages.context import StopRequest
 from distill.stages.loop import Training
+from distill.stages.stopping import StopRequest
 from distill.tasks import PromptFile
 from distill.tasks.requests import ModeMix
 from distill.training.checkpoint import Checkpointer
