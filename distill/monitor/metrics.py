@@ -255,7 +255,7 @@ def _is_row(record: Record) -> bool:
     return (
         _has_place(record)
         and isinstance(scalars, dict)
-        and all(value is None or isinstance(value, int | float) for value in scalars.values())
+        and all(value is None or type(value) in (int, float) for value in scalars.values())
     )
 
 

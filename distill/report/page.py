@@ -11,11 +11,12 @@ from typing import Any
 
 import jinja2
 
+from distill.monitor.metrics import read_metrics
 from distill.monitor.time_left import duration
 from distill.report.costs import cost_table, engineering
 from distill.report.curves import panels
 from distill.report.lineage import caption, exported, in_order, is_comparison, stage_flops
-from distill.report.reading import read_metrics, read_rollouts
+from distill.report.reading import read_rollouts
 from distill.report.results import (
     PASS_AT_1,
     TEACHER,

@@ -9,8 +9,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar, Union
 
-from distill.monitor.metrics import METRICS_FILE, ROLLOUTS_FILE, RolloutSample
-from distill.monitor.records import Record, read_records
+from distill.monitor.metrics import ROLLOUTS_FILE, RolloutSample
+from distill.monitor.records import read_records
 from distill.report.results import Report
 from qwen3.errors import UserError
 from qwen3.field_types import described, misfit
@@ -42,18 +42,6 @@ def read_report(run_dir: pathlib.Path) -> Report:
     return from_json(Report, read_object(file, _RESTORE, damaged=_RESTORE), str(file))
 
 
-def read_metrics(run_dir: pathlib.Path) -> list[Record]:
-    """The records of `metrics.jsonl`, each with `stage`, `step` and `scalars`; UserError for a line that is none."""
-    file = run_dir / METRICS_FILE
-    records = read_records(file)
-    for number, record in enumerate(records, start=1):
-        stage, step, scalars = (record.get(key) for key in ("stage", "step", "scalars"))
-        numbers = scalars.values() if isinstance(scalars, dict) else ["none"]
-        if not (isinstance(stage, str) and isinstance(step, int) and all(map(_is_number_or_null, numbers))):
-            raise UserError(f"{file}:{number}: not a record of metrics; delete that line or restore the file")
-    return records
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShownRollout(RolloutSample):
     """A line of `rollouts.jsonl`."""
@@ -69,10 +57,6 @@ def read_rollouts(run_dir: pathlib.Path) -> list[ShownRollout]:
     """What `rollouts.jsonl` holds; UserError for a line that is no rollout."""
     file = run_dir / ROLLOUTS_FILE
     return [from_json(ShownRollout, record, f"{file}:{n}") for n, record in enumerate(read_records(file), start=1)]
-
-
-def _is_number_or_null(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def from_json(kind: type[Kind], raw: Any, where: str) -> Kind:
