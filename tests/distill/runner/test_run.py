@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from distill.monitor.metrics import read_metrics
 from distill.report.curves import _TEXTS, _place
-from distill.report.reading import read_metrics, read_report, read_rollouts
+from distill.report.reading import read_report, read_rollouts
 from distill.report.samples import side_by_side
 from distill.run import _keep_compiled
 from distill.training.checkpoint import Checkpointer

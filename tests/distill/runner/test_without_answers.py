@@ -93,6 +93,7 @@ def test_without_answers_the_report_speaks_of_the_teacher_and_never_of_accuracy(
     rows = json_rows(directory)
     assert [row["model"] for row in rows] == ["student_initial", "off_policy", "on_policy", "teacher"]
     common = {"model", "mode", "problems", "samples_per_problem", "graded_problems", "mean_response_tokens", "finished"}
+    common |= {"length_histogram"}
     compared = {"forward_kl", "reverse_kl", "reverse_kl_own", "top_1_agreement"}
     for row in rows:
         expected = common | {"perplexity", "compared_tokens"} | (compared if row["model"] != "teacher" else set())

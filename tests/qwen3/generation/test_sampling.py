@@ -161,5 +161,5 @@ def test_presets_are_those_of_the_report():
     ],
 )
 def test_values_out_of_range_are_refused_by_name(field, value):
-    with pytest.raises(UserError, match=rf"sampling\.{field} is {value}; it must be "):
+    with pytest.raises(UserError, match=rf"sampling\.{field} is {value}; it must "):
         SamplingParams(**({"max_new_tokens": 1} | {field: value}))
