@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from distill.experiment import Experiment
+from distill.monitor.exit_status import reported
+from distill.monitor.terminal import make_console, spell_out
 from distill.planner.compile import compile_all, workers_here
 from distill.planner.programs import architectures
 from distill.planner.table import show
@@ -60,11 +60,8 @@ class StandIn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    try:
-        return _main(sys.argv[1:] if arguments is None else list(arguments))
-    except (UserError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    spell_out()
+    return reported(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
 
 
 def _main(arguments: list[str]) -> int:
@@ -88,12 +85,9 @@ def _main(arguments: list[str]) -> int:
         if not own.compile:
             return None
         workers = own.workers or workers_here()
-        return functools.partial(compile_all, experiment, topology, workers=workers, console=Console(stderr=True))
+        return functools.partial(compile_all, experiment, topology, workers=workers, console=make_console(stderr=True))
 
-    console = Console(stderr=own.json)
-    if not console.is_terminal:
-        # A file or a pipe has no width, and rich would cut the tables to 80 columns.
-        console.width = _WIDTH
+    console = make_console(stderr=own.json, plain_width=_WIDTH)
     # Whatever no topology would mend is said before the first is planned, which may take minutes.
     architectures(experiment)
     found = {topology: _devices(topology, compiling=own.compile) for topology in own.topology.split(",")}

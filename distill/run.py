@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from distill.experiment import Experiment
 from distill.hosts.processes import Cluster, is_first, where
+from distill.monitor.exit_status import reported
 from distill.monitor.progress import Progress
 from distill.monitor.terminal import give_up_output, make_console, spell_out
 from distill.monitor.time_left import duration
@@ -20,7 +21,7 @@ from distill.report.results import headline
 from distill.runner.command_line import overridden, parser_of
 from distill.runner.execute import execute
 from distill.runner.experiment_file import listed, load_experiment
-from distill.stages.stopping import ENDED_BY_CTRL_C, Interrupted, StopRequest
+from distill.stages.stopping import Interrupted, StopRequest
 from distill.training.host_memory import keep_freed_memory
 from qwen3.errors import UserError
 
@@ -42,44 +43,12 @@ python -m distill.report RUNS/NAME … makes the page of a run anew, and joins s
 Exit status: 0 done, or stopped by SIGTERM, SIGHUP or Ctrl-C with all saved; 130 ended by a second Ctrl-C; 2 something
 for you to mend, said in one line; 1 one of several processes has died, and the others have ended with it.
 """
-_SHOWN_CHARACTERS = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     spell_out()
-    return _reported(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
-
-
-def _reported(work: Callable[[], int]) -> int:
-    """The status of `work`; what the user can mend is said in one line, and the status is 2."""
-    try:
-        status = work()
-        sys.stdout.flush()
-        return status
-    except UserError as error:
-        message = str(error)
-    except BrokenPipeError:
-        # `… --help | head`: whoever read has enough.
-        give_up_output()
-        return 0
-    except KeyboardInterrupt:
-        print("ended by Ctrl-C", file=sys.stderr)
-        return ENDED_BY_CTRL_C
-    except OSError as error:
-        if error.filename is None and error.strerror is None:
-            raise
-        message = f"{error.filename or 'disk'}: {error.strerror}"
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        said = " ".join(str(error).split())
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in said:
-            raise
-        message = (
-            f"out of memory ({said[:_SHOWN_CHARACTERS] or 'of this host'}); lower rows, row_length, batch_size or the "
-            "model's sizes, or see what fits with python -m distill.plan"
-        )
-    print(f"error{where()}: {message}", file=sys.stderr)
-    return 2
+    return reported(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)), where)
 
 
 def _main(arguments: list[str]) -> int:
@@ -99,7 +68,7 @@ def _main(arguments: list[str]) -> int:
     cluster = Cluster.named(own.coordinator, own.processes, own.process)
     if cluster is None:
         return _run(experiment, own.runs, arguments)
-    return cluster.run(lambda: _reported(lambda: _run(experiment, own.runs, arguments)))
+    return cluster.run(lambda: reported(lambda: _run(experiment, own.runs, arguments), where))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -206,7 +206,6 @@ class Evaluator:
         evaluation, count = self._evaluation, self._evaluation.samples_per_problem
         graded, correct = self._graded(samples)
         with_answer = [problems[place] for place in graded]
-        working = [sample.working_correct for sample in samples if sample.working_correct is not None]
         lengths = [sample.response_tokens for sample in samples]
         return EvaluationRow(
             model=name,
@@ -219,7 +218,7 @@ class Evaluator:
             pass_at_1_stderr=pass_at_1_standard_error(correct, count) if graded else None,
             pass_at_k={k: mean_pass_at_k(correct, count, k) for k in evaluation.pass_at} if graded else {},
             graded_problems=len(graded),
-            working_correct=sum(working) / (len(graded) * count) if mode == THINKING and working else None,
+            working_correct=parts.working_correct(problems, samples) if mode == THINKING else None,
             length_histogram=LengthHistogram.of(lengths, evaluation.sampling(mode).max_new_tokens),
             by_task=parts.scores(with_answer, parts.task, correct, count),
             by_family=parts.scores(with_answer, parts.family, correct, count),

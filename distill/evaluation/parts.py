@@ -4,6 +4,7 @@ import collections
 from collections.abc import Callable, Sequence
 
 from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
+from distill.monitor.metrics import RolloutSample
 from distill.report.results import Score
 from distill.tasks.problem import Problem
 
@@ -45,3 +46,14 @@ def of_each_family(problems: Sequence[Problem], count: int) -> list[int]:
         turns.append((seen[family(problem)], place))
         seen[family(problem)] += 1
     return sorted(place for _, place in sorted(turns)[:count])
+
+
+def working_correct(problems: Sequence[Problem], samples: Sequence[RolloutSample]) -> float | None:
+    """The share of graded samples with right answer and right working, over the tasks that can tell; None where none
+    can. The same number of samples belongs to each problem, one problem's after the other's."""
+    count = len(samples) // len(problems)
+    sources = [problem.source for problem in problems for _ in range(count)]
+    told = list(zip(sources, samples, strict=True))
+    telling = {source for source, sample in told if sample.working_correct is not None}
+    graded = [sample for source, sample in told if source in telling and sample.correct is not None]
+    return sum(bool(sample.working_correct) for sample in graded) / len(graded) if graded else None

@@ -86,7 +86,8 @@ class Cluster:
             assert address is not None
             lifelines.tie(address.rpartition(":")[0], port, _another_ended)
             status = work()
-            any_process(bool(status))  # still watched: from here on the others may go
+            if not status:
+                any_process(False)  # still watched: from here on the others may go
         except BaseException:  # noqa: BLE001
             # Where another process has died, this error only follows from it and the lifelines say so.
             time.sleep(_SECONDS_FOR_OTHERS)

@@ -30,21 +30,20 @@ def environment() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The checkout's commit, with `+changes` where files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        # An installed copy may lie inside of somebody else's repository.
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changes = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    return head + ("+changes" if changes else "")
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).resolve().parent
+    asked = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+    return asked.stdout.strip()
 
 
 def _processor() -> str:

@@ -25,7 +25,7 @@ from tensorboardX import summary
 from tensorboardX.proto.summary_pb2 import Summary
 
 from distill.monitor.records import Record, RecordLog, read_records
-from distill.monitor.tensorboard_events import EventLog, untag
+from distill.monitor.tensorboard_events import EventLog
 from qwen3.errors import UserError
 from qwen3.rollout import Mode
 
@@ -90,8 +90,6 @@ class MetricsWriter:
         for record in read_metrics(self._run_dir):
             self._last_step[record["stage"]] = record["step"]
         self._events: dict[str, EventLog] = {}
-        for directory in self._run_dir.glob("tensorboard/*/"):
-            untag(directory, prefix=f"{directory.name}/")
 
     def last_step(self, stage: str) -> int:
         """The last step of `stage` that is recorded; 0 where none is."""

@@ -4,6 +4,7 @@ A process can die in the middle of a write, so the last line of such a file may 
 it off before they append. Any other unreadable line is damage from outside and is reported with its number.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -109,7 +110,8 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise unwritable(path, error) from error
 
 

@@ -70,25 +70,6 @@ class EventLog:
             raise unwritable(self._directory, error) from error
 
 
-def untag(directory: pathlib.Path, prefix: str) -> None:
-    """Takes `prefix` off the tags in event files that begin with it, as all did before stages were runs that overlay.
-
-    Raises:
-      UserError: if the disk is full or the directory not writable.
-    """
-    try:
-        for file in sorted(directory.glob("events.out.tfevents.*")):
-            first = next((event for event in _read_events(file) if event.summary.value), None)
-            if first is None or not first.summary.value[0].tag.startswith(prefix):
-                continue
-            events = list(_read_events(file))
-            for value in (value for event in events for value in event.summary.value):
-                value.tag = value.tag.removeprefix(prefix)
-            _rewrite(file, events)
-    except OSError as error:
-        raise unwritable(directory, error) from error
-
-
 def _cut_events(path: pathlib.Path, last_step: int) -> None:
     events = list(_read_events(path))
     kept = [event for event in events if not (event.HasField("summary") and event.step > last_step)]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from distill.monitor.time_left import duration
 from distill.planner.topology_plan import Plan
@@ -21,7 +22,7 @@ def show(plans: Sequence[Plan], console: Console) -> None:
 
 def _show_one(plan: Plan, console: Console) -> None:
     chips = f"{plan.chips:,.0f} × {plan.chip.name}"
-    console.print(f"\n[bold]{plan.experiment}[/bold] on [bold]{plan.topology}[/bold], {chips}", highlight=False)
+    console.print(Text.assemble("\n", (plan.experiment, "bold"), " on ", (plan.topology, "bold"), f", {chips}"))
     if plan.refusal is None:
         console.print(_memory_table(plan))
         console.print(_roof_table(plan))
@@ -33,23 +34,21 @@ def _show_one(plan: Plan, console: Console) -> None:
             f"max_prompt_tokens, rows {assumed.filled_share:.0%} filled (see --help); loading, compiling and saving "
             "are left out.",
             style="dim",
-            highlight=False,
         )
         if any(program.sent is None for program in plan.programs):
             console.print(
                 "Not compiled: without temporaries and what is sent between devices, a program may need more and take "
                 "longer.",
                 style="yellow",
-                highlight=False,
             )
     for problem in plan.problems:
-        console.print(f"[red]does not fit[/red]  {problem}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("does not fit", "red"), f"  {problem}"), soft_wrap=True)
     if plan.fits:
         total = f"{_hours(plan.seconds)}, {plan.chip_hours:,.1f} chip-hours"
-        console.print(f"[green]fits[/green]  {total}", highlight=False)
+        console.print(Text.assemble(("fits", "green"), f"  {total}"))
     if plan.smallest is not None:
         kind = plan.topology.partition(":")[0]
-        console.print(f"smallest {kind} that fits, batches as they are: {plan.smallest}", highlight=False)
+        console.print(f"smallest {kind} that fits, batches as they are: {plan.smallest}")
 
 
 def _memory_table(plan: Plan) -> Table:

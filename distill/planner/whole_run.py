@@ -187,12 +187,16 @@ class _Run:
         assert stage.flops_of is not None
         other = self.stage(stage.flops_of)
         student = self._programs[name, "student_trains"]
-        tokens = student.rows * student.length * self._assumed.filled_share
-        adapters = student.adapter_parameters
-        flops = training_flops(student.model, adapters, microbatches=stage.microbatches_per_step)
-        microbatch = flops.per_token * tokens
+        microbatches = other.calls["student_trains"] / other.calls["student_updates"]
+        trained = other.calls["student_trains"] * self._microbatch_flops(stage.flops_of, microbatches)
         teacher = next((p.model for p in self._programs.values() if p.purpose.startswith("teacher")), student.model)
-        written = forward_flops(teacher).per_token + forward_flops(student.model, adapters).per_token
-        budget = other.calls["student_trains"] * microbatch + other.tokens_moved * written
-        budget -= 2 * generated_tokens * forward_flops(teacher).per_token
-        return max(1.0, budget // (microbatch * stage.microbatches_per_step))
+        written = forward_flops(teacher).per_token + forward_flops(student.model, student.adapter_parameters).per_token
+        budget = trained + other.tokens_moved * written - 2 * generated_tokens * forward_flops(teacher).per_token
+        step = stage.microbatches_per_step * self._microbatch_flops(name, stage.microbatches_per_step)
+        return max(1.0, budget // step)
+
+    def _microbatch_flops(self, name: str, microbatches: float) -> float:
+        """Training FLOPs of one of a stage's microbatches, of which a step has so many."""
+        student = self._programs[name, "student_trains"]
+        flops = training_flops(student.model, student.adapter_parameters, microbatches=math.ceil(microbatches))
+        return flops.per_token * self._row_tokens(name, "student_trains")

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
+from distill.monitor.exit_status import reported
 from distill.monitor.records import write_atomically
+from distill.monitor.terminal import make_console, spell_out
 from distill.report.joined import read_runs, variants_of
 from distill.report.joined_page import render_joined, tables
 from distill.report.page import render_page
@@ -31,11 +31,17 @@ _EPILOGUE = """\
 Exit status: 0 done; 2 something for you to mend, said in one line: a folder that holds no finished run, a damaged file.
 """
 _PLAIN_WIDTH = 250
+"""Wide enough for every table."""
 _JOINED_FILE = "joined.html"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    spell_out()
+    return reported(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m distill.report",
         description=_DESCRIPTION,
@@ -51,11 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"where the page goes (default: RUN/{PAGE_FILE}; of several runs, {_JOINED_FILE} beside the first)",
     )
     given = parser.parse_args(arguments)
-    try:
-        page = _one(given.runs[0], given.to) if len(given.runs) == 1 else _several(given.runs, given.to)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if given.to is not None and (given.to.is_dir() or not given.to.parent.is_dir()):
+        raise UserError(f"--to is {str(given.to)!r}; it must name a file, in a folder that is there")
+    page = _one(given.runs[0], given.to) if len(given.runs) == 1 else _several(given.runs, given.to)
     print(f"page {page}")
     return 0
 
@@ -63,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _one(run: Path, to: Path | None) -> Path:
     report, page = read_report(run), to or run / PAGE_FILE
     write_atomically(page, render_page(run, report))
-    console = _console()
+    console = make_console(plain_width=_PLAIN_WIDTH)
     console.print(terminal_table(report))
-    console.print(headline(report), highlight=False, markup=False)
+    console.print(headline(report), soft_wrap=True)
     return page
 
 
@@ -73,16 +77,10 @@ def _several(directories: Sequence[Path], to: Path | None) -> Path:
     variants = variants_of(read_runs(directories))
     page = to or Path(os.path.abspath(directories[0])).parent / _JOINED_FILE
     write_atomically(page, render_joined(variants))
-    console = _console()
+    console = make_console(plain_width=_PLAIN_WIDTH)
     for table in tables(variants, plain=not console.is_terminal):
         console.print(table)
     return page
-
-
-def _console() -> Console:
-    """Wide enough for every table where no terminal says how wide it is."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,12 @@ def _flattened(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """What the names begin with, without what joins it to the rest."""
+    """What the names begin with, up to where they are joined from parts."""
     columns = zip(*names, strict=False)
     begin = "".join(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-    return names[0] if len(set(names)) == 1 else begin.rstrip("-_.") or names[0]
+    if len(set(names)) == 1:
+        return names[0]
+    # Of run-10 and run-11 the common part is run-1, which is another run.
+    joint = max(begin.rfind(mark) for mark in "-_.")
+    goes_on = any(name[len(begin) :][:1].isalnum() for name in names) and begin[-1:].isalnum()
+    return (begin[:joint] if goes_on and joint > 0 else begin).rstrip("-_.") or names[0]

@@ -91,7 +91,8 @@ def _headline_basis(report: Report) -> str:
     mode, figure = headline_mode(report), headline_figure(report)
     if figure is None or mode is None:
         return ""
-    problems = max(row.problems for row in report.rows if row.mode == mode)
+    rows = [row for row in report.rows if row.mode == mode]
+    problems = max(row.graded_problems or row.problems if figure is PASS_AT_1 else row.problems for row in rows)
     return f"{figure.name} in {mode_name(mode)} mode on {problems:,} held-out problems."
 
 

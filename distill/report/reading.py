@@ -98,7 +98,9 @@ def _value(raw: Any, hint: Any, where: str) -> Any:
     if origin in (collections.abc.Sequence, tuple) and isinstance(raw, list):
         return tuple(_value(value, parts[0], f"{where}[{index}]") for index, value in enumerate(raw))
     if origin in (collections.abc.Mapping, collections.abc.Sequence, tuple):
-        raise UserError(f"{where} is {raw!r}; it must be {'an object' if len(parts) == 2 else 'a list'}")
+        raise UserError(
+            f"{where} is {raw!r}; it must be {'an object' if origin is collections.abc.Mapping else 'a list'}"
+        )
     if isinstance(raw, float) and not math.isfinite(raw):
         raise UserError(f"{where} is {raw}; it must be a finite number")
     if problem := misfit(raw, hint, where):

@@ -71,7 +71,7 @@ class EvaluationRow:
     graded_problems: int | None = None
     """Problems that have an answer, over which pass@1 and pass@k are taken."""
     working_correct: float | None = None
-    """Share of graded responses whose worked steps are right as well as the answer."""
+    """Share of responses whose worked steps are right as well as the answer, over the tasks that can tell."""
     length_histogram: LengthHistogram | None = None
     """Of all responses, by their tokens."""
     by_task: Mapping[str, Score] = dataclasses.field(default_factory=dict)

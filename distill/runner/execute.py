@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def execute(
 ) -> Report:
     """Run `experiment` in `directory`, or what is left of it, and return the report that it has written.
 
-    `command`, by which it was started, is told in the report.
+    `command`, by which it was started, is told in the report, where nothing was done before.
 
     Raises UserError for what the user can mend and Interrupted where the run was asked to stop and has saved.
     """
@@ -59,7 +60,9 @@ def execute(
         for agreement in agreements:
             progress.print(f"self-test  {agreement.check}: {agreement.finding}")
 
-        run.begin()
+        began_with = run.begin(command)
+        if began_with.get("commit") != (now := commit()):
+            progress.print(f"this run began with commit {began_with.get('commit')} and goes on with {now}")
         metrics = opened.enter_context(_metrics(directory))
         metrics.config(experiment.to_json())
         costs: dict[str, StageCost] = {}
@@ -103,16 +106,17 @@ def execute(
             adapter_parameters=adapter_parameters(student) or None,
             teacher_parameters=_parameters(ModelConfig.from_folder(teacher_folder)) if teacher_folder else None,
             wall_seconds=first_says(run.clock.total),
-            provenance=_provenance(experiment, command),
+            provenance=_provenance(experiment, began_with),
         )
         if is_first():
             write_report(directory, report)
         return report
 
 
-def _provenance(experiment: Experiment, command: str | None) -> dict[str, Any]:
-    teacher = experiment.teacher.path if experiment.teacher else None
-    known = {"seed": experiment.seed, "teacher": teacher, "command": command, "commit": commit()}
+def _provenance(experiment: Experiment, began_with: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes the same run again: the command and the commit with which this one began."""
+    known = {"seed": experiment.seed, "teacher": experiment.teacher.path if experiment.teacher else None}
+    known |= {name: began_with.get(name) for name in ("command", "commit")}
     return {name: value for name, value in known.items() if value is not None}
 
 
@@ -180,6 +184,8 @@ def _stage(name: str, stage: Stage, start: Qwen3, context: RunContext, run: RunD
         trained = trained_model(name, start, stage.training, context, done.steps)
         if trained is not None:
             return trained, done
+    # Of a student that is there no more, if there is any: its last checkpoint is gone.
+    run.forget_evaluation(name)
     model, spent = stage.run(name, start, context)
     cost = _cost(name, stage, context.starts[name], spent, jax.device_count())
     run.keep_cost(name, record_json(cost))
@@ -187,7 +193,7 @@ def _stage(name: str, stage: Stage, start: Qwen3, context: RunContext, run: RunD
 
 
 def _cost(name: str, stage: Stage, start: str, spent: Spent, devices: int) -> StageCost:
-    seconds = {field: getattr(spent, field) or None for field in _SECONDS}
+    seconds = {field: getattr(spent, field) * devices or None for field in _SECONDS}
     return StageCost(
         name=name,
         kind=stage.kind,

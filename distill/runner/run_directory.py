@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from distill.experiment import Experiment, differing_fields
 from distill.hosts.processes import first_says, is_first, require_same
@@ -29,11 +29,12 @@ _RESPONSES = "teacher.responses"
 _WORK = ("evaluations", "stages", "targets", "checkpoints")
 """What a run has to show for its time; a directory without any of these may still change its configuration."""
 _INPUTS = "inputs.json"
+_ENVIRONMENT = "environment.json"
 _TRUSTED = "delete it if you are certain that the experiment's files are those that the run began with"
 EXPORT_RECORD = "export.json"
 """What lies in export/ of this run's writing."""
 _WRITTEN = (
-    *_WORK, _INPUTS, EXPORT_RECORD, "wall_seconds.json", "config.json", "environment.json", "run_id", "began",
+    *_WORK, _INPUTS, EXPORT_RECORD, "wall_seconds.json", "config.json", _ENVIRONMENT, "run_id", "began",
     ".lock",
     "tensorboard", "metrics.jsonl", "rollouts.jsonl", "report.json", "report.html", "export", ".export.partial",
     ".export.previous",
@@ -102,20 +103,29 @@ class RunDirectory:
         if known is not None:
             check_unchanged(known, inputs)
         known_id(path)
+        if _holds_work(path):
+            _known_environment(path)
         read_metrics(path)
         return inputs
 
-    def begin(self) -> None:
-        """Write down whose directory this is, and where it runs: from here on there is work to keep."""
-        self.run_id = first_says(self._begin)
+    def begin(self, command: str | None) -> Mapping[str, Any]:
+        """Write down whose directory this is, and where it runs: from here on there is work to keep.
 
-    def _begin(self) -> str:
+        Returns the environment in which the run began, with the `command` that began it.
+        """
+        self.run_id = first_says(lambda: self._begin(command))
+        return cast(Mapping[str, Any], first_says(lambda: _known_environment(self.path)))
+
+    def _begin(self, command: str | None) -> str:
         if not _holds_work(self.path):
             self.clock.forget_before()
             (self.path / EXPORT_RECORD).unlink(missing_ok=True)
+            (self.path / _ENVIRONMENT).unlink(missing_ok=True)
         write_atomically(self.path / "config.json", json.dumps(self._config, indent=2) + "\n")
         write_atomically(self.path / _INPUTS, json.dumps(self._inputs, indent=2) + "\n")
-        write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        if not (self.path / _ENVIRONMENT).exists():
+            began_with = environment() | ({} if command is None else {"command": command})
+            write_atomically(self.path / _ENVIRONMENT, json.dumps(began_with, indent=2) + "\n")
         keep_began(self.path, self.began)
         return claim_id(self.path)
 
@@ -124,6 +134,10 @@ class RunDirectory:
         file = self.path / "evaluations" / f"{name}.json"
         remedy = "delete it, and the same command evaluates that model again"
         return self._kept(file, lambda raw: self._rows(name, raw), remedy)
+
+    def forget_evaluation(self, name: str) -> None:
+        if is_first():
+            (self.path / "evaluations" / f"{name}.json").unlink(missing_ok=True)
 
     def keep_evaluation(self, name: str, rows: list[Mapping[str, Any]]) -> None:
         self._keep("evaluations", name, rows)
@@ -193,6 +207,13 @@ def _check_config(file: Path, wanted: Any) -> None:
             f"{file.parent} holds a run of another configuration ({shown}{more}); "
             "give this one another --name, or delete that directory"
         )
+
+
+def _known_environment(path: Path) -> dict[str, Any]:
+    """That in which the run began, empty where it is not known."""
+    file = path / _ENVIRONMENT
+    remedy = "delete it, and the same command writes down where it goes on"
+    return read_json(file, _json_object, remedy) if file.exists() else {}
 
 
 def _json_object(raw: Any) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def train(
                         "tokens_per_second_per_device/training": result.tokens / seconds / context.mesh.size,
                     }
                     | model_flops_utilisation(produced.train_flops, seconds, context.mesh.devices.flatten().tolist())
-                    | memory_gib(context.mesh.local_devices),
+                    | memory_gib(jax.local_devices()),
                     stage=name,
                 )
                 bar.advance(tokens=result.tokens, values={"loss": result.metrics["loss"]})

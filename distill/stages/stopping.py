@@ -6,12 +6,10 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from distill.hosts.processes import any_process
-
-ENDED_BY_CTRL_C = 130
-"""The exit status of a process that Ctrl-C has ended, as shells have it."""
+from distill.monitor.exit_status import ENDED_BY_CTRL_C
 
 
 class Interrupted(Exception):
@@ -84,7 +82,9 @@ class StopRequest:
         if not self._answered:
             self._answered = self._requested = True
             whom = "press Ctrl-C again to end now" if number == signal.SIGINT else f"{number.name} asks for it"
-            self._say(f"stopping after this step; {whom}")
+            # Nobody may be reading any more; the request stands all the same.
+            with suppress(OSError):
+                self._say(f"stopping after this step; {whom}")
 
     def _forget_terminal(self) -> None:
         """The terminal is gone, and whoever wrote to it would fail and not get to save."""

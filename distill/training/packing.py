@@ -177,11 +177,6 @@ def rows_needed(lengths: Sequence[int], length: int) -> int:
     return max(first_fit_rows(lengths, length), default=-1) + 1
 
 
-def padding_fraction(batch: Mapping[str, np.ndarray]) -> float:
-    """The share of a batch's places that hold no token, 0 to 1."""
-    return float(np.mean(batch["segment_ids"] == 0))
-
-
 def _padding(example: Example) -> dict[str, Any]:
     """What fills the places without a token, per array: zeros, except that targets stay distributions."""
     padding: dict[str, Any] = dict.fromkeys(example, 0)

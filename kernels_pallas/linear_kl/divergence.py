@@ -44,21 +44,15 @@ class Divergence:
 
     @property
     def slopes_cancel(self) -> bool:
-        """Whether the slopes of `contribution` sum to zero by construction: those of forward_kl are q - p."""
+        """Whether the slopes of the contributions sum to zero by construction: those of forward_kl are q - p."""
         return self.name == "forward_kl"
-
-
-def contribution(
-    divergence: Divergence, teacher_logprob: Float[Array, "..."], student_logprob: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """What one bucket adds to the divergence, in nats; -inf is a probability of 0, also for the derivative."""
-    return contribution_and_slope(divergence, teacher_logprob, student_logprob)[0]
 
 
 def contribution_and_slope(
     divergence: Divergence, teacher_logprob: Float[Array, "..."], student_logprob: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """`contribution` and its derivative by `student_logprob`, elementwise.
+    """What one bucket adds to the divergence, in nats, and its derivative by `student_logprob`, elementwise; -inf is a
+    probability of 0.
 
     Contributions are written as an f-divergence (with the terms ±p ±q, which sum to zero over all buckets), so that
     every bucket's is non-negative by itself and an error in either log-sum-exp cancels to first order: a student equal

@@ -120,12 +120,6 @@ class ModelConfig:
         return tuple(runs)
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        if self.eos_token_id is None:
-            return ()
-        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
-
-    @property
     def longest_context(self) -> int:
         """Tokens of the longest text that the positions are made for.
 

@@ -1,12 +1,15 @@
 """Parts of the held-out problems, scored apart."""
 
+import dataclasses
 import math
 
 import pytest
 
 from distill.evaluation import parts
+from distill.monitor.metrics import RolloutSample
 from distill.report.results import LengthHistogram
 from distill.tasks import Problem
+from tests.distill.reported import SAMPLE
 
 PROBLEMS = [
     Problem(prompt=str(number), answer="1", family=family, source=source)
@@ -49,3 +52,18 @@ def test_lengths_are_counted_in_at_most_128_bins_whatever_was_generated(most_tok
     assert (whole.counts[0], whole.counts[-1], sum(whole.counts)) == (2, 1, 3)
     assert len(whole.counts) <= 128
     assert LengthHistogram.of([], most_tokens).counts == ()
+
+
+def test_working_counts_where_a_task_can_tell() -> None:
+    def sample(*, correct: bool | None, working: bool | None) -> RolloutSample:
+        return dataclasses.replace(SAMPLE, correct=correct, working_correct=working)
+
+    problems = [Problem(prompt=name, answer="1", family="sums", source=name) for name in ("a", "b")]
+    verdicts = (True, True), (True, False), (False, None)
+    sums = [sample(correct=correct, working=working) for correct, working in verdicts]
+    # A task that cannot tell takes no part; a wrong answer without working, of one that can, is not right.
+    words = [sample(correct=True, working=None)] * 3
+    assert parts.working_correct(problems, sums + words) == pytest.approx(1 / 3)
+    assert parts.working_correct(problems[1:], words) is None
+    ungraded = [sample(correct=None, working=None)] * 3
+    assert parts.working_correct([*problems[:1], problems[0]], sums + ungraded) == pytest.approx(1 / 3)

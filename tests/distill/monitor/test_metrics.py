@@ -4,12 +4,9 @@ import math
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboardX import summary
-from tensorboardX.proto.summary_pb2 import Summary
 
 from distill.monitor import metrics
 from distill.monitor.records import read_records
-from distill.monitor.tensorboard_events import EventLog
 from qwen3.errors import UserError
 
 SAMPLE = metrics.RolloutSample(
@@ -201,18 +198,3 @@ def test_an_evaluation_stands_where_its_stage_ended_and_where_those_that_go_on_f
     kept = [(record["held_out"], record["step"]) for record in read_records(tmp_path / "rollouts.jsonl")]
     assert kept == [(True, 2), (False, 2)]
     assert tensorboard(tmp_path, "off_policy").Tensors("held_out/thinking/text_summary")
-
-
-def test_event_files_with_tags_that_name_the_stage_go_on_without_it(tmp_path):
-    older = EventLog(tmp_path / "tensorboard" / "s")
-    for step in (1, 2, 3):
-        older.write(step, Summary(value=list(summary.scalar("s/loss", step).value)))
-    older.write(3, summary.text("s/rollouts/thinking", "text"))
-    older.close()
-    with metrics.MetricsWriter(tmp_path) as writer:
-        writer.resume_at("s", 2)
-        writer.scalars(3, {"loss": 30}, stage="s")
-    assert scalar_points(tmp_path, "s", "loss") == [(1, 1), (2, 2), (3, 30)]
-    files = {path: path.read_bytes() for path in (tmp_path / "tensorboard" / "s").iterdir()}
-    metrics.MetricsWriter(tmp_path).close()
-    assert {path: path.read_bytes() for path in files} == files, "files of today are left alone"

@@ -31,3 +31,18 @@ def test_names_and_paths_are_no_markup(monkeypatch):
     make_console().print(path, soft_wrap=True)
     sys.stdout.seek(0)
     assert sys.stdout.read() == path + "\n"
+
+
+def test_a_reader_that_has_gone_is_told_as_such(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        make_console().print("anything")
+
+
+def test_tables_keep_their_width_where_no_terminal_has_one(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert make_console(plain_width=250).width == 250

@@ -279,6 +279,19 @@ def test_calls_of_a_run_by_hand(quickstart: Experiment) -> None:
         assert by_name["evaluation"].calls[purpose] == pytest.approx(expected)
 
 
+def test_a_comparison_of_larger_rows_takes_fewer_steps_for_the_same_flops(quickstart: Experiment) -> None:
+    def steps(rows: int) -> float:
+        same = quickstart.stages["same_outputs"]
+        training = dataclasses.replace(same.training, rows=rows)
+        stages = {**quickstart.stages, "same_outputs": dataclasses.replace(same, training=training)}
+        experiment = dataclasses.replace(quickstart, stages=stages)
+        plans = stage_plans(experiment, programs(experiment, jax.devices()[:1]), Assumptions())
+        return next(plan for plan in plans if plan.stage == "same_outputs").calls["student_updates"]
+
+    rows = quickstart.stages["same_outputs"].training.rows
+    assert steps(2 * rows) == pytest.approx(steps(rows) / 2, abs=1)
+
+
 def test_what_compares_makes_logits_of_both_models(quickstart: Experiment) -> None:
     made = {program.name: program for program in programs(quickstart, jax.devices()[:1])}
     scores, teacher = made["evaluation: student scores"], made["evaluation: teacher scores"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,34 @@ def test_runs_that_differ_in_their_seed_alone_are_one_variant(six: list[Path]) -
     assert spread.values == (0.80, 0.90, 0.85)
     # The standard deviation over n - 1 of 80, 90 and 85.
     assert spread.text(100) == "85.0 ± 5.0"
+
+
+@pytest.mark.parametrize(
+    ("names", "variant"),
+    [
+        (("run-10", "run-11", "run-12"), "run"),
+        (("my_run-1", "my_run-10"), "my_run"),
+        (("a-0", "a-1"), "a"),
+        (("lr1e-3-0", "lr1e-3-1"), "lr1e-3"),
+        (("seed0", "seed1"), "seed"),
+        (("x", "y"), "x"),
+    ],
+)
+def test_a_variant_is_called_by_what_its_runs_have_in_common(
+    tmp_path: Path, names: tuple[str, ...], variant: str
+) -> None:
+    runs = [finished(tmp_path, name, seed, 0.5) for seed, name in enumerate(names)]
+    assert [one.name for one in variants_of(read_runs(runs))] == [variant]
+
+
+def test_the_page_goes_to_a_file_in_a_folder_that_is_there(
+    six: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for to in (".", "/", str(tmp_path), str(tmp_path / "no" / "x.html"), str(six[0] / "report.json" / "x.html")):
+        assert main([str(six[0]), "--to", to]) == 2
+        assert re.fullmatch(
+            r"error: --to is [^\n]+; it must name a file, in a folder that is there\n", capsys.readouterr().err
+        )
 
 
 def test_one_run_has_no_spread_and_what_no_run_has_is_absent() -> None:
@@ -145,7 +174,7 @@ REFUSED = {
         "rollouts.jsonl:1: mode is",
     ),
     "config": (lambda run: _damage(run, "config.json", "nonsense"), "config.json is not valid JSON"),
-    "a place that is none": (lambda run: [str(run), "--to", str(run / "no" / "where.html")], "cannot write"),
+    "a place that is none": (lambda run: [str(run), "--to", str(run / "no" / "where.html")], "it must name a file"),
 }
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill.run import _parser, _reported, main
+from distill.monitor.exit_status import reported
+from distill.run import _parser, main
 from distill.runner.command_line import overridden
 from distill.runner.experiment_file import load_experiment
 from distill.runner.run_directory import RunDirectory
@@ -59,7 +60,7 @@ def test_more_than_the_memory_is_said_in_one_line(capsys: pytest.CaptureFixture[
             return int(np.zeros((2**26, 2**26))[0, 0])
         return int(jnp.zeros((2**28, 2**28))[0, 0])
 
-    assert _reported(allocate) == 2
+    assert reported(allocate) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory (")
     assert "lower rows, row_length, batch_size or the model's sizes, or see what fits" in line
@@ -309,12 +310,12 @@ def test_missing_teacher_and_then_the_right_one(
     assert list(runs.iterdir()) == []
     experiment = load_experiment(experiment_file)
     with RunDirectory.claim(runs / "miniature", experiment) as run:
-        run.begin()
+        run.begin(None)
         assert (runs / "miniature" / "config.json").exists()
     # Nothing was done yet, so another configuration may have the directory; once there is work, it may not.
     other = dataclasses.replace(experiment, seed=1)
     with RunDirectory.claim(runs / "miniature", other) as run:
-        run.begin()
+        run.begin(None)
         (runs / "miniature" / "targets").mkdir()
     with RunDirectory.claim(runs / "miniature", other):
         pass

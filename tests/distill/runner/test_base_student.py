@@ -101,7 +101,7 @@ def test_it_ends_its_turns_and_is_told_the_day_on_which_the_run_began(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with on(datetime(2024, 2, 29, 23, 59, 59)), runner.RunDirectory.claim(tmp_path, experiment) as begun:
-        begun.begin()
+        begun.begin(None)
     asked, preflight = [], runner.preflight
 
     def noted(*arguments: Any) -> None:

@@ -21,6 +21,7 @@ from tests.distill.faults import launch
 
 REFUSED = (
     "config.json",
+    "environment.json",
     "inputs.json",
     "run_id",
     "began",
@@ -33,7 +34,7 @@ REFUSED = (
     "stages/ahead.json",
 )
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
-NOT_NEEDED = (".lock", "environment.json", "report.json", "report.html", "tensorboard/*", "export/*", "targets/*")
+NOT_NEEDED = (".lock", "report.json", "report.html", "tensorboard/*", "export/*", "targets/*")
 """By a run that is finished: written anew, looked after by people, or only read where a stage goes on."""
 ELSEWHERE = ("evaluations/*", "stages/*", "checkpoints/*")
 """Like one of those above, or in tests/distill/training/test_checkpoint.py; for targets see tests/teacher too."""
@@ -165,8 +166,7 @@ def test_what_a_finished_run_does_not_need_is_written_anew_or_named(experiment_f
     for file in exported:
         assert f"{file} is not as this run wrote it" in ended.output
     assert f"{copied / 'metrics.jsonl'} has lost what stage ahead recorded after step 0 of 5" in ended.output
-    for name in ("environment.json", "report.json"):
-        assert json.loads((copied / name).read_text())
+    assert json.loads((copied / "report.json").read_text())
 
 
 def test_every_file_of_a_run_is_looked_at_here(finished: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_link_to_elsewhere_is_not_written_through(experiment: Experiment, tmp_
         pytest.raises(UserError, match=rf"{name} is a symbolic link, and a run writes nothing outside [^\n]+"),
         RunDirectory.claim(run, experiment) as claimed,
     ):
-        claimed.begin()
+        claimed.begin(None)
     assert elsewhere.read_text() == "mine"
 
 
@@ -198,5 +198,5 @@ def test_the_whole_directory_may_be_a_link_and_hold_links_of_others(experiment: 
         (tmp_path / "disk" / name).symlink_to(tmp_path / "elsewhere")
     (tmp_path / "miniature").symlink_to(tmp_path / "disk")
     with RunDirectory.claim(tmp_path / "miniature", experiment) as claimed:
-        claimed.begin()
+        claimed.begin(None)
     assert (tmp_path / "disk" / "run_id").exists()

@@ -45,7 +45,7 @@ def experiment(folders: Path, tmp_path: Path) -> Experiment:
 def begun(experiment: Experiment, directory: Path) -> None:
     """A run that has begun and has work to lose."""
     with RunDirectory.claim(directory, experiment) as run:
-        run.begin()
+        run.begin(None)
     (directory / "checkpoints").mkdir(exist_ok=True)
 
 
@@ -118,7 +118,7 @@ def test_another_file_in_a_model_folder_and_a_touched_one_change_nothing(
 
 def test_before_there_is_work_files_may_change(experiment: Experiment, tmp_path: Path) -> None:
     with RunDirectory.claim(tmp_path / "run", experiment) as run:
-        run.begin()
+        run.begin(None)
     append(tmp_path / "files" / "prompts.jsonl")
     begun(experiment, tmp_path / "run")
     again(experiment, tmp_path / "run")

@@ -21,6 +21,8 @@ from distill.report.curves import _TEXTS, _place
 from distill.report.reading import read_report, read_rollouts
 from distill.report.samples import side_by_side
 from distill.run import _keep_compiled
+from distill.runner.execute import _cost
+from distill.stages.loop import Spent
 from distill.training.checkpoint import Checkpointer
 from distill.training.train_state import TrainState, abstract_state
 from qwen3.checkpoint import hf
@@ -244,9 +246,20 @@ def test_a_finished_stage_whose_last_checkpoint_is_gone_is_trained_to_its_end_ag
 ) -> None:
     shutil.rmtree(copied / "checkpoints" / "on_policy" / "5")
     shutil.rmtree(copied / "checkpoints" / "ahead" / "5")
+    began_with = json.loads((copied / "environment.json").read_text()) | {"commit": "0123456789ab"}
+    (copied / "environment.json").write_text(json.dumps(began_with))
     again = launch(experiment_file, copied.parent)
     assert again.status == 0, again.output
     faults.require_same_end(copied, finished)
+    # The models that were trained again are evaluated again, so that people see what they say.
+    held_out = [
+        sorted((one["stage"], one["step"], one["mode"], one["answer"]) for one in read_rollouts(run) if one["held_out"])
+        for run in (copied, finished)
+    ]
+    assert held_out[0] == held_out[1]
+    assert "this run began with commit 0123456789ab and goes on with" in " ".join(again.output.split())
+    provenance = [json.loads((run / "report.json").read_text())["provenance"] for run in (copied, finished)]
+    assert provenance[0] == provenance[1] | {"commit": "0123456789ab"}
 
 
 def test_a_truncated_store_is_named(experiment_file: Path, copied: Path) -> None:
@@ -302,6 +315,14 @@ def test_the_same_command_again_changes_nothing_and_leaves_what_others_wrote(
     assert again.output.count("is not as this run wrote it") == 1
     for name in ("metrics.jsonl", "wall_seconds.json"):
         assert (copied / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_parts_of_a_stage_add_up_to_its_device_seconds() -> None:
+    stage = miniature.experiment("teacher").stages["on_policy"]
+    seconds = {"student_train_seconds": 3.0, "student_sample_seconds": 2.0, "teacher_score_seconds": 1.0}
+    cost = _cost("on_policy", stage, "off_policy", Spent(steps=1, **seconds), devices=4)
+    assert cost.device_seconds == 24
+    assert [cost.student_train_seconds, cost.student_sample_seconds, cost.teacher_score_seconds] == [12, 8, 4]
 
 
 def test_another_configuration_is_refused_with_the_fields_that_differ(experiment_file: Path, finished: Path) -> None:

@@ -100,7 +100,7 @@ def test_published_checkpoint_is_read_exactly():
     }
     config = ModelConfig.from_hf(raw)
     assert config.layer_runs() == ((True, 94),)
-    assert config.eos_token_ids == (151645,)
+    assert config.eos_token_id == 151645
     written = config.to_hf()
     assert {key: written[key] for key in raw if key in written} == {key: raw[key] for key in raw if key in written}
     assert raw.keys() - written.keys() == {"torch_dtype", "transformers_version"}
