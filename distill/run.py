@@ -30,7 +30,7 @@ Run a distillation experiment, or go on with one that was stopped.
 
   python -m distill.run experiments                      list the experiments of a folder
   python -m distill.run experiments/NAME.py              run one; the same command again continues it
-  python -m distill.run experiments/NAME.py --help       all its fields with their values
+  python -m distill.run experiments/NAME.py --help       the fields that people change first; --help-all for all
   python -m distill.run experiments/NAME.py --seed 1 --name NAME-1 --stages.on-policy.training.steps 300
 
 On several hosts, start the same command once on each, over a file system that all of them share. Under srun and on

@@ -26,9 +26,9 @@ def complete_folder(folder: str | Path, own: Collection[str] | None = None) -> I
         UserError: `folder` cannot be written, or without `own` holds something that is no part of a model.
     """
     target = Path(os.path.abspath(folder))
-    partial, previous = (target.with_name(f".{target.name}.{state}") for state in ("partial", "previous"))
+    partial, previous = target.with_name(f".{target.name}.partial"), _previous(target)
     try:
-        _restore(target, previous)  # where an earlier process was killed between the two renames below
+        restore_folder(target)
         _check_replaceable(target, any_content=own is not None)
         for leftover in (partial, previous):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -41,21 +41,27 @@ def complete_folder(folder: str | Path, own: Collection[str] | None = None) -> I
                 target.rename(previous)
             partial.rename(target)
         finally:
-            _restore(target, previous)
+            restore_folder(target)
             for leftover in (partial, previous):
                 shutil.rmtree(leftover, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror or error}); name another folder") from None
 
 
-def is_part_of_model(path: Path) -> bool:
+def _is_part_of_model(path: Path) -> bool:
     """Whether a file is, by its name, one that model folders consist of."""
     return path.suffix in _SUFFIXES
 
 
-def _restore(target: Path, previous: Path) -> None:
+def restore_folder(target: Path) -> None:
+    """Gives a folder its name back where `complete_folder` was killed between its two renames."""
+    previous = _previous(target)
     if previous.exists() and not target.exists():
         previous.rename(target)
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
 
 
 def _check_replaceable(target: Path, *, any_content: bool) -> None:
@@ -66,7 +72,7 @@ def _check_replaceable(target: Path, *, any_content: bool) -> None:
     foreign = sorted(
         path.name
         for path in target.iterdir()
-        if not (path.name in _FOLDERS if path.is_dir() else is_part_of_model(path))
+        if not (path.name in _FOLDERS if path.is_dir() else _is_part_of_model(path))
     )
     if foreign and not any_content:
         raise UserError(f"{target} holds {foreign[0]}, which is no part of a model; name an empty or a new folder")

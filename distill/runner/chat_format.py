@@ -17,6 +17,8 @@ _ANSWER_TOKENS = 2
 def check_chat_format(experiment: Experiment, stages: Mapping[str, Stage], tokenizer: ChatTokenizer) -> None:
     """Refuses what evaluation and `stages`, those still to be run, cannot have of this tokenizer. Raises UserError."""
     _check_modes(experiment, stages, tokenizer)
+    if THINKING not in tokenizer.modes:
+        return
     for field, params in _thinking(experiment, stages):
         _check_budget(field, params, tokenizer)
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from distill.experiment import Experiment
 from distill.hosts.processes import first_says, is_first
 from distill.monitor.records import read_json, write_atomically
-from distill.runner.inputs import FileState, file_state, states_from_json
+from distill.runner.inputs import GENERATION_CONFIG, FileState, file_state, states_from_json
 from distill.runner.run_directory import EXPORT_RECORD
 from distill.stages.context import RunContext
+from qwen3.chat.tokenizer import tokenizer_paths
 from qwen3.decoder.model import Qwen3
-from qwen3.folder import is_part_of_model
+from qwen3.folder import restore_folder
 from student.export import export
 
 _FOLDER = "export"
@@ -67,6 +68,7 @@ def _found(
 ) -> tuple[dict[str, FileState], str, list[str], list[str], bool]:
     """Files that this run has written as it wrote them, of which checkpoint it is to write now, which files have
     changed since, which may be replaced, and whether there is nothing to write."""
+    restore_folder(folder)
     latest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
     of = str(file_state(checkpoints / str(latest) / "record" / "metadata")["blake2b"])
     written = _recorded(record)
@@ -95,13 +97,15 @@ def _has_changed(file: Path, written: FileState) -> bool:
 
 
 def _present(folder: Path) -> list[str]:
-    """The model that lies in `folder` though no record says who wrote it: its files, but for what people write."""
-    files = (path for path in folder.rglob("*") if path.is_file() and is_part_of_model(path) and path.suffix != ".md")
-    return sorted(path.relative_to(folder).as_posix() for path in files)
+    """The model that lies in `folder` though no record says who wrote it: what models consist of, by its name."""
+    files = {*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"), *tokenizer_paths(folder)}
+    files |= {folder / name for name in ("config.json", GENERATION_CONFIG, "adapter_config.json")}
+    return sorted(path.relative_to(folder).as_posix() for path in files if path.is_file())
 
 
 def _generation_defaults(experiment: Experiment) -> dict[str, bool | float | int]:
-    sampling = experiment.evaluation.thinking
+    """Those of the first mode that is evaluated."""
+    sampling = experiment.evaluation.sampling(experiment.evaluation.modes[0])
     # What says nothing is left out: transformers warns of filters beside greedy decoding.
     if sampling.greedy:
         return {"do_sample": False}

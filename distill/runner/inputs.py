@@ -1,29 +1,33 @@
 """Which files from outside decide what a run does, and whether they are still what they were when it began.
 
 A run that goes on with other prompts, another template or other weights than it began with ends in numbers that no
-run could give again. The configuration names these files; their contents are held here, as a hash of each.
+run could give again. The configuration names these files; what they hold is kept here as a hash of each, of weights
+in 64 places.
 """
 
 import hashlib
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 
 from distill.experiment import Experiment
-from distill.tasks import PromptFile
+from distill.tasks import PromptFile, ReasoningGym
 from qwen3.chat.tokenizer import tokenizer_paths
 from qwen3.errors import UserError
 from student.init import FromCheckpoint
 from teacher.fingerprint import weights_digest
 
 FileState = dict[str, int | str]
-"""`bytes`, `changed_ns` and `blake2b` of a file. Where the first two are as they were, it is not read again: nothing
-but the operating system sets the time of a file's last change."""
+"""`bytes`, `changed_ns` and `blake2b` of a file, or the `version` of a package. A file whose first two are as they were
+is not read again: nothing but the operating system sets the time of a file's last change."""
 Inputs = dict[str, dict[str, FileState]]
 """The state of every file by the field that names it or its folder, and by its path."""
 
-_GENERATION = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 """Names the tokens that end a response."""
 _BLOCK_BYTES = 2**20
+_GYM = "reasoning-gym"
+"""Another version may make other problems."""
 
 
 def found_inputs(experiment: Experiment, known: Mapping[str, Mapping[str, FileState]]) -> Inputs:
@@ -31,9 +35,14 @@ def found_inputs(experiment: Experiment, known: Mapping[str, Mapping[str, FileSt
 
     A file that does not exist is left out: whoever needs it says so best.
     """
-    return {
+    files = {
         field: {str(path): file_state(path, known.get(field, {}).get(str(path))) for path in paths if path.is_file()}
         for field, paths in _input_paths(experiment).items()
+    }
+    return files | {
+        f"tasks.{name}.families": {_GYM: {"version": importlib.metadata.version(_GYM)}}
+        for name, task in experiment.tasks.items()
+        if isinstance(task, ReasoningGym)
     }
 
 
@@ -46,7 +55,7 @@ def check_unchanged(known: Mapping[str, Mapping[str, FileState]], found: Inputs)
                 what = "is gone, which was there when this run began"
             elif path not in before:
                 what = "was not there when this run began"
-            elif before[path]["blake2b"] != now[path]["blake2b"]:
+            elif any(before[path].get(kind) != now[path].get(kind) for kind in ("blake2b", "version")):
                 what = "has changed since this run began"
             else:
                 continue
@@ -73,6 +82,8 @@ def states_from_json(raw: object) -> dict[str, FileState]:
     assert isinstance(raw, dict), "no object"
     for state in raw.values():
         assert isinstance(state, dict), "no state of a file"
+        if isinstance(state.get("version"), str):
+            continue
         assert type(state["bytes"]) is type(state["changed_ns"]) is int, "no state of a file"
         assert isinstance(state["blake2b"], str), "no state of a file"
     return raw
@@ -84,7 +95,7 @@ def _input_paths(experiment: Experiment) -> dict[str, list[Path]]:
     if isinstance(student, FromCheckpoint):
         paths["student.path"] = _model_paths(student.path)
     else:
-        paths["student.tokenizer"] = [*tokenizer_paths(student.tokenizer), Path(student.tokenizer, _GENERATION)]
+        paths["student.tokenizer"] = [*tokenizer_paths(student.tokenizer), Path(student.tokenizer, GENERATION_CONFIG)]
         if isinstance(student.architecture, str):
             paths["student.architecture"] = [Path(student.architecture)]
     for name, task in experiment.tasks.items():
@@ -97,7 +108,7 @@ def _input_paths(experiment: Experiment) -> dict[str, list[Path]]:
 
 def _model_paths(folder: str) -> list[Path]:
     weights = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.safetensors.index.json"))
-    return [Path(folder, "config.json"), Path(folder, _GENERATION), *tokenizer_paths(folder), *weights]
+    return [Path(folder, "config.json"), Path(folder, GENERATION_CONFIG), *tokenizer_paths(folder), *weights]
 
 
 def _digest(path: Path) -> str:

@@ -71,6 +71,12 @@ def preflight(
     with progress.task("checking prompts", sum(len(one.prompts) for one in asked), unit="prompts") as bar:
         for one in asked:
             _check_asked(one, tokenizer, models, bar)
+    unasked = next((one.unasked for one in asked if one.unasked), 0)
+    if unasked:
+        progress.print(
+            f"data       evaluation leaves out {unasked} of its {experiment.evaluation.problems} problems, which ask "
+            "for a mode that is not in evaluation.modes"
+        )
     for line in tasks.left_out():
         progress.print(f"data       {line}")
 
@@ -131,6 +137,8 @@ class _Asked:
     flag_fraction: float = 0.0
     documents: Literal["chat", "raw"] | None = None
     """Their form; None where only the prompts are there yet."""
+    unasked: int = 0
+    """Problems beside them that are asked in no mode."""
 
     def tokens(self, problem: Problem, mode: Mode, tokenizer: ChatTokenizer) -> int:
         if self.documents == "raw":
@@ -154,6 +162,7 @@ def _of_evaluation(evaluation: Evaluation, tasks: TaskMixture) -> _Asked:
         limit="max_prompt_tokens",
         limit_tokens=evaluation.max_prompt_tokens,
         prompts=[(problem, mode) for mode in evaluation.modes for problem in asked_in(mode, problems)],
+        unasked=sum(problem.mode not in (None, *evaluation.modes) for problem in problems),
     )
 
 

@@ -242,6 +242,8 @@ def _holds_work(path: Path) -> bool:
 
 def _remove_if_never_begun(path: Path) -> None:
     """Called while the lock is held, so that no other run can be in it."""
-    if {file.name for file in path.iterdir()} == {".lock"}:
-        (path / ".lock").unlink()
-        path.rmdir()
+    # It may be gone, which whoever writes there says better.
+    with contextlib.suppress(OSError):
+        if {file.name for file in path.iterdir()} == {".lock"}:
+            (path / ".lock").unlink()
+            path.rmdir()

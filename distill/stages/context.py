@@ -114,7 +114,8 @@ def stage_seed(seed: int, name: str) -> int:
 
 def make_engine(config: ModelConfig, tokens: EndTokens, sizes: EngineSizes) -> Engine:
     """The engine of these sizes that stops and thinks with these tokens."""
-    budgeted = any(params.thinking_budget is not None for params in sizes.sampling)
+    # Without a token that ends thinking there is no thinking, as the preflight sees to.
+    budgeted = tokens.think_end_id is not None and any(params.thinking_budget is not None for params in sizes.sampling)
     return _engine(
         config,
         batch_size=sizes.batch_size,

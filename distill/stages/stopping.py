@@ -31,6 +31,8 @@ class StopRequest:
         self._requested = False
         self._answered = False
         """Whether the watching thread has said so."""
+        self._interrupted = False
+        """Whether Ctrl-C was pressed before."""
         self._say, self._leave_terminal = say, leave_terminal
         self._terminals: list[int] = []
 
@@ -74,11 +76,14 @@ class StopRequest:
     def _note(self, number: signal.Signals) -> None:
         if number == signal.SIGHUP:
             self._forget_terminal()
-        if self._answered and number == signal.SIGINT:
-            self._leave_terminal()
-            print("ended by a second Ctrl-C; the same command goes on from what was saved last", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(ENDED_BY_CTRL_C)
+        if self._interrupted and number == signal.SIGINT:
+            try:
+                self._leave_terminal()
+                print("ended by a second Ctrl-C; the same command goes on from what was saved last", file=sys.stderr)
+                sys.stderr.flush()
+            finally:
+                os._exit(ENDED_BY_CTRL_C)
+        self._interrupted |= number == signal.SIGINT
         if not self._answered:
             self._answered = self._requested = True
             whom = "press Ctrl-C again to end now" if number == signal.SIGINT else f"{number.name} asks for it"

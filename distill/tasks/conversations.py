@@ -24,7 +24,7 @@ def checked_messages(where: str, column: str, value: object) -> tuple[Mapping[st
             raise UserError(f"{where}: {column} message {position} has no role of {', '.join(_ROLES)}; mend the row")
         if message["role"] in ("system", "tool") and message.get("content") in (None, ""):
             message = message | {"content": ""}
-        elif message["role"] != "assistant" or not message.get("tool_calls"):
+        elif message["role"] != "assistant" or not message.get("tool_calls") or message.get("content"):
             checked_text(where, f"{column} message {position} content", message.get("content"))
         messages.append(message)
     if messages[-1]["role"] not in ("user", "tool"):
@@ -57,7 +57,8 @@ def _parsed(where: str, column: str, value: object) -> object:
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
-        listed = json.loads(value)
+        return plain(f"{where}: {column}", json.loads(value))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {column} begins like a list, but is not JSON ({error}); mend the row") from error
-    return plain(f"{where}: {column}", listed)

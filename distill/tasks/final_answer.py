@@ -27,7 +27,7 @@ _NUMBER: Final = (
     r"(?:\s+\d+\s?/\s?\d+|\s?[/:]\s?\d+|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])?(?:st|nd|rd|th)?(?:\s?\\?%|\s?°\s?[CF]?)?"
 )
 _VALUE: Final = re.compile(rf"{_MATH}|(?P<date>{DATE.pattern})|(?P<number>{_NUMBER}|[-−]?[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", re.DOTALL)
-_UNIT_WORDS: Final = re.compile(r"\s?-?[A-Za-z²³^0-9/.]+(?:\s[A-Za-z²³^0-9/.]+){0,3}")
+_UNIT_WORDS: Final = re.compile(r"\s?-?[A-Za-z²³^0-9/.]{1,40}(?:\s[A-Za-z²³^0-9/.]{1,40}){0,3}")
 
 _BOX: Final = re.compile(r"\\(?:boxed|fbox)\s*(?P<brace>\{)?")
 _UNBRACED: Final = re.compile(r"[-+]?(?:\d|\\[A-Za-z])[^\s$]*|")

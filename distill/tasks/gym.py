@@ -130,19 +130,24 @@ def _candidates(name: str, options: Mapping[str, Any], seed: int) -> Iterator[Pr
         chunk_seed = stream_seed(name, seed, chunk)
         dataset = _dataset(name, options, chunk_seed)
         for index in range(_CHUNK_PROBLEMS):
-            item = _item(dataset, index, chunk_seed)
+            item = _item(name, dataset, index, chunk_seed)
             # Some families have many right answers and give none.
             answer = "" if item["answer"] is None else str(item["answer"])
             yield Problem(prompt=item["question"], answer=answer, family=name, details={_ENTRY: item})
         chunk += 1
 
 
-def _item(dataset: Any, index: int, chunk_seed: int) -> dict[str, Any]:
+def _item(name: str, dataset: Any, index: int, chunk_seed: int) -> dict[str, Any]:
     # A few generators draw from Python's global random state as well as from their seed.
     state = random.getstate()
     random.seed(chunk_seed + index)
     try:
         return dataset[index]
+    except Exception as error:  # Its options are somebody's, and a generator checks few of them.
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"families.{name}.options: reasoning-gym cannot make a problem with them ({said}); change them"
+        ) from error
     finally:
         random.setstate(state)
 

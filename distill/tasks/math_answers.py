@@ -190,7 +190,7 @@ def _number(latex: str) -> Fraction | None:
 _SCALES: Final = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _MONEY_BEFORE: Final = re.compile(r"([-+]?)\s*(?:US)?(?:\\?(\$)|([€£¥₹])|(USD|EUR|GBP|Rs)\.?\s)\s*(?=[-+\d.\\])")
 _BASE: Final = re.compile(r"(\d+)\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))")
-_IN_TEXT: Final = re.compile(r"(?P<tail>(?:\s*(?:/|-|\\cdot)?\s*\\text\{[^{}]*\}(?:\s*\^\s*\{?-?\d\}?)?)+)\s*$")
+_IN_TEXT: Final = re.compile(r"(?P<tail>(?:\s*(?:(?:/|-|\\cdot)\s*)?\\text\{[^{}]*\}(?:\s*\^\s*\{?-?\d\}?)?)+)\s*$")
 _BARE_WORDS: Final = re.compile(
     r"(?<=[\d}).])(?P<tail>\s*-?[A-Za-z][A-Za-z./ -]*(?:\^\{?[23]\}?)?(?:\s?/\s?[A-Za-z]+(?:\^\{?[23]\}?)?)?)$"
     r"|(?<=\\pi)(?P<after_pi>\s+[A-Za-z][A-Za-z./ ]*(?:\^\{?[23]\}?)?)$"
@@ -225,7 +225,10 @@ def _without_unit(latex: str) -> tuple[str, Unit | None, bool]:
     """The value, the unit before or after it, and whether that cannot be a variable."""
     money = _MONEY_BEFORE.match(latex)
     if money is not None:
-        value, _, _ = _without_unit(money[1] + latex[money.end() :])
+        value = latex
+        while (mark := _MONEY_BEFORE.match(value)) is not None:
+            value = mark[1] + value[mark.end() :]
+        value, _, _ = _without_unit(value)
         return value, parse_unit(money[2] or money[3] or money[4]), True
     for pattern in (_IN_TEXT, _SIGN_TAIL, _BARE_WORDS):
         match = pattern.search(latex)

@@ -102,6 +102,8 @@ def plain_latex(text: str) -> str:
     plain = _SUBSCRIPTS.sub(lambda match: f"_{{{_ascii(match[0])}}}", plain)
     plain = _GREEK.sub(_greek_command, plain)
     plain = unicodedata.normalize("NFKC", plain)
+    # First, since rules that look for blanks on both sides of something would try all ways to divide many.
+    plain = re.sub(r"\s+", " ", plain)
     for pattern, replacement in _LATEX:
         plain = pattern.sub(replacement, plain)
     plain = _END.sub("", plain)

@@ -58,7 +58,7 @@ class Problem:
         if self.mode is not None and flagged is None:
             parts.append(self.mode)
         object.__setattr__(self, "mode", self.mode or flagged)
-        object.__setattr__(self, "problem_id", _digest(composed("\n".join(parts))).hex())
+        object.__setattr__(self, "problem_id", digest(composed("\n".join(parts))).hex())
 
     @property
     def known_answer(self) -> str:
@@ -131,7 +131,7 @@ def split_of(question_text: str, held_out_fraction: float) -> Split:
 
     The family takes no part: two families that ask the same question must not put it on both sides.
     """
-    position = int.from_bytes(_digest(plain_words(question_text))) / 2**64
+    position = int.from_bytes(digest(plain_words(question_text))) / 2**64
     return "held_out" if position < held_out_fraction else "train"
 
 
@@ -157,5 +157,6 @@ def composed(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def _digest(text: str) -> bytes:
+def digest(text: str) -> bytes:
+    """8 bytes that decide by chance, the same on every machine."""
     return hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -1,13 +1,13 @@
 """From problems to what a policy is asked: the mix of modes and flags, prompts, and worked examples as documents."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from distill.tasks import Problem
 from distill.tasks.drawing import exact_decimal
+from distill.tasks.problem import digest
 from qwen3.chat.chat import MODE_FLAGS, THINK_END, THINK_START, ChatTokenizer, last_flag, with_flag
 from qwen3.errors import UserError
 from qwen3.field_types import Share, check_fields
@@ -53,7 +53,7 @@ class ModeMix:
         def turn(place: int) -> tuple[int, int, bytes]:
             problem, step = problems[place], place // (prompts_per_step or len(problems))
             number = tasks[problem.source]
-            chance = _digest(f"mode {seed} {step} {problem.problem_id}")
+            chance = digest(f"mode {seed} {step} {problem.problem_id}")
             return number, -step if number % 2 else step, chance
 
         free = [place for place, problem in enumerate(problems) if problem.mode is None]
@@ -85,7 +85,8 @@ def prompt_ids(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_f
     messages = problem.conversation
     for message in messages:
         _require_none_of(_ends(tokenizer), problem, f"{message['role']} turn", str(message.get("content", "")))
-    if problem.tools and tokenizer.render(messages, tools=problem.tools) == tokenizer.render(messages):
+    # Without any, but by the same one of several templates.
+    if problem.tools and tokenizer.render(messages, tools=problem.tools) == tokenizer.render(messages, tools=()):
         raise UserError(
             f"problem {problem.problem_id} of family {problem.family!r} has tools, of which the chat template says "
             "nothing; use a checkpoint whose template does, or leave out the tools"
@@ -107,7 +108,8 @@ def worked_document(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, f
     """
     prompt = prompt_ids(problem, mode, tokenizer, flag_fraction=flag_fraction)
     if mode == THINKING:
-        response = tokenizer.response_ids(_solution(problem, tokenizer), _answer(problem, tokenizer), THINKING)
+        solution = _solution(problem, tokenizer, "train on non-thinking mode only (modes.thinking_fraction 0)")
+        response = tokenizer.response_ids(solution, _answer(problem, tokenizer), THINKING)
     elif _flagged(problem, flag_fraction, tokenizer):
         response = tokenizer.response_ids("", _answer(problem, tokenizer), THINKING)
     else:
@@ -118,7 +120,8 @@ def worked_document(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, f
 def raw_document(problem: Problem, tokenizer: ChatTokenizer) -> Rollout:
     """Question, working and answer as running text without any chat format, as a base model would meet them."""
     turns = [message["content"] for message in problem.conversation if message.get("content")]
-    text = "\n".join([*turns, _solution(problem, tokenizer), _answer(problem, tokenizer)])
+    solution = _solution(problem, tokenizer, 'set form to "chat"')
+    text = "\n".join([*turns, solution, _answer(problem, tokenizer)])
     ids = tokenizer.encode(text)
     return _document(problem, THINKING, ids[:1], [*ids[1:], tokenizer.pad_id])
 
@@ -140,17 +143,23 @@ def _document(problem: Problem, mode: Mode, prompt: Sequence[int], response: Seq
     )
 
 
-def _solution(problem: Problem, tokenizer: ChatTokenizer) -> str:
+def _solution(problem: Problem, tokenizer: ChatTokenizer, remedy: str) -> str:
+    """Raises UserError where there is none; `remedy` says what else would do."""
     if problem.solution is None:
         raise UserError(
             f"problem {problem.problem_id} of family {problem.family!r} has no worked solution; "
-            "give the data a solution column or train on non-thinking mode only (modes.thinking_fraction 0)"
+            f"give the data a solution column, or {remedy}"
         )
     _require_none_of((THINK_START, THINK_END, *_ends(tokenizer)), problem, "solution", problem.solution)
     return problem.solution
 
 
 def _answer(problem: Problem, tokenizer: ChatTokenizer) -> str:
+    if not problem.known_answer.strip():
+        raise UserError(
+            f"problem {problem.problem_id} of family {problem.family!r} has many right answers and gives none to "
+            "imitate; leave that family out, or let the teacher answer it"
+        )
     _require_none_of((THINK_START, THINK_END, *_ends(tokenizer)), problem, "answer", problem.known_answer)
     return problem.known_answer
 
@@ -177,9 +186,5 @@ def _flagged(problem: Problem, fraction: float, tokenizer: ChatTokenizer) -> boo
         return False
     if last_flag(problem.conversation) is not None:
         return True
-    drawn = int.from_bytes(_digest(f"flag {problem.problem_id}")) / 2**64 < fraction
+    drawn = int.from_bytes(digest(f"flag {problem.problem_id}")) / 2**64 < fraction
     return drawn and any(message["role"] == "user" for message in problem.conversation)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -90,17 +90,21 @@ def _parquet_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str,
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
         with parquet.ParquetFile(path) as file:
             blank = {field.name: _blank(field.type) for field in file.schema_arrow}
             for column, remedy in columns.items():
                 _cell(str(path), blank, column, remedy)
             held = [name for name in blank if any(f"{column}.".startswith(f"{name}.") for column in columns)]
-            number = 0
             for batch in file.iter_batches(columns=held):
                 for row in batch.to_pylist(maps_as_pydicts="lossy"):
                     number += 1
                     yield f"{path} row {number}", row
+    except (UnicodeDecodeError, OverflowError) as error:
+        raise UserError(
+            f"{path}: a value after row {number} cannot be read ({error}); store texts as UTF-8 and dates as texts"
+        ) from error
     except pyarrow.ArrowException as error:
         first_line = str(error).splitlines()[0]
         raise UserError(f"{path}: not a readable Parquet file ({first_line}); write or copy it again") from error
@@ -165,7 +169,7 @@ def plain(where: str, value: Any) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return int(value) if value.is_integer() and abs(value) < _EXACT_FLOATS else value
     if isinstance(value, Mapping):
-        items = {str(key): plain(where, item) for key, item in value.items()}
+        items = {plain(where, str(key)): plain(where, item) for key, item in value.items()}
         return {key: item for key, item in items.items() if item is not None}
     if isinstance(value, list):
         return [plain(where, item) for item in value]

@@ -24,6 +24,9 @@ Verifier = Literal["exact", "integer", "math"]
 _INTEGER: Final = re.compile(r"[+-]?(?:\d{1,1000}|\d{1,3}(?:,\d{3}){1,300})")
 _START_TIMEOUT_SECONDS: Final = 120.0
 _VERDICT_TIMEOUT_SECONDS: Final = 15.0
+_ATTEMPTS: Final = 2
+_LONGEST_ANSWER: Final = 2000
+"""In characters."""
 _DIVIDES_BY_ZERO: Final = re.compile(r"(?:/|\\frac\s*\{[^{}]*\}\s*\{)[^{}/]*?(?<![\d.])0+(?:\.0*)?(?![\d.])")
 
 
@@ -74,7 +77,7 @@ def equal_mathematics(answer_text: str, reference: str) -> bool:
     if equal_texts(answer_text, reference):
         return True
     answer = final_answer(answer_text)
-    if not answer:
+    if not answer or len(answer) > _LONGEST_ANSWER:
         return False
     found = compare(_read_reference(reference), read_answer(answer))
     if isinstance(found, bool):
@@ -128,21 +131,31 @@ class MathProcess:
         """Whether the two are equal; False where that takes too long or ends the process, None if one is unreadable."""
         request = json.dumps(dataclasses.asdict(comparison)).encode() + b"\n"
         with self._lock:
-            process = self._started()
-            assert process.stdin is not None
-            try:
-                process.stdin.write(request)
-                process.stdin.flush()
-                line = _read_line(process, self.verdict_timeout_seconds)
-            except BrokenPipeError:
-                # The process ended between two verdicts, by another's hand.
-                line = None
-            if line is None:
-                self._end()
-                return False
-            verdict = json.loads(line)
-            assert verdict is None or isinstance(verdict, bool)
-            return verdict
+            # A process may end between two verdicts, by another's hand: whoever is short of memory ends large ones.
+            for _ in range(_ATTEMPTS):
+                try:
+                    line = self._answer(request)
+                except EOFError:
+                    self._end()
+                    continue
+                if line is None:
+                    self._end()
+                    return False
+                verdict = json.loads(line)
+                assert verdict is None or isinstance(verdict, bool)
+                return verdict
+            return False
+
+    def _answer(self, request: bytes) -> bytes | None:
+        """The line that answers, None where the time is up before. Raises EOFError where the process ends."""
+        process = self._started()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(request)
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise EOFError from None
+        return _read_line(process, self.verdict_timeout_seconds)
 
     def close(self) -> None:
         """Ends the process; the next verdict starts another."""
@@ -159,9 +172,11 @@ class MathProcess:
                 stdout=subprocess.PIPE,
                 start_new_session=True,
             )
-            if _read_line(self._process, _START_TIMEOUT_SECONDS) != b"ready\n":
-                self._end()
-                raise RuntimeError("the math-verify process did not start; its error is printed above")
+            with contextlib.suppress(EOFError):
+                if _read_line(self._process, _START_TIMEOUT_SECONDS) == b"ready\n":
+                    return self._process
+            self._end()
+            raise RuntimeError("the math-verify process did not start; its error is printed above")
         return self._process
 
     def _end(self) -> None:
@@ -179,7 +194,7 @@ def _math_process() -> MathProcess:
 
 
 def _read_line(process: subprocess.Popen[bytes], timeout_seconds: float) -> bytes | None:
-    """One line of the process's output; None where it ends or the time is up first."""
+    """One line of the process's output; None where the time is up first. Raises EOFError where it ends before."""
     deadline = time.monotonic() + timeout_seconds
     line = b""
     assert process.stdout is not None
@@ -191,6 +206,6 @@ def _read_line(process: subprocess.Popen[bytes], timeout_seconds: float) -> byte
             # Not through the buffered reader, which would hide bytes from the selector.
             received = os.read(process.stdout.fileno(), 4096)
             if not received:
-                return None
+                raise EOFError
             line += received
     return line

@@ -34,7 +34,6 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, origin: str, now: datetime | None = None):
-        self.source = source
         self.origin = origin
         self._sandbox = Sandbox(now or datetime.now())
         try:

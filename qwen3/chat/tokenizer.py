@@ -251,6 +251,8 @@ def _templates(folder: Path, contents: Mapping[str, bytes], config: Mapping[str,
     else:
         try:
             templates = {entry["name"]: entry["template"] for entry in declared}
+            if not all(isinstance(text, str) for pair in templates.items() for text in pair):
+                raise TypeError
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{folder / 'tokenizer_config.json'}: chat_template is neither text nor a list of "

@@ -63,7 +63,8 @@ class Turns:
         whole = render([question, {"role": "assistant", "content": _ANSWER}])
         before, answer, after = whole.rpartition(_ANSWER)
         lead = before.removeprefix(prompts[NON_THINKING])
-        ending = answer and re.match(rf"\s*({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})", after)
+        any_token = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+        ending = re.match(rf"\s*({any_token})", after) if answer and any_token else None
         return cls(
             modes=_modes(prompts, openings),
             started_in_thinking=frozenset(mode for mode in MODES if _block(openings[mode]) == "open"),

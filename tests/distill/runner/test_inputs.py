@@ -12,7 +12,7 @@ import pytest
 from distill.experiment import Experiment
 from distill.runner import inputs
 from distill.runner.run_directory import RunDirectory
-from distill.tasks import PromptFile
+from distill.tasks import GymFamily, PromptFile, ReasoningGym
 from qwen3.errors import UserError
 from student.init import FromCheckpoint, FromScratch
 from tests.distill import miniature
@@ -136,3 +136,25 @@ def test_a_file_that_was_not_touched_is_not_read_again(
     os.utime(tmp_path / "files" / "prompts.jsonl", ns=(0, 0))
     again(experiment, tmp_path / "run")
     assert [path.name for path in read] == ["prompts.jsonl"]
+
+
+def test_another_reasoning_gym_may_make_other_problems(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gym = dataclasses.replace(experiment, tasks={"gym": ReasoningGym(families={"chain_sum": GymFamily()})})
+    begun(gym, tmp_path / "run")
+    again(gym, tmp_path / "run")
+    monkeypatch.setattr(inputs.importlib.metadata, "version", lambda name: "99.0")
+    with pytest.raises(UserError, match=r"reasoning-gym \(tasks\.gym\.families\) has changed since this run began"):
+        again(gym, tmp_path / "run")
+
+
+def test_a_run_whose_directory_is_gone_is_told_so(experiment: Experiment, tmp_path: Path) -> None:
+    def deleted_while_it_runs() -> None:
+        with RunDirectory.claim(tmp_path / "run", experiment) as run:
+            run.begin(None)
+            shutil.rmtree(tmp_path / "run")
+            run.keep_cost("off_policy", {})
+
+    with pytest.raises(UserError, match="was deleted or replaced while this run was writing to it"):
+        deleted_while_it_runs()

@@ -217,6 +217,26 @@ def test_an_evaluation_in_a_mode_that_no_problem_is_for_is_refused(
     check(dataclasses.replace(whole, evaluation=dataclasses.replace(whole.evaluation, modes=("non_thinking",))))
 
 
+def test_problems_that_no_evaluated_mode_asks_are_counted(
+    experiment: Experiment, short_file: PromptFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = Path(short_file.path).parent / "some_flagged.jsonl"
+    flags = ("", "", " /no_think", "", " /no_think", "")
+    lines = (json.dumps({"prompt": f"Is it {n}?{flag}", "answer": "1"}) for n, flag in enumerate(flags))
+    held_out.write_text("\n".join(lines))
+    task = PromptFile(path=short_file.path, held_out_path=str(held_out))
+    whole = dataclasses.replace(
+        experiment,
+        tasks={"ours": task},
+        stages={"on_policy": experiment.stages["on_policy"]},
+        export_stage=None,
+        evaluation=dataclasses.replace(experiment.evaluation, modes=("thinking",)),
+    )
+    check(whole)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "evaluation leaves out 2 of its 6 problems, which ask for a mode that is not in evaluation.modes" in said
+
+
 def test_kernels_of_the_loss_are_asked_what_stages_need(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

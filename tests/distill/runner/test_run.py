@@ -22,6 +22,7 @@ from distill.report.reading import read_report, read_rollouts
 from distill.report.samples import side_by_side
 from distill.run import _keep_compiled
 from distill.runner.execute import _cost
+from distill.runner.export_folder import _found, _present
 from distill.stages.loop import Spent
 from distill.training.checkpoint import Checkpointer
 from distill.training.train_state import TrainState, abstract_state
@@ -315,6 +316,19 @@ def test_the_same_command_again_changes_nothing_and_leaves_what_others_wrote(
     assert again.output.count("is not as this run wrote it") == 1
     for name in ("metrics.jsonl", "wall_seconds.json"):
         assert (copied / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_without_a_record_export_replaces_a_model_and_nothing_else(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished / "export", tmp_path / "export")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "eval_results.json").write_text("{}")
+    written = json.loads((finished / "export.json").read_text())["files"]
+    assert _present(folder) == sorted(written)
+    # Killed between two renames, with a file of somebody's in what was put aside.
+    folder.rename(tmp_path / ".export.previous")
+    _, _, _, own, complete = _found(folder, tmp_path / "export.json", finished / "checkpoints" / "ahead")
+    assert (own, complete) == (sorted(written), False)
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 def test_parts_of_a_stage_add_up_to_its_device_seconds() -> None:

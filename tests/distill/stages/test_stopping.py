@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -77,3 +78,24 @@ def test_a_second_ctrl_c_ends_a_step_of_minutes_at_once_in_one_line() -> None:
     _, errors = child.communicate(timeout=30)
     assert child.returncode == 130
     assert errors == "ended by a second Ctrl-C; the same command goes on from what was saved last\n"
+
+
+def test_ctrl_c_after_another_signal_is_the_first_one() -> None:
+    lines: list[str] = []
+    with StopRequest(lines.append).listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert len(said_soon(lines)) == 1
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+    assert lines == ["stopping after this step; SIGTERM asks for it"]
+
+
+def test_where_nobody_reads_the_request_stands() -> None:
+    def gone(line: str) -> None:
+        raise BrokenPipeError(line)
+
+    with StopRequest(gone).listening() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        assert stop.agreed()
+        assert any(thread.name == "signals" for thread in threading.enumerate()), "a second signal is heard, too"

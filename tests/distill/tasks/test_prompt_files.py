@@ -161,6 +161,7 @@ GOOD = '{"prompt": "a", "answer": "b"}\n'
         ('{"prompt": " ", "answer": "b"}', "a.jsonl:1: prompt is an empty text"),
         ('{"prompt": {}, "answer": "b"}', "a.jsonl:1: prompt is a dict"),
         ('{"prompt": "\\ud800", "answer": "b"}', "a.jsonl:1: prompt has half of a surrogate pair"),
+        ('{"prompt": {"\\ud800": 1}, "answer": "b"}', "a.jsonl:1: prompt has half of a surrogate pair"),
         (GOOD + "9" * 5000, "a.jsonl:2: not JSON that can be read"),
         (GOOD + "[" * 100_000, "a.jsonl:2: not JSON that can be read"),
     ],
@@ -191,6 +192,15 @@ def test_bytes_that_are_no_text_are_named_and_a_byte_order_mark_is_not_text(tmp_
         ([{"role": "user", "content": 3}], "chat message 1 content is the number 3"),
         ([{"role": "user", "content": ""}], "chat message 1 content is an empty text"),
         ([{"role": "system", "content": 3}, {"role": "user", "content": "a"}], "message 1 content is the number 3"),
+        (
+            [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": [{"type": "text"}], "tool_calls": [{}]},
+                {"role": "tool", "content": "b"},
+            ],
+            "chat message 2 content is a list; give a text",
+        ),
+        ("[" * 600 + "]" * 600, "chat begins like a list, but is not JSON (maximum recursion depth"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
             "ends with a message of the assistant",
@@ -237,6 +247,15 @@ def test_bad_parquet_is_named(tmp_path, rows) -> None:
     with pytest.raises(UserError, match=r"broken.parquet: not a readable Parquet file") as caught:
         PromptFile(path=str(broken)).problems("train", 1, 0)
     assert "\n" not in str(caught.value)
+    offsets, no_text = pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+    strange = {
+        "bytes": pyarrow.StringArray.from_buffers(1, offsets, no_text),
+        "far": pyarrow.array([2**52], pyarrow.timestamp("s")),
+    }
+    for name, values in strange.items():
+        parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": values}), tmp_path / f"{name}.parquet")
+        with pytest.raises(UserError, match=rf"{name}.parquet: a value after row 0 cannot be read"):
+            PromptFile(path=str(tmp_path / f"{name}.parquet")).problems("train", 1, 0)
     empty = tmp_path / "empty.parquet"
     parquet.write_table(
         pyarrow.table({"prompt": pyarrow.array([], "string"), "answer": pyarrow.array([], "string")}), empty

@@ -162,6 +162,35 @@ def test_tools_that_a_template_leaves_out_are_refused(tokenizer: ChatTokenizer, 
     prompt_ids(Problem(prompt="2 + 2?", answer="4", family="f"), "non_thinking", toolless)
 
 
+def test_a_template_for_tools_is_not_the_one_for_texts(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((tokenizer.folder / file).read_bytes())
+
+    def loop(content: str) -> str:
+        return "{% for m in messages %}<|im_start|>{{ m.role }}: {{ " + content + " }}<|im_end|>\n{% endfor %}"
+
+    # The one for texts cannot render a turn that only calls tools.
+    named = [
+        {"name": "default", "template": loop("'' + m.content")},
+        {"name": "tool_use", "template": "{% for tool in tools %}{{ tool | tojson }}{% endfor %}" + loop("m.content")},
+        {"name": "mute", "template": loop("m.content")},
+    ]
+    turns: list[dict[str, object]] = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]},
+        {"role": "tool", "content": "4"},
+    ]
+    problem = Problem(prompt="2 + 2?", answer="4", family="f", messages=tuple(turns), tools=({"name": "add"},))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named[:2]}))
+    with_tools = ChatTokenizer.from_folder(tmp_path)
+    assert '{"name": "add"}' in with_tools.decode(prompt_ids(problem, "non_thinking", with_tools))
+    named[1] = named[2] | {"name": "tool_use"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named[:2]}))
+    with pytest.raises(UserError, match="has tools, of which the chat template says nothing"):
+        prompt_ids(problem, "non_thinking", ChatTokenizer.from_folder(tmp_path))
+
+
 @pytest.mark.parametrize("text", ["<think>4</think>", "As <think> says: 4", "4</think>", "4<|im_end|>"])
 def test_marks_of_a_think_block_are_not_trained_beside_our_own(tokenizer: ChatTokenizer, text: str) -> None:
     inside = r"its solution has <.*> inside, a mark of the chat format"
@@ -247,3 +276,17 @@ def test_a_worked_document_needs_an_answer(tokenizer: ChatTokenizer) -> None:
     for make in (raw_document, lambda *asked: worked_document(asked[0], "non_thinking", asked[1])):
         with pytest.raises(UserError, match="of family 'f' has no answer; give the data an answer column, or use only"):
             make(unanswered, tokenizer)
+
+
+def test_an_empty_answer_is_nothing_to_imitate(tokenizer: ChatTokenizer) -> None:
+    free = Problem(prompt="Colour it.", answer="", family="graph_color")
+    with pytest.raises(UserError, match="'graph_color' has many right answers and gives none to imitate"):
+        worked_document(free, "non_thinking", tokenizer)
+
+
+def test_each_form_says_what_would_do_without_a_solution(tokenizer: ChatTokenizer) -> None:
+    plain = Problem(prompt="?", answer="!", family="f")
+    with pytest.raises(UserError, match=r"no worked solution; give the data a solution column, or set form to .chat.$"):
+        raw_document(plain, tokenizer)
+    with pytest.raises(UserError, match=r"or train on non-thinking mode only \(modes\.thinking_fraction 0\)$"):
+        worked_document(plain, "thinking", tokenizer)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.chat.tokenizer import train_byte_level_bpe
+from qwen3.chat.turns import Turns
 from qwen3.errors import UserError
 from qwen3.rollout import MODES, NON_THINKING, THINKING
 
@@ -97,6 +98,8 @@ def test_without_tokens_or_template_there_is_no_mode(folder, with_template):
     assert tokenizer.modes == ()
     with pytest.raises(UserError, match="no chat template; add"):
         tokenizer.check_mode(THINKING)
+    with pytest.raises(UserError, match=r'neither text nor a list of \{"name", "template"\}'):
+        ChatTokenizer.from_folder(with_template([{"name": "rag", "template": "x"}, {"name": 5, "template": "y"}]))
     named = ChatTokenizer.from_folder(with_template([{"name": "rag", "template": "x"}]))
     assert named.modes == ()
     with pytest.raises(UserError, match="no chat template but rag; add"):
@@ -111,6 +114,11 @@ def test_a_template_that_shows_no_question_is_refused(with_template, template):
     tokenizer = ChatTokenizer.from_folder(with_template(template))
     with pytest.raises(UserError, match="does not show the text of a user's turn; take one for texts"):
         tokenizer.prompt_ids(QUESTION, NON_THINKING)
+
+
+def test_without_added_tokens_no_turn_has_an_end():
+    turns = Turns.of(lambda messages, **_: "".join(f"{one['content']}\n" for one in messages), (), "here")
+    assert (turns.end, turns.end_token) == (None, None)
 
 
 @pytest.mark.parametrize("filters", ["lower", "upper", "trim", "replace('\n', ' ')"])
