@@ -12,7 +12,7 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip --quiet
 torch = $(shell grep '^torch==' requirements-test.lock)
 
-.PHONY: help quickstart test test-compile compile-all lint lock clean
+.PHONY: help quickstart test test-long test-compile compile-all lint lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,9 @@ quickstart: $(VENV)/.runtime ## Distil the quickstart's student on this machine,
 
 test: $(VENV)/.test ## Run the suite: make test ARGS="tests/qwen3 -k rope"
 	$(python) -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15 $(ARGS)
+
+test-long: $(VENV)/.test ## Run the proofs that take minutes each: kills, memory, a teacher on devices of its own
+	$(python) -m pytest -m long --durations 0 $(ARGS)
 
 test-compile: $(COMPILE_VENV)/.compilers ## Compile some kernels for TARGETS and a 235B teacher for 64 TPUs: none need be here
 	$(COMPILE_VENV)/bin/python -m experiments.benchmarks.kernels --compile $(TARGETS) --subset $(ARGS)

@@ -96,6 +96,7 @@ def config():
 """
 
 
+@pytest.mark.long
 def test_a_users_own_experiment_models_and_prompts_run_outside_the_repository(
     user_python: Path, tmp_path: Path
 ) -> None:

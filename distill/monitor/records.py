@@ -133,5 +133,15 @@ def _cut_torn_line(path: pathlib.Path) -> None:
 
 
 def unwritable(path: pathlib.Path, error: OSError) -> UserError:
-    """The one line for a full disk or a forbidden place."""
+    """The one line for a full disk, a forbidden place, or a folder that is there no more."""
+    if isinstance(error, FileNotFoundError):
+        return gone(path.parent)
     return UserError(f"cannot write {path}: {error.strerror}; free space there or choose another run directory")
+
+
+def gone(directory: pathlib.Path) -> UserError:
+    """The one line for a run directory that somebody took away."""
+    return UserError(
+        f"{directory} was deleted or replaced while this run was writing to it, and the run has stopped; start the "
+        "command again, once no other process runs there"
+    )

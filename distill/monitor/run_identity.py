@@ -9,7 +9,7 @@ import secrets
 from datetime import datetime
 from pathlib import Path
 
-from distill.monitor.records import write_atomically
+from distill.monitor.records import gone, write_atomically
 from qwen3.errors import UserError
 
 _FILE = "run_id"
@@ -44,10 +44,7 @@ def known_id(directory: Path) -> str | None:
 def require_id(directory: Path, run_id: str) -> None:
     """Raises UserError where `directory` is no longer that of run `run_id`; ask before every write that outlives it."""
     if _content(directory / _FILE) != run_id.encode():
-        raise UserError(
-            f"{directory} was deleted or replaced while this run was writing to it, and the run has stopped; start "
-            "the command again, once no other process runs there"
-        )
+        raise gone(directory)
 
 
 def began_at(directory: Path) -> datetime:

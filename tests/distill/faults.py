@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -70,7 +69,7 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         process = _PROCESSES.Process(
             target=_work,
-            args=(Path(folder), file.parent / "compiled", [str(file), "--runs", str(runs), *more], kill, before),
+            args=(Path(folder), [str(file), "--runs", str(runs), *more], kill, before),
         )
         process.start()
         process.join()
@@ -116,15 +115,11 @@ def launch_in_terminal(
     return process.wait(), shown.decode()
 
 
-def _work(
-    folder: Path, compiled: Path, arguments: list[str], kill: Kill | None, before: Callable[[], None] | None
-) -> None:
+def _work(folder: Path, arguments: list[str], kill: Kill | None, before: Callable[[], None] | None) -> None:
     output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    jax.config.update("jax_compilation_cache_dir", str(compiled))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     phases = os.open(folder / "phases", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def begin(phase: str) -> None:

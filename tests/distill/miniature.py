@@ -149,14 +149,10 @@ def launch_command(
 ) -> tuple[list[str], dict[str, str]]:
     """The command that runs `file`'s experiment in a process of its own, and its environment.
 
-    Compiled programs are shared between launches. With `kill_after` the process sends itself signal `number` after so
+    With `kill_after` the process sends itself signal `number` after so
     many train steps.
     """
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(file.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     start = ["-m", "distill.run"] if kill_after is None else ["-c", KILLED, str(kill_after), str(int(number))]
     command = [sys.executable, *start, str(file), "--runs", str(runs), *more]
-    return command, {**os.environ, **cache, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    return command, {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}

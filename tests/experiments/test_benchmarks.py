@@ -60,6 +60,7 @@ def test_sampling_is_measured() -> None:
     assert row["tokens_per_second"] == pytest.approx(3 * 8 / row["step_seconds"], rel=0.2)
 
 
+@pytest.mark.long
 def test_a_teacher_on_a_device_of_its_own_is_measured() -> None:
     asked = own_mesh.Arguments(microbatches=2, score_seconds=0.03, train_seconds=0.05, generate_seconds=0.02, rounds=1)
     rows = {row["way"]: row for row in own_mesh.measure(asked, jax.devices()[:2])}
@@ -192,6 +193,7 @@ def test_a_contestant_that_stops_is_named_with_its_last_words(tmp_path: Path) ->
         contest([broken], WORK, Pace(), tmp_path / "logs", print)
 
 
+@pytest.mark.long
 def test_a_package_that_cannot_be_installed_is_said_in_one_line(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

@@ -15,6 +15,7 @@ from qwen3.checkpoint import streaming
 MIB = 2**20
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured through Linux's /proc")
 def test_two_gigabytes_of_experts_take_three_slabs_beside_what_is_kept(tmp_path: Path) -> None:
     def run(*arguments: str) -> str:

@@ -25,6 +25,7 @@ SMALL = dataclasses.replace(
 )
 
 
+@pytest.mark.long
 def test_what_is_rounded_more_says_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantised_teacher, "RANDOM", SMALL)
     rows = {row["weights"]: row for row in quantised_teacher.random()}

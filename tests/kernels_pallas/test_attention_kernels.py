@@ -126,6 +126,7 @@ def drawn(draw, longest, dtypes, shortest=1):
     }
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(drawn(300, [jnp.float32, jnp.bfloat16]))
 def test_xla(case):
@@ -145,6 +146,7 @@ def looped(draw):
     return case
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(looped())
 def test_xla_in_a_loop(case):
@@ -155,12 +157,14 @@ def test_xla_in_a_loop(case):
 
 
 # The first of them is the smallest that there is: one token.
+@pytest.mark.long
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(drawn(300, [jnp.float32, jnp.bfloat16]))
 def test_tpu(case):
     check("tpu", **case)
 
 
+@pytest.mark.long
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(drawn(200, [jnp.bfloat16]))
 def test_gpu(case):

@@ -75,6 +75,7 @@ def cases(draw, widths, dtypes):
     return sizes, make_inputs(rows, width, inner, groups, draw(st.sampled_from(dtypes)))
 
 
+@pytest.mark.long
 @settings(max_examples=7, deadline=None, derandomize=True)
 @given(cases(WIDTHS, [jnp.float32, jnp.bfloat16]))
 def test_xla(case):
@@ -82,6 +83,7 @@ def test_xla(case):
     check("xla", inputs, sizes)
 
 
+@pytest.mark.long
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(cases(WIDTHS, [jnp.float32, jnp.bfloat16]))
 def test_tpu(case):
@@ -89,6 +91,7 @@ def test_tpu(case):
     check("tpu", inputs, sizes)
 
 
+@pytest.mark.long
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(cases([(64, 64), (128, 192)], [jnp.bfloat16]))
 def test_gpu_on_random_groups(case):

@@ -124,18 +124,21 @@ def drawn(draw, width, dtype):
     return kind, inputs, draw(st.sampled_from(DIVERGENCES))
 
 
+@pytest.mark.long
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(drawn(st.integers(1, 80), st.sampled_from([jnp.float32, jnp.bfloat16])))
 def test_xla(case):
     check("xla", *case)
 
 
+@pytest.mark.long
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(drawn(st.integers(1, 80), st.sampled_from([jnp.float32, jnp.bfloat16])))
 def test_tpu(case):
     check("tpu", *case)
 
 
+@pytest.mark.long
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(drawn(st.sampled_from([64, 128]), st.just(jnp.bfloat16)))
 def test_gpu(case):

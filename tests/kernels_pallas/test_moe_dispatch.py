@@ -101,6 +101,7 @@ def drawn(draw):
     return make_inputs(tokens, experts + unused, per_token, dtype=dtype, expert_ids=chosen, seed=seed)
 
 
+@pytest.mark.long
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(drawn())
 def test_random_shapes(inputs):

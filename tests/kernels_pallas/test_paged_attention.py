@@ -92,18 +92,21 @@ def drawn(draw, dtypes, sizes):
     }
 
 
+@pytest.mark.long
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(drawn([jnp.float32, jnp.bfloat16], [8, 128]))
 def test_xla(case):
     check("xla", **case)
 
 
+@pytest.mark.long
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(drawn([jnp.float32, jnp.bfloat16], [128]))
 def test_tpu(case):
     check("tpu", **case)
 
 
+@pytest.mark.long
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(drawn([jnp.bfloat16], [64, 128]))
 def test_gpu(case):

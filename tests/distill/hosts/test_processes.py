@@ -107,6 +107,7 @@ def scalars(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
     }
 
 
+@pytest.mark.long
 def test_two_processes_killed_and_started_again_match_one_process(experiment_file: Path, tmp_path: Path) -> None:
     command, environment = miniature.launch_command(experiment_file, tmp_path / "one", devices=4)
     alone = subprocess.run(

@@ -21,6 +21,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     return miniature.experiment(miniature.make_teacher(tmp_path_factory.mktemp("teacher")))
 
 
+@pytest.mark.long
 def test_equal_programs_are_compiled_once(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

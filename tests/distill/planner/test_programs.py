@@ -74,6 +74,7 @@ def ones(shapes: Any, mesh: Mesh) -> Any:
     return jax.device_put(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes), shardings(shapes, mesh))
 
 
+@pytest.mark.long
 def test_a_run_calls_what_was_planned(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are recorded instead of compiled."""
     devices = jax.devices()[:4]

@@ -60,6 +60,7 @@ def run(experiment: Experiment, directory: Path) -> dict[tuple[str, int], dict[s
     return scalars(directory)
 
 
+@pytest.mark.long
 def test_losses_and_metrics_equal_those_of_a_colocated_teacher(
     colocated: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

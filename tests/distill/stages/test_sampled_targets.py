@@ -16,6 +16,7 @@ from teacher.store import TargetStore
 from tests.distill import miniature
 
 
+@pytest.mark.long
 def test_a_stage_keeps_drawn_words_and_learns_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = miniature.experiment(miniature.make_teacher(tmp_path))
     stage = whole.stages["off_policy"]
