@@ -1,9 +1,12 @@
 """The one door to the linear KL: checks the arrays, picks the implementation, and owns the derivative.
 
-Both functions return a weighted sum over positions, so that the caller divides by one global count and gets the same
+The divergences return a weighted sum over positions, so that the caller divides by one global count and gets the same
 loss under any data sharding or gradient accumulation. Because it is a sum, the derivatives by the student's hidden
 states and head are formed during the forward pass, block by block, and only scaled in the backward pass; without
 differentiation they are not computed. The teacher, the ids and the weights are constants.
+
+`linear_logprobs` returns what a loss of the caller's own is made of, at each position. How the loss changes with it is
+known in the backward pass only, which therefore multiplies the logits out once more.
 """
 
 import dataclasses
@@ -17,15 +20,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.linear_kl import passes, reference, xla
+from kernels_pallas.linear_kl import logprobs, passes, reference, xla
 from kernels_pallas.linear_kl.divergence import Divergence
 from kernels_pallas.linear_kl.xla import split_at_ids
 from kernels_pallas.platforms import choose, platform
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "linear_kl_at_ids", "linear_kl_full", "split_at_ids"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Implementation",
+    "LogprobsImplementation",
+    "linear_kl_at_ids",
+    "linear_kl_full",
+    "linear_logprobs",
+    "split_at_ids",
+]
 
 Implementation = Literal["xla", "reference", "tpu", "gpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference", "tpu", "gpu")
+LogprobsImplementation = Literal["xla", "reference"]
+_LOGPROBS_IMPLEMENTATIONS: tuple[LogprobsImplementation, ...] = ("xla", "reference")
 # Default blocks. Logits of one block of tokens are held whole; a CPU wants few of them at a time and walks the
 # vocabulary in pieces that fit its cache, an accelerator's matrix units want large ones.
 _LOGIT_BYTES_CPU = 56 * 2**20
@@ -146,6 +159,80 @@ def linear_kl_at_ids(
     return _at_ids(hidden, head, (ids, teacher_logprobs, teacher_log_tail, weights), plan)
 
 
+def linear_logprobs(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    ids: Int[Array, "B T"],
+    *,
+    block_tokens: int | None = None,
+    block_vocab: int | None = None,
+    vocab_axis: str | None = None,
+    implementation: LogprobsImplementation | None = None,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """The log-probability of one token and the entropy of the whole distribution, at every position.
+
+    With p = softmax(head · hidden), z its logits and H its entropy: ∂ log p(id) / ∂z = onehot(id) - p, and
+    ∂H / ∂z = -p · (log p + H).
+
+    Args:
+      hidden, head: as in `linear_kl_full`; the gradients of both results go to both.
+      ids: the token of each position; -1 marks a position that does not count: both its results are 0, and it adds
+        exactly nothing to any gradient, even where its hidden states are NaN.
+      block_tokens, block_vocab: as in `linear_kl_full`.
+      vocab_axis: as in `linear_kl_full`; ids count through the entries of all devices, and each device returns the
+        results over all of them.
+      implementation: None or "xla", or "reference" (materialises [B, T, V]; for tests).
+
+    Peak temporary memory of "xla", forward as backward, with M tokens in a block: about 4·M·4·block_vocab bytes, and
+    backward the gradient of the head in float32.
+
+    Returns:
+      Log-probabilities and entropies in nats, float32 ("xla": float64 for float64 inputs).
+
+    Raises:
+      ValueError: shapes that do not fit together, ids that are no integers, a block size below 1, or an implementation
+        that is unknown.
+    """
+    _require("hidden", hidden, (None, None, None))
+    _require("head", head, (None, hidden.shape[2]))
+    _require("ids", ids, hidden.shape[:2])
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids has dtype {ids.dtype}; pass integer token ids")
+    if hidden.size == 0:
+        raise ValueError(f"hidden has shape {hidden.shape}; pass at least one position")
+    if implementation not in (None, *_LOGPROBS_IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation {implementation!r} of linear_logprobs; use one of {', '.join(_LOGPROBS_IMPLEMENTATIONS)}"
+        )
+    positions, vocab = _blocks(hidden, head, block_tokens, block_vocab, vocab_axis, implementation or "xla")
+    if implementation == "reference":
+        return reference.logprobs(hidden, head, ids)
+    return _logprobs(hidden, head, ids, positions, vocab, vocab_axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _logprobs(hidden, head, ids, positions, vocab, vocab_axis):
+    logprob, entropy, _ = logprobs.forward(hidden, head, ids, positions=positions, vocab=vocab, vocab_axis=vocab_axis)
+    return logprob, entropy
+
+
+def _logprobs_forward(hidden, head, ids, positions, vocab, vocab_axis):
+    logprob, entropy, mass = logprobs.forward(
+        hidden, head, ids, positions=positions, vocab=vocab, vocab_axis=vocab_axis
+    )
+    return (logprob, entropy), (hidden, head, ids, entropy, mass)
+
+
+def _logprobs_backward(positions, vocab, vocab_axis, residuals, cotangents):
+    # What one device changes, it changes in the results that each of the axis returns.
+    cotangents = tuple(xla.summed(cotangent, vocab_axis) for cotangent in cotangents)
+    gradients = logprobs.backward(*residuals, *cotangents, positions=positions, vocab=vocab, vocab_axis=vocab_axis)
+    return gradients.hidden, gradients.head, None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
     """All that is decided before tracing; hashable, so it can be a static argument of the custom derivative."""
@@ -205,6 +292,18 @@ _at_ids = _with_derivative(xla.at_ids, passes.at_ids, reference.at_ids)
 
 def _plan(hidden, head, divergence, block_tokens, block_vocab, vocab_axis, implementation) -> _Plan:
     implementation = choose("linear_kl", implementation, IMPLEMENTATIONS)
+    positions, entries = _blocks(hidden, head, block_tokens, block_vocab, vocab_axis, implementation)
+    return _Plan(
+        divergence=divergence,
+        positions=positions,
+        vocab=entries,
+        vocab_axis=vocab_axis,
+        implementation=implementation,
+    )
+
+
+def _blocks(hidden, head, block_tokens, block_vocab, vocab_axis, implementation) -> tuple[xla.Blocks, xla.Blocks]:
+    """Of T and of the vocabulary."""
     for name, value in (("block_tokens", block_tokens), ("block_vocab", block_vocab)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value} must be at least 1, or None for the default")
@@ -222,13 +321,8 @@ def _plan(hidden, head, divergence, block_tokens, block_vocab, vocab_axis, imple
         block_tokens = (_LOGIT_BYTES_CPU if on_cpu else _LOGIT_BYTES_ACCELERATOR) // (4 * entries)
         block_tokens = min(block_tokens, _CPU_BLOCK_TOKENS) if on_cpu else block_tokens
     blocks = -(-length // max(1, block_tokens // batch))
-    return _Plan(
-        divergence=divergence,
-        positions=xla.Blocks(size=length, block=-(-length // blocks)),
-        vocab=xla.Blocks(size=vocab, block=min(block_vocab, vocab)),
-        vocab_axis=vocab_axis,
-        implementation=implementation,
-    )
+    positions = xla.Blocks(size=length, block=-(-length // blocks))
+    return positions, xla.Blocks(size=vocab, block=min(block_vocab, vocab))
 
 
 def _cache_block(vocab: int) -> int:

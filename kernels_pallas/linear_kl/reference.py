@@ -52,6 +52,15 @@ def at_ids(hidden, head, ids, teacher_logprobs, teacher_log_tail, weights, *, di
     return (weights * divergences).sum(), {name: jnp.where(live, value, 0) for name, value in stats.items()}
 
 
+def logprobs(hidden, head, ids):
+    """As `api.linear_logprobs`."""
+    live = ids >= 0
+    entries = _softmax(jnp.where(live[..., None], hidden, 0), head)
+    chosen = jnp.take_along_axis(entries, jnp.where(live, ids, 0)[..., None], -1)[..., 0]
+    entropy = -xlogy(entries, entries).sum(-1)
+    return jnp.where(live, jnp.log(chosen), 0), jnp.where(live, entropy, 0)
+
+
 def _softmax(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
     return jax.nn.softmax(jnp.einsum("BTD,VD->BTV", hidden, head), axis=-1)
 

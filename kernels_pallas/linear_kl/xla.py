@@ -92,7 +92,7 @@ def full(
         th = jnp.where(live[:, None], positions.tokens(teacher_hidden, index), 0)
 
         # One product each, over all entries: for products of their own, blocks of a head would have to be copied.
-        logits = _logits(h, head), _logits(th, teacher_head)
+        logits = logits_of(h, head), logits_of(th, teacher_head)
 
         def survey(found, step):
             return found.with_block(*(vocab.entries(z, step[0]) for z in logits)), None
@@ -122,7 +122,7 @@ def full(
             if with_gradients:
                 relative = relative_slopes(slope, lq, sure.cut, sure.centre)
                 dz = weight * (relative - jnp.exp(lq) * slope_sum)
-                gradients = _add_products(gradients, dz, h, head, vocab, i)
+                gradients = add_products(gradients, dz, h, head, vocab, i)
             return (value_sum + value.sum(0), gradients), None
 
         start = (jnp.zeros_like(slope_sum), _products_start(h, by_head))
@@ -156,7 +156,7 @@ def at_ids(
 
         def survey(carry, step):
             chosen, rest_mass = carry
-            logits = vocab.counted(_logits(h, vocab.slice(head, step[0], 0)), step[0]).T
+            logits = vocab.counted(logits_of(h, vocab.slice(head, step[0], 0)), step[0]).T
             here, rest = split_at_ids(logits, local_ids(own, vocab, step[0]))
             return (jnp.maximum(chosen, here), rest_mass.merge(Mass.of(rest, -1))), rest
 
@@ -172,7 +172,7 @@ def at_ids(
             # not by the whole vocabulary's, stays exact where that mass underflows.
             dz = gradient[..., -1:] * jnp.exp(rest - finite(rest_lse)[..., None])
             dz = _put(dz, local_ids(own, vocab, i), gradient[..., :-1])
-            return _add_products(gradients, dz.T, h, head, vocab, i), None
+            return add_products(gradients, dz.T, h, head, vocab, i), None
 
         gradients = _products_start(h, by_head)
         if with_gradients:
@@ -285,7 +285,7 @@ def _products_start(hidden: Array, by_head: Array | None):
     return None if by_head is None else (jnp.zeros(hidden.shape, accumulator(hidden)), by_head)
 
 
-def _add_products(gradients, dz: Array, hidden: Array, head: Array, vocab: Blocks, index):
+def add_products(gradients, dz: Array, hidden: Array, head: Array, vocab: Blocks, index):
     """Add one vocabulary block's share to the gradients by hidden states and head.
 
     Both products take their operands in the model's own dtype, as matrix units want them, and sum in float32.
@@ -297,7 +297,7 @@ def _add_products(gradients, dz: Array, hidden: Array, head: Array, vocab: Block
     return by_hidden, vocab.add(by_head, update, index, 0)
 
 
-def _logits(hidden: Array, head: Array) -> Float[Array, "V M"]:
+def logits_of(hidden: Array, head: Array) -> Float[Array, "V M"]:
     """Entries come first because few tokens meet many entries: on CPU the products with the head are then up to half as
     fast again, and its gradient needs no transposed copy."""
     return jnp.einsum("VD,MD->VM", head, hidden, preferred_element_type=accumulator(hidden))
