@@ -29,7 +29,17 @@ from qwen3.sharding import (
     to_rows,
 )
 from teacher.scored_rollout import ScoredRollout
-from teacher.targets import BLOCK_TOKENS, AtIds, Hidden, Sampled, TopK, at_ids_targets, sampled_targets, top_k_targets
+from teacher.targets import (
+    BLOCK_TOKENS,
+    AtIds,
+    Hidden,
+    Sampled,
+    TopK,
+    at_ids_targets,
+    following_tokens,
+    sampled_targets,
+    top_k_targets,
+)
 from teacher.transfer import moved
 
 AnyTargets = TypeVar("AnyTargets", TopK, AtIds, Hidden, Sampled)
@@ -136,13 +146,30 @@ class Scorer:
             for rollout, said in zip(rollouts, self._packed(rollouts, rows, length, pad_id, draw), strict=True)
         ]
 
+    def rollout_logprobs(self, rollouts: list[Rollout], *, rows: int, length: int, pad_id: int) -> list[np.ndarray]:
+        """The log-probability of each token of the rollouts, at the position before it [T], on the host; 0 at the last.
+
+        Rows, length and errors as in `score_rollouts`.
+        """
+
+        def say(placed: tuple[Array, ...], first_row: int) -> AtIds:
+            del first_row
+            return _following(self._model, *placed, self._mesh)
+
+        found = []
+        for rollout, said in zip(rollouts, self._packed(rollouts, rows, length, pad_id, say), strict=True):
+            logprobs = np.array(said.logprobs[:, 0], np.float32)
+            logprobs[len(rollout.tokens) - 1] = 0
+            found.append(logprobs)
+        return found
+
     def _packed(
         self,
         rollouts: list[Rollout],
         rows: int,
         length: int,
         pad_id: int,
-        score: Callable[[tuple[Array, ...], int], TopK | Sampled],
+        score: Callable[[tuple[Array, ...], int], TopK | Sampled | AtIds],
     ) -> list[Any]:
         """What `score(tokens, positions and segments, first row)` says about each rollout, on the host."""
         lengths = [len(rollout.tokens) for rollout in rollouts]
@@ -214,6 +241,11 @@ def sampled_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, sampled
     )
 
 
+def following_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int) -> ScoringProgram:
+    """What `Scorer.rollout_logprobs` runs on rows of a `packed_shape`."""
+    return ScoringProgram(_following, (model, *_row_shapes(mesh, rows, length), mesh))
+
+
 def _row_shapes(mesh: Mesh, rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Of tokens, positions and segments."""
     return row_shapes((jax.ShapeDtypeStruct((rows, length), np.int32),) * 3, mesh, TOKENS)
@@ -244,6 +276,13 @@ def _top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k:
 
 @functools.partial(jax.jit, static_argnums=5)
 def _at_ids(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, ids: Array, mesh: Mesh) -> AtIds:
+    hidden, ids = to_pieces((model.hidden(tokens, positions, segment_ids, mesh), ids), mesh)
+    return to_rows(at_ids_targets(hidden, _head(model, mesh), ids, block_tokens=_block_tokens(mesh)), mesh)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _following(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, mesh: Mesh) -> AtIds:
+    ids = following_tokens(tokens)[..., None]
     hidden, ids = to_pieces((model.hidden(tokens, positions, segment_ids, mesh), ids), mesh)
     return to_rows(at_ids_targets(hidden, _head(model, mesh), ids, block_tokens=_block_tokens(mesh)), mesh)
 

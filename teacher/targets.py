@@ -68,12 +68,17 @@ BLOCK_TOKENS = 128
 """Tokens whose logits [tokens, V] are held at a time while targets are made; on a mesh, of every share of them."""
 
 
+def following_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """At each position the token that follows; -1 at the last one, which nothing follows."""
+    return jnp.concatenate([tokens[:, 1:], jnp.full_like(tokens[:, :1], -1)], axis=1).astype(jnp.int32)
+
+
 def one_hot(tokens: Int[Array, "B T"]) -> AtIds:
     """The data itself as a teacher, certain of the token that follows; the forward KL to it is the cross-entropy.
 
     The last position, which nothing follows, has no entry and all its mass in the tail: mask it.
     """
-    following = jnp.concatenate([tokens[:, 1:], jnp.full_like(tokens[:, :1], -1)], axis=1).astype(jnp.int32)
+    following = following_tokens(tokens)
     known = following >= 0
     return AtIds(
         ids=following[..., None],

@@ -2,21 +2,19 @@
 
 import dataclasses
 import functools
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from distill.training.head_rows import VOCAB_AXIS, whole_rows, with_whole_rows
 from kernels_pallas.linear_kl import Divergence, DivergenceName, Implementation, linear_kl_at_ids, linear_kl_full
 from qwen3.errors import UserError
 from qwen3.field_types import check_fields
-from qwen3.sharding import BATCH, RULES, partition_spec
+from qwen3.sharding import BATCH, partition_spec
 from teacher.targets import AtIds, Hidden, Sampled, Targets, TopK
-
-(_VOCAB_AXIS,) = RULES["vocab"]
 
 
 class Options(TypedDict):
@@ -95,7 +93,7 @@ def distillation_loss(
     options: Options = {
         "block_tokens": block_tokens,
         "block_vocab": block_vocab,
-        "vocab_axis": None if mesh is None else _VOCAB_AXIS,
+        "vocab_axis": None if mesh is None else VOCAB_AXIS,
         "implementation": implementation,
     }
     run = functools.partial(_loss, loss=loss, options=options)
@@ -110,9 +108,9 @@ def distillation_loss(
     def on_share(
         hidden: Array, head: Array, targets: Targets, weights: Array, teacher_head: Array | None
     ) -> tuple[Array, dict[str, Array]]:
-        hidden, head = _with_whole_rows(hidden, head, head.dtype)
+        hidden, head = with_whole_rows(hidden, head, head.dtype)
         if teacher_head is not None and isinstance(targets, Hidden):
-            teacher_head = _whole_rows(teacher_head, targets.hidden.dtype)
+            teacher_head = whole_rows(teacher_head, targets.hidden.dtype)
         total, stats = run(hidden, head, targets, weights, teacher_head)
         return jax.lax.psum(total, BATCH[0]), stats
 
@@ -127,33 +125,6 @@ def distillation_loss(
         out_specs=(PartitionSpec(), BATCH),
         check_vma=False,
     )(hidden, head, targets, weights, teacher_head)
-
-
-def _whole_rows(head: Float[Array, "V part"], dtype: DTypeLike) -> Float[Array, "V D"]:
-    """A device's tokens of a head, gathered in `dtype` from the devices that have parts of each."""
-    return jax.lax.all_gather(head.astype(dtype), RULES["embed"], axis=1, tiled=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _with_whole_rows(hidden: Array, head: Array, own: Any) -> tuple[Array, Array]:
-    """The hidden states, and `_whole_rows` of a head of dtype `own`, in which its derivatives are added up."""
-    del own
-    return hidden, _whole_rows(head, hidden.dtype)
-
-
-def _with_whole_rows_forward(hidden: Array, head: Array, own: Any) -> tuple[tuple[Array, Array], None]:
-    return _with_whole_rows(hidden, head, own), None
-
-
-def _with_whole_rows_backward(own: Any, residual: None, cotangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    del residual
-    by_hidden, by_rows = cotangents
-    by_head = jax.lax.psum_scatter(by_rows.astype(own), RULES["embed"], scatter_dimension=1, tiled=True)
-    # Before the layers' backward pass, through which XLA would else keep the derivatives by whole rows.
-    return jax.lax.optimization_barrier((by_hidden, by_head))
-
-
-_with_whole_rows.defvjp(_with_whole_rows_forward, _with_whole_rows_backward)
 
 
 def _loss(

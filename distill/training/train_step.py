@@ -21,12 +21,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from distill.training.host_memory import Growth
 from distill.training.losses import Loss, distillation_loss
+from distill.training.policy import Policy, PolicyData, policy_loss, token_logprobs
 from distill.training.train_state import TrainState
+from kernels_pallas.linear_kl import LogprobsImplementation
 from qwen3.decoder.adapter import joined
 from qwen3.decoder.model import Qwen3
 from qwen3.decoder.moe import RouterStats, balances_load, load_balancing_loss
 from qwen3.rollout import NON_THINKING, THINKING
 from qwen3.sharding import TOKENS, batch_sharding, place, placed_shapes, row_shapes, shardings, to_pieces
+from teacher.targets import following_tokens
 
 MODE_CODES = {THINKING: 1, NON_THINKING: 0}
 
@@ -42,12 +45,15 @@ class Batch:
     loss_mask: Bool[Array, "B T"]
     mode: UInt8[Array, "B T"]
     targets: Any
+    """None where only rewards are learned from."""
+    policy: PolicyData | None = None
+    """What the rewards say; None where none are learned from."""
 
     @classmethod
-    def of(cls, arrays: Mapping[str, Any], targets: Any) -> "Batch":
+    def of(cls, arrays: Mapping[str, Any], targets: Any, policy: PolicyData | None = None) -> "Batch":
         """From the arrays that packing makes; other entries are left where they are."""
         names = ("tokens", "positions", "segment_ids", "loss_mask", "mode")
-        return cls(**{name: arrays[name] for name in names}, targets=targets)
+        return cls(**{name: arrays[name] for name in names}, targets=targets, policy=policy)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,11 +88,13 @@ class TrainStep:
         mesh: Mesh,
         rematerialise: bool = False,
         teacher_head: Float[Array, "V D"] | None = None,
+        policy: Policy | None = None,
     ):
-        """`teacher_head` is needed where targets are the teacher's hidden states."""
+        """`teacher_head` is needed where targets are the teacher's hidden states. With a `policy` rewards are learned
+        from, and `loss` weighs what that says; without, `loss` is all there is."""
         self._mesh = mesh
         self._teacher_head = teacher_head
-        self._accumulate = _gradient_program(loss, mesh, rematerialise)
+        self._accumulate = _gradient_program(loss, mesh, rematerialise, policy)
         self._add_load = _load_program(mesh)
         self._growth = Growth()
 
@@ -167,8 +175,31 @@ class TrainPrograms(NamedTuple):
 
 
 @functools.cache
-def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool) -> Callable[..., _Sums]:
+def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool, policy: Policy | None) -> Callable[..., _Sums]:
     """Adds one microbatch's gradients and metrics to the sums; shared by all stages with this loss."""
+    # A divergence of weight 1 is not multiplied, so that it is the same program with rewards as without.
+    divergence_weight = 1.0 if policy is None else policy.teacher_kl
+
+    def divergence(model: Qwen3, hidden: Array, batch: Batch, denominator: Array, head: Array | None) -> Any:
+        weights = batch.loss_mask.astype(jnp.float32) / denominator
+        return distillation_loss(
+            hidden, model.head, batch.targets, weights, loss, teacher_head=head, implementation=model.kernels.linear_kl,
+            mesh=mesh,
+        )  # fmt: skip
+
+    def gradient_of_rewards(model: Qwen3, hidden: Array, batch: Batch, numbers: tuple[Array, Array]) -> Any:
+        assert policy is not None
+        assert batch.policy is not None
+        following, sequences = numbers
+        ids = jnp.where(batch.loss_mask, following, -1)
+        slow: LogprobsImplementation | None = "reference" if model.kernels.linear_kl == "reference" else None
+        logprobs, entropy = token_logprobs(hidden, model.head, ids, implementation=slow, mesh=mesh)
+        rows, length = batch.tokens.shape
+        total, stats = policy_loss(
+            logprobs, entropy, batch.policy, batch.loss_mask, sequences, policy.loss,
+            most_sequences=rows * (length + 1),
+        )  # fmt: skip
+        return total, {**stats, "student_entropy": jax.lax.stop_gradient(entropy)}
 
     def objective(
         trained: Qwen3,
@@ -180,13 +211,17 @@ def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool) -> Callable[.
     ) -> tuple[Array, dict[str, Array]]:
         model = joined(trained, frozen)
         out = model(*_rows(batch), rematerialise=rematerialise, mesh=mesh)
-        hidden, batch = to_pieces((out.hidden, batch), mesh)
-        weights = batch.loss_mask.astype(jnp.float32) / denominator
-        total, stats = distillation_loss(
-            hidden, model.head, batch.targets, weights, loss, teacher_head=head, implementation=model.kernels.linear_kl,
-            mesh=mesh,
-        )  # fmt: skip
-        metrics = _by_mode(stats, batch) | {"loss": total}
+        numbers = None if policy is None else (following_tokens(batch.tokens), _sequences(batch))
+        hidden, batch, numbers = to_pieces((out.hidden, batch, numbers), mesh)
+        total, stats, parts = jnp.zeros(()), {}, {}
+        if divergence_weight:
+            total, stats = divergence(model, hidden, batch, denominator, head)
+            if divergence_weight != 1:
+                total = divergence_weight * total
+        if numbers is not None:
+            rewarded, found = gradient_of_rewards(model, hidden, batch, numbers)
+            total, stats, parts = total + rewarded, {**found, **stats}, {"policy_loss": rewarded}
+        metrics = _by_mode(stats, batch) | parts | {"loss": total}
         if out.router is not None and balances_load(model.config):
             balance = load_balancing_loss(out.router, out.router if load is None else load)
             metrics["load_balance"] = balance
@@ -229,6 +264,12 @@ def _load_program(mesh: Mesh) -> Callable[..., RouterStats]:
 def _rows(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]]:
     """What the model takes of a batch."""
     return batch.tokens, batch.positions, batch.segment_ids
+
+
+def _sequences(batch: Batch) -> Int[Array, "B T"]:
+    """A number for each document of a batch, below B·(T + 1)."""
+    rows, length = batch.tokens.shape
+    return jnp.arange(rows)[:, None] * (length + 1) + batch.segment_ids
 
 
 def _by_mode(stats: Mapping[str, Float[Array, "B T"]], batch: Batch) -> dict[str, Array]:

@@ -43,7 +43,8 @@ class Kernels:
     grouped_matmul: GroupedMatmul | None = None
     """The products of a mixture's experts."""
     linear_kl: LinearKl | None = None
-    """The student's head and the loss over it, of the teacher's head too where targets are hidden states."""
+    """The student's head and the loss over it, of the teacher's head too where targets are hidden states. What rewards
+    need of the head is XLA's, or the reference's."""
     exchange: Exchange = "all_gather"
     """How tokens reach experts on other devices. all_gather: every token goes to every device of mesh.expert, on all
     platforms. ragged: to those of its experts alone, not on CPU and on at most 16 chips of TPU v5e."""
