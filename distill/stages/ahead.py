@@ -8,6 +8,7 @@ How far the writer lags is a fixed function of the step, never what happens to b
 rollouts, and so does a run that was killed, because a checkpoint keeps what the weights of that time have generated.
 """
 
+import base64
 import concurrent.futures
 import dataclasses
 from collections import deque
@@ -16,7 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from distill.monitor.metrics import RolloutSample
 from distill.training.train_step import Batch
 from qwen3.decoder.adapter import joined, trained_and_frozen
 from qwen3.decoder.model import Qwen3
@@ -25,15 +28,65 @@ from qwen3.rollout import Rollout, rollouts_from_json, rollouts_to_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written:
-    """The rollouts of one step and the seconds that writing them took."""
+    """The rollouts of one step, the seconds that writing them took, and what could not be found out later."""
 
     rollouts: Sequence[Rollout]
     seconds: float
+    rewards: Sequence[float] = ()
+    """Of each rollout; none where nobody rewards."""
+    old_logprobs: Sequence[np.ndarray] = ()
+    """Of each rollout's tokens [T] under the weights that generated them, as a trainer computes them; else none."""
+    reference_logprobs: Sequence[np.ndarray] = ()
+    """The same under the student at the stage's start."""
+    replaced_lengths: Sequence[int] = ()
+    """Tokens, prompts included, of rollouts that were generated for the step and are not among `rollouts`."""
+    replaced_tokens: int = 0
+    """Tokens of their responses."""
+    samples: Sequence[RolloutSample] = ()
+    """The rollouts as people read them, where they have been judged already. Not kept."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of all responses."""
-        return sum(len(rollout.response) for rollout in self.rollouts)
+        """Tokens of all responses that were generated."""
+        return sum(len(rollout.response) for rollout in self.rollouts) + self.replaced_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON data from which `from_json` makes the same, bit for bit."""
+        kept = rollouts_to_json(self.rollouts) | {"seconds": self.seconds}
+        if self.rewards:
+            kept |= {"rewards": list(self.rewards)}
+        for name in _LOGPROBS:
+            if arrays := getattr(self, name):
+                joined_up = np.concatenate(arrays).astype(np.float32).tobytes()
+                kept |= {name: base64.b64encode(joined_up).decode()}
+        if self.replaced_lengths:
+            kept |= {"replaced_lengths": list(self.replaced_lengths), "replaced_tokens": self.replaced_tokens}
+        return kept
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> "Written":
+        rollouts = rollouts_from_json(kept)
+        ends = np.cumsum([len(rollout.tokens) for rollout in rollouts])[:-1]
+
+        def logprobs(name: str) -> Sequence[np.ndarray]:
+            return np.split(np.frombuffer(base64.b64decode(kept[name]), np.float32), ends) if name in kept else ()
+
+        return cls(
+            rollouts=rollouts,
+            seconds=kept["seconds"],
+            rewards=kept.get("rewards", ()),
+            replaced_lengths=kept.get("replaced_lengths", ()),
+            replaced_tokens=kept.get("replaced_tokens", 0),
+            old_logprobs=logprobs("old_logprobs"),
+            reference_logprobs=logprobs("reference_logprobs"),
+        )
+
+
+_LOGPROBS = ("old_logprobs", "reference_logprobs")
+
+
+Scored = Sequence[Sequence[Batch]]
+"""Packed rows in microbatches, by the update that learns from them."""
 
 
 class Closed(Exception):
@@ -45,7 +98,7 @@ class _Step:
     """What is, or will be, there for one step."""
 
     written: concurrent.futures.Future[Written]
-    scored: concurrent.futures.Future[list[Batch]]
+    scored: concurrent.futures.Future[Scored]
 
 
 class _AtOnce(concurrent.futures.Executor):
@@ -69,7 +122,7 @@ class WrittenAhead:
         staleness: int,
         steps: int,
         write: Callable[[int, int, Qwen3], Written],
-        score: Callable[[Written], list[Batch]],
+        score: Callable[[Written], Scored],
         *,
         threads: bool,
     ):
@@ -105,21 +158,20 @@ class WrittenAhead:
                 self._submit(self._writer.submit(self._write, later, step, writer))
         return written
 
-    def batches(self) -> list[Batch]:
+    def batches(self) -> Scored:
         """The packed rows of the rollouts that were asked for last, once they are scored."""
         assert self._taken is not None
         return self._taken.scored.result()
 
     def state(self) -> Mapping[str, Any]:
         """JSON data of the rollouts of coming steps; waits until all of them are written."""
-        kept = [step.written.result() for step in self._queue]
-        return {"ahead": [rollouts_to_json(one.rollouts) | {"seconds": one.seconds} for one in kept]}
+        return {"ahead": [step.written.result().to_json() for step in self._queue]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on with the rollouts of `state`, which are scored again."""
         for kept in state["ahead"]:
             written: concurrent.futures.Future[Written] = concurrent.futures.Future()
-            written.set_result(Written(rollouts=rollouts_from_json(kept), seconds=kept["seconds"]))
+            written.set_result(Written.from_json(kept))
             self._submit(written)
 
     def require_open(self, *progress: int) -> None:

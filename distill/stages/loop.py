@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -18,6 +18,7 @@ from distill.stages.stopping import Interrupted
 from distill.training.checkpoint import Checkpointer
 from distill.training.losses import Loss
 from distill.training.optimizer import Optimizer
+from distill.training.policy import Policy
 from distill.training.train_state import TrainState, abstract_state
 from distill.training.train_step import Batch, TrainStep
 from qwen3.decoder.model import Qwen3
@@ -87,6 +88,8 @@ class StepData:
     batches: Sequence[Batch]
     train_flops: float
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    learned: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
+    """Told what the update measured; what it says is recorded as well."""
 
 
 class DataSource(Protocol):
@@ -112,11 +115,13 @@ def train(
     steps: int,
     before: Spent | None = None,
     teacher_head: Float[Array, "V D"] | None = None,
+    policy: Policy | None = None,
 ) -> tuple[Qwen3, Spent]:
     """Train `model` for `steps` steps, or what is left of them, and return it with what the stage has spent.
 
-    `before` is what the stage had spent when training began (writing targets). Raises Interrupted after saving where
-    the run was asked to stop, UserError where loss or gradient are no longer finite.
+    `loss`, `teacher_head` and `policy` as in `TrainStep`. `before` is what the stage had spent when training began
+    (writing targets). Raises Interrupted after saving where the run was asked to stop, UserError where loss or gradient
+    are no longer finite.
     """
     transformation = training.optimizer.transformation(steps)
     learning_rates = training.optimizer.learning_rates(steps)
@@ -136,6 +141,7 @@ def train(
             mesh=context.mesh,
             rematerialise=training.rematerialise,
             teacher_head=teacher_head,
+            policy=policy,
         )
         if done == steps:
             return state.model, spent
@@ -153,10 +159,12 @@ def train(
                 spent.student_train_seconds += seconds
                 spent.student_train_flops += produced.train_flops
                 spent.tokens_trained += result.trained_positions
+                learned = produced.learned(result.metrics) if produced.learned else {}
                 context.metrics.scalars(
                     step + 1,
                     dict(produced.metrics)
                     | dict(result.metrics)
+                    | dict(learned)
                     | {
                         "learning_rate": float(learning_rates(step)),
                         "padding_fraction": result.padding_fraction,

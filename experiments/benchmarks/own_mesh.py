@@ -14,7 +14,7 @@ the train step."""
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -143,12 +143,12 @@ class Steps:
 
     def ahead(self, steps: int) -> Callable[[], None]:
         """Each of so many steps trains on what older weights generated, as the on-policy stage does with a lag of 1."""
-        written = WrittenAhead(1, steps, lambda *_: self._write(), lambda _: self._score(self._own), threads=False)
+        written = WrittenAhead(1, steps, lambda *_: self._write(), lambda _: [self._score(self._own)], threads=False)
         numbers = iter(range(steps))
 
         def step() -> None:
             written.rollouts(next(numbers), self._state.model)
-            self._train(written.batches())
+            self._train(written.batches()[0])
 
         return step
 
@@ -184,7 +184,7 @@ class Steps:
     def _wait_for(self, batches: list[Batch]) -> None:
         jax.block_until_ready([batch.targets for batch in batches])
 
-    def _train(self, batches: list[Batch]) -> None:
+    def _train(self, batches: Sequence[Batch]) -> None:
         self._state, _ = self._train_step(self._state, batches)
 
 

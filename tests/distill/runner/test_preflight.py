@@ -1,6 +1,8 @@
 """What would fail hours into a run is refused before its first second of computing."""
 
+import collections
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 from distill.experiment import Experiment
 from distill.monitor.progress import Progress
 from distill.runner.preflight import preflight
-from distill.stages.on_policy import OnPolicy, _OwnRollouts
+from distill.stages.on_policy import OnPolicy
+from distill.stages.own_rollouts import OwnRollouts
 from distill.tasks import Problem, PromptFile
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix
@@ -272,7 +275,8 @@ def test_a_prompt_twice_in_one_step_is_sampled_anew(teacher: str) -> None:
     one, two = (Problem(prompt=f"What is {n}?", answer=str(n), family="f") for n in (1, 2))
     context = SimpleNamespace(tokenizer=ChatTokenizer.from_folder(teacher))
     asked = [(problem, "thinking") for problem in (one, two, one)]
-    requests = _OwnRollouts._requests(SimpleNamespace(_stage=stage, _context=context), asked)  # type: ignore[arg-type]
+    own: Any = SimpleNamespace(_stage=stage, _context=context)
+    requests = OwnRollouts._requests(own, asked, collections.defaultdict(itertools.count))
     drawn = [(request.prompt_id, request.sample_index) for request in requests]
     first, second = one.problem_id, two.problem_id
     assert drawn == [(first, 0), (first, 1), (second, 0), (second, 1), (first, 2), (first, 3)]

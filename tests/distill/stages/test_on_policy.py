@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from distill.stages.context import make_engine
-from distill.stages.on_policy import OnPolicy, _OwnRollouts
+from distill.stages.on_policy import OnPolicy
+from distill.stages.own_rollouts import OwnRollouts
 from distill.tasks import PromptFile
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix
@@ -39,7 +40,7 @@ def two_prompts(tmp_path: Path) -> TaskMixture:
     return TaskMixture({"ours": PromptFile(path=str(path), held_out_fraction=0)})
 
 
-def rollouts_of(stage: OnPolicy, teacher: str, model: Qwen3, tasks: TaskMixture) -> _OwnRollouts:
+def rollouts_of(stage: OnPolicy, teacher: str, model: Qwen3, tasks: TaskMixture) -> OwnRollouts:
     tokenizer = ChatTokenizer.from_folder(teacher)
     context = SimpleNamespace(
         stage_seed=lambda name: 3,
@@ -49,7 +50,7 @@ def rollouts_of(stage: OnPolicy, teacher: str, model: Qwen3, tasks: TaskMixture)
         engine=lambda model, sizes: make_engine(model.config, tokenizer, sizes),
         load_teacher=lambda: SimpleNamespace(model=model),
     )
-    return _OwnRollouts(stage, "ahead", model, None, context)  # type: ignore[arg-type]
+    return OwnRollouts(stage, "ahead", model, context, stage.asked(tasks, 3))  # type: ignore[arg-type]
 
 
 def test_steps_of_the_same_weights_do_not_repeat_their_rollouts(

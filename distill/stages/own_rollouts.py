@@ -1,0 +1,374 @@
+"""The student's own rollouts as a stage's data: asked, generated now or ahead, scored by a teacher, packed, resumed.
+
+Stages that train on them differ in what they take from them: what a teacher says of each token, what a reward says of
+the whole response, or both. All else is here.
+"""
+
+import collections
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distill.monitor.metrics import RolloutSample
+from distill.stages.ahead import Scored, Written, WrittenAhead
+from distill.stages.context import EngineSizes, RunContext
+from distill.stages.loop import Spent, StepData, Training
+from distill.tasks import Problem
+from distill.tasks.mixture import TaskMixture
+from distill.tasks.requests import ModeMix, prompt_ids
+from distill.tasks.samples import judge
+from distill.training.flops import forward_flops, training_flops
+from distill.training.packing import pack_rollouts, rollout_example, rows_needed
+from distill.training.policy import PolicyData
+from distill.training.train_step import Batch
+from qwen3.decoder.adapter import adapter_parameters
+from qwen3.decoder.model import Qwen3
+from qwen3.errors import UserError
+from qwen3.field_types import MOST_PROBLEMS, check_product
+from qwen3.generation.engine import Request
+from qwen3.generation.sampling import SamplingParams
+from qwen3.rollout import MODES, THINKING, Mode, Rollout
+from teacher.scoring import Scorer
+from teacher.targets import Hidden
+
+Asked = Sequence[tuple[Problem, Mode]]
+
+
+class Asking(Protocol):
+    """What a stage says of the responses that its student generates."""
+
+    @property
+    def prompts_per_step(self) -> int: ...
+    @property
+    def samples_per_prompt(self) -> int: ...
+    @property
+    def modes(self) -> ModeMix: ...
+    @property
+    def thinking(self) -> SamplingParams: ...
+    @property
+    def non_thinking(self) -> SamplingParams: ...
+    @property
+    def max_prompt_tokens(self) -> int: ...
+    @property
+    def training(self) -> Training: ...
+    @property
+    def max_staleness(self) -> int: ...
+    @property
+    def samples_every_steps(self) -> int: ...
+    @property
+    def updates_per_batch(self) -> int: ...
+    @property
+    def generation(self) -> EngineSizes: ...
+
+
+class Lesson(Protocol):
+    """What a stage takes from rollouts beside what a teacher says of them."""
+
+    learns: bool
+    """Whether it adds to the loss, and not only to the metrics."""
+
+    def complete(
+        self, written: Written, asked: Asked, model: Qwen3, batch: int, generate: Callable[[Asked], list[Rollout]]
+    ) -> Written:
+        """The rollouts of a batch, in the order of `asked`, with what is to be known of them while `model`, the weights
+        that generated them, is at hand; and others from `generate` in the place of some, maybe."""
+
+    def more_problems(self, batch: int) -> Sequence[Problem]:
+        """That `complete` may have asked beside those that it was given."""
+
+    def per_token(self, written: Written, part: slice) -> list[dict[str, np.ndarray]]:
+        """Of each rollout of a part, those of one update, arrays [T] by the names of `PolicyData`."""
+
+    def told(self, written: Written, part: slice) -> dict[str, float]:
+        """Metrics of the part."""
+
+    def before(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The microbatches of an update that is about to be made."""
+
+    def after(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """Told what the update measured; more metrics of it."""
+
+    def flops(self, written: Written) -> float:
+        """What `complete` has cost beside generating."""
+
+    def state(self) -> Mapping[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+def asked_of(stage: Asking, tasks: TaskMixture, seed: int, *, beside: int = 0) -> list[tuple[Problem, Mode]]:
+    """The prompts of all steps, one step's after the other's, each with its mode; then `beside` more for a step,
+    likewise. Raises UserError where there are none."""
+    assert stage.training.steps is not None
+    steps = stage.training.steps
+    usual = steps * stage.prompts_per_step
+    problems = tasks.problems("train", usual + steps * beside, seed, repeat=True)
+    asked = stage.modes.assign(problems[:usual], seed, prompts_per_step=stage.prompts_per_step)
+    more = problems[usual:]
+    return asked + (stage.modes.assign(more, seed + 1, prompts_per_step=beside) if more else [])
+
+
+def check_asking(stage: Asking, what: str, *, beside: int = 0) -> None:
+    """Refuses sizes of a stage, called `what`, that do not fit together. Raises UserError."""
+    if stage.training.steps is None:
+        raise UserError(f"training.steps is None; {what} needs a number of steps")
+    drawn = {"prompts_per_step": stage.prompts_per_step + beside, "training.steps": stage.training.steps}
+    check_product(drawn, "for the problems of all steps are kept in memory", MOST_PROBLEMS)
+    stage.generation.check("prompts_per_step × samples_per_prompt")
+    longest = stage.generation.longest_tokens
+    if longest > stage.training.row_length:
+        raise UserError(
+            f"prompt and response may have {longest} tokens, training.row_length is {stage.training.row_length}; "
+            "raise it, or lower max_prompt_tokens or max_new_tokens"
+        )
+
+
+def check_ahead(stage: Asking, name: str, mesh: Mesh, teacher_mesh: Mesh | None) -> None:
+    """Refuses, by the name of the stage, to generate ahead where nothing would be gained by it; `teacher_mesh` is that
+    of a teacher that scores, None without one."""
+    if not stage.max_staleness or mesh.size == 1 or teacher_mesh not in (None, mesh):
+        return
+    reason = (
+        f"but the student shares {mesh.size} devices with its teacher, which then wait for each other however old "
+        "rollouts are; set it to 0, or set teacher.placement to own_mesh"
+        if teacher_mesh is not None
+        else f"but without a teacher on devices of its own nothing runs beside the student's {mesh.size}; set it to 0"
+    )
+    raise UserError(f"stages.{name}.max_staleness is {stage.max_staleness}, {reason}")
+
+
+class OwnRollouts:
+    """Every `updates_per_batch` steps: sample from the student, as it is or was `max_staleness` batches ago; at every
+    step: score its part of them with the teacher, if there is one, and pack it."""
+
+    def __init__(
+        self,
+        stage: Asking,
+        name: str,
+        model: Qwen3,
+        context: RunContext,
+        asked: Asked,
+        *,
+        scorer: Scorer | None = None,
+        lesson: Lesson | None = None,
+    ):
+        """`asked` are the prompts of all steps, of which the model generates; what comes after those is the lesson's.
+        `lesson` may add rewards to what the `scorer` says."""
+        assert stage.training.steps is not None
+        self._stage, self._name, self._context, self._scorer, self._lesson = stage, name, context, scorer, lesson
+        self._seed = context.stage_seed(name)
+        self._asked = asked
+        self._engine = context.engine(model, stage.generation)
+        self._adapter_parameters = adapter_parameters(model)
+        self._sample_flops = forward_flops(model.config, self._adapter_parameters)
+        self._teacher_flops = None if scorer is None else forward_flops(context.load_teacher().model.config)
+        self._updates = stage.updates_per_batch
+        threads = context.mesh.size == 1
+        batches = stage.training.steps // self._updates
+        self._ahead = (
+            WrittenAhead(stage.max_staleness, batches, self._write, self._score_all, threads=threads)
+            if stage.max_staleness
+            else None
+        )
+        self._written: Written | None = None
+        self._scored: Callable[[int], Sequence[Batch]] = self._nothing_scored
+        self._next = 0
+        """The update of the present batch that comes next; 0 where the next batch does."""
+
+    def step_data(self, step: int, model: Qwen3, spent: Spent) -> StepData:
+        # Where rollouts are generated ahead, these are the seconds that training waits: all else costs it nothing.
+        started = time.monotonic()
+        batch, update = divmod(step, self._updates)
+        if update == 0:
+            self._take(batch, model)
+        written = self._written
+        assert written is not None
+        sampled = time.monotonic()
+        batches = self._scored(update)
+        scored = time.monotonic()
+
+        part = self._part(update)
+        rollouts = written.rollouts[part]
+        lengths = [len(rollout.tokens) for rollout in rollouts]
+        metrics = self._judged(step, batch, written, part)
+        if update == 0:
+            generated = [*(len(rollout.tokens) for rollout in written.rollouts), *written.replaced_lengths]
+            spent.tokens_sampled += written.tokens
+            spent.student_sample_flops += self._sample_flops.of(generated)
+            spent.student_sample_flops += self._lesson.flops(written) if self._lesson else 0.0
+            speed = written.tokens / written.seconds / self._context.mesh.size
+            metrics["tokens_per_second_per_device/generation"] = speed
+        if self._teacher_flops is not None:
+            spent.teacher_flops += self._teacher_flops.of(lengths)
+        spent.student_sample_seconds += sampled - started
+        spent.teacher_score_seconds += scored - sampled
+        if self._ahead or self._updates > 1:
+            metrics["staleness"] = step - rollouts[0].policy_step
+        if self._ahead:
+            metrics["rollout_wait_seconds"] = scored - started
+        flops = training_flops(model.config, self._adapter_parameters, microbatches=len(batches))
+        self._next = (update + 1) % self._updates
+        return StepData(
+            batches=self._lesson.before(batches) if self._lesson else batches,
+            train_flops=flops.of(lengths),
+            metrics=metrics,
+            learned=self._lesson.after if self._lesson else None,
+        )
+
+    def _take(self, batch: int, model: Qwen3) -> None:
+        """The rollouts of a batch, which begins with `model`."""
+        if self._ahead:
+            self._written = self._ahead.rollouts(batch, model)
+            ahead = self._ahead
+            self._scored = lambda update: ahead.batches()[update]
+        else:
+            self._written = self._write(batch, batch, model)
+            self._scored = functools.partial(self._score, self._written)
+
+    def _nothing_scored(self, update: int) -> Sequence[Batch]:
+        raise AssertionError(f"update {update} before any rollouts")
+
+    def _part(self, update: int) -> slice:
+        """Of a batch's rollouts, those that an update learns from."""
+        count = self._stage.prompts_per_step * self._stage.samples_per_prompt
+        return slice(update * count, (update + 1) * count)
+
+    def _asked_in(self, batch: int) -> Asked:
+        count = self._updates * self._stage.prompts_per_step
+        return self._asked[batch * count : (batch + 1) * count]
+
+    def _write(self, batch: int, policy_batch: int, model: Qwen3) -> Written:
+        """What `model`, the student after so many batches' updates, generates for a batch."""
+        # A small file may give a prompt twice in one batch, which are then further samples of it.
+        numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+
+        def generate(asked: Asked) -> list[Rollout]:
+            return self._engine.generate(
+                model,
+                self._requests(asked, numbers),
+                seed=self._seed,
+                policy_step=policy_batch * self._updates,
+                step=batch,
+                on_progress=self._ahead.require_open if self._ahead else None,
+            )
+
+        started, asked = time.monotonic(), self._asked_in(batch)
+        rollouts = generate(asked)
+        written = Written(rollouts=rollouts, seconds=time.monotonic() - started)
+        return self._lesson.complete(written, asked, model, batch, generate) if self._lesson else written
+
+    def _requests(self, asked: Asked, numbers: Mapping[str, Iterator[int]]) -> list[Request]:
+        stage = self._stage
+        return [
+            Request(
+                prompt_ids=prompt_ids(problem, mode, self._context.tokenizer, flag_fraction=stage.modes.flag_fraction),
+                prompt_id=problem.problem_id,
+                sample_index=next(numbers[problem.problem_id]),
+                mode=mode,
+                params=stage.thinking if mode == THINKING else stage.non_thinking,
+            )
+            for problem, mode in asked
+            for _ in range(stage.samples_per_prompt)
+        ]
+
+    def _score_all(self, written: Written) -> Scored:
+        return [self._score(written, update) for update in range(self._updates)]
+
+    def _score(self, written: Written, update: int) -> Sequence[Batch]:
+        """An update's packed rows, with the teacher's hidden states: computed, or where the teacher has devices of its
+        own, being computed there while the student trains on the rows before them."""
+        part = self._part(update)
+        rollouts = written.rollouts[part]
+        more = self._lesson.per_token(written, part) if self._lesson and self._lesson.learns else [{}] * len(rollouts)
+        rows, length = self._stage.training.rows, self._stage.training.row_length
+        needed = -(-rows_needed([len(rollout.tokens) for rollout in rollouts], length) // rows) * rows
+        packed = pack_rollouts(
+            [*zip(rollouts, more, strict=True)],
+            rows=needed,
+            length=length,
+            one_per_row=False,
+            to_example=lambda record: rollout_example(record[0], **record[1]),
+        )
+        batches = []
+        for first in range(0, needed, rows):
+            arrays = {name: array[first : first + rows] for name, array in packed.items()}
+            policy = _policy_data({name: arrays[name] for name in more[0]}) if more[0] else None
+            batches.append(Batch.of(arrays, self._targets(arrays), policy))
+        if self._scorer is not None and self._context.load_teacher().mesh == self._context.mesh:
+            # Without waiting, the teacher's time would be counted as the student's.
+            jax.block_until_ready([batch.targets for batch in batches])
+        return batches
+
+    def _targets(self, arrays: Mapping[str, np.ndarray]) -> Hidden | None:
+        if self._scorer is None:
+            return None
+        targets = self._scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"])
+        if not isinstance(targets, Hidden):
+            raise ValueError(
+                f"targets are {type(targets).__name__}; an on-policy divergence is computed under the current "
+                "student from Hidden targets, whoever generated the rollouts"
+            )
+        return targets
+
+    def _judged(self, step: int, batch: int, written: Written, part: slice) -> dict[str, float]:
+        """By mode: accuracy where there are answers, length and share of finished responses; and what rewards say.
+        Every now and then a rollout for people."""
+        samples = written.samples[part] or self._samples(batch, written.rollouts[part])
+        metrics: dict[str, float] = {}
+        shown = []
+        for mode in MODES:
+            of_mode = [sample for sample in samples if sample.mode == mode]
+            if of_mode:
+                graded = [sample.correct for sample in of_mode if sample.correct is not None]
+                if graded:
+                    metrics[f"accuracy/{mode}"] = _mean(graded)
+                metrics[f"response_tokens/{mode}"] = _mean(sample.response_tokens for sample in of_mode)
+                metrics[f"finished/{mode}"] = _mean(sample.finished for sample in of_mode)
+                shown.append(of_mode[0])
+        if step % self._stage.samples_every_steps == 0:
+            self._context.metrics.samples(step + 1, shown, stage=self._name)
+        return metrics | (self._lesson.told(written, part) if self._lesson else {})
+
+    def _samples(self, batch: int, rollouts: Sequence[Rollout]) -> list[RolloutSample]:
+        problems = [problem for problem, _ in self._asked_in(batch)]
+        problems += self._lesson.more_problems(batch) if self._lesson else ()
+        by_id = {problem.problem_id: problem for problem in problems}
+        context = self._context
+        return [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
+
+    def state(self) -> Mapping[str, Any]:
+        # Rollouts depend on weights, seed and step alone: only those of weights that are gone must be kept.
+        state: dict[str, Any] = dict(self._ahead.state()) if self._ahead else {}
+        if self._next:
+            assert self._written is not None
+            state["batch"] = self._written.to_json()
+        if self._lesson and (own := self._lesson.state()):
+            state["lesson"] = dict(own)
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if self._ahead:
+            self._ahead.restore(state)
+        if "batch" in state:
+            self._written = Written.from_json(state["batch"])
+            self._scored = functools.partial(self._score, self._written)
+        if self._lesson and "lesson" in state:
+            self._lesson.restore(state["lesson"])
+
+    def close(self) -> None:
+        if self._ahead:
+            self._ahead.close()
+
+
+def _policy_data(arrays: Mapping[str, Any]) -> PolicyData:
+    return PolicyData(**arrays)
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(list(values)))
