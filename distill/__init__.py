@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from distill.evaluation.evaluate import Evaluation as Evaluation
     from distill.experiment import Experiment as Experiment
     from distill.experiment import Teacher as Teacher
+    from distill.rewards.reward import Reward as Reward
+    from distill.stages import Grpo as Grpo
     from distill.stages import OffPolicy as OffPolicy
     from distill.stages import OnPolicy as OnPolicy
     from distill.stages import Sft as Sft
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from distill.tasks.requests import ModeMix as ModeMix
     from distill.training.losses import Loss as Loss
     from distill.training.optimizer import Optimizer as Optimizer
+    from distill.training.policy import PolicyLoss as PolicyLoss
     from qwen3.checkpoint.quantisation import Quantisation as Quantisation
     from qwen3.decoder.kernels import Kernels as Kernels
     from qwen3.generation.sampling import SamplingParams as SamplingParams
@@ -40,6 +43,7 @@ _HOMES = {
     "Experiment": "distill.experiment",
     "FromCheckpoint": "student.init",
     "FromScratch": "student.init",
+    "Grpo": "distill.stages",
     "GymFamily": "distill.tasks",
     "Kernels": "qwen3.decoder.kernels",
     "Lora": "student.lora",
@@ -49,10 +53,12 @@ _HOMES = {
     "OffPolicy": "distill.stages",
     "OnPolicy": "distill.stages",
     "Optimizer": "distill.training.optimizer",
+    "PolicyLoss": "distill.training.policy",
     "Products": "distill.tasks",
     "PromptFile": "distill.tasks",
     "Quantisation": "qwen3.checkpoint.quantisation",
     "ReasoningGym": "distill.tasks",
+    "Reward": "distill.rewards.reward",
     "SamplingParams": "qwen3.generation.sampling",
     "Sft": "distill.stages",
     "Teacher": "distill.experiment",

@@ -12,7 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from distill.evaluation.evaluate import Evaluation
-from distill.stages import OffPolicy, OnPolicy, Stage
+from distill.rewards.reward import Reward, reward_name, reward_source
+from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.tasks import Arithmetic, PromptFile, ReasoningGym
 from qwen3.checkpoint.quantisation import Quantisation
 from qwen3.decoder.kernels import Kernels
@@ -108,7 +109,9 @@ class Experiment:
             if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in _RESERVED:
                 yield f"stages has {name!r}; use letters, digits and '_', and none of {', '.join(_RESERVED)}"
             yield from self._wrong_references(name, stage, names[:index])
-            if self.teacher is None and stage.kind != "Sft":
+            if self.teacher is None and isinstance(stage, Grpo) and stage.teacher_kl:
+                yield f"stages.{name}.teacher_kl is {stage.teacher_kl:g} and needs a teacher; give the experiment one"
+            elif self.teacher is None and not isinstance(stage, Sft | Grpo):
                 yield f"stages.{name} needs a teacher; give the experiment one"
         if self.export_adapter and self.adapted_base is None:
             yield "export_adapter is True, but the student has no adapters; give student.lora, or leave it"
@@ -174,12 +177,12 @@ class Experiment:
         for name, stage in self.stages.items():
             if isinstance(stage, OffPolicy) and stage.targets_of is None:
                 check_rows(f"stages.{name}.batch_size", stage.batch_size, teacher_mesh)
-            if isinstance(stage, OnPolicy):
-                asked = stage.prompts_per_step * stage.samples_per_prompt
+            if isinstance(stage, OnPolicy | Grpo):
+                asked = stage.generation.batch_size
                 check_rows(f"stages.{name}.prompts_per_step × samples_per_prompt", asked, mesh)
                 stage.check_meshes(name, mesh, teacher_mesh)
             # On-policy, the teacher scores the very rows that the student trains on.
-            for its_mesh in (mesh, teacher_mesh) if isinstance(stage, OnPolicy) else (mesh,):
+            for its_mesh in (mesh, teacher_mesh) if asks_teacher(stage) else (mesh,):
                 check_batch(f"stages.{name}.training", stage.training.rows, stage.training.row_length, its_mesh)
 
     def start_of(self, name: str) -> str | None:
@@ -204,6 +207,11 @@ class Experiment:
         return raw
 
 
+def asks_teacher(stage: Stage) -> bool:
+    """Whether a teacher scores the student's own rollouts."""
+    return isinstance(stage, OnPolicy) or (isinstance(stage, Grpo) and stage.teacher_kl > 0)
+
+
 def differing_fields(before: Any, after: Any, path: str = "") -> list[str]:
     """Dotted paths of the values in which two JSON documents differ, each with both values."""
     if isinstance(before, dict) and isinstance(after, dict):
@@ -223,6 +231,8 @@ def _unknown_stage(field: str, name: str, earlier: list[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if callable(value) and not isinstance(value, type):
+        return _plain_reward(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
         return fields if isinstance(value, Experiment) else {"kind": type(value).__name__} | fields
@@ -236,3 +246,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if isinstance(value, numbers.Real) else value
+
+
+def _plain_reward(reward: Reward) -> dict[str, Any]:
+    """By what a reward is known: its name and its source, and the values of its fields if it has some."""
+    known = {"kind": reward_name(reward), "source": reward_source(reward)}
+    fields: Any = reward
+    if dataclasses.is_dataclass(fields):
+        known |= {field.name: _plain(getattr(reward, field.name)) for field in dataclasses.fields(fields) if field.init}
+    return known

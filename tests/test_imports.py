@@ -30,6 +30,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"experiment"},
         {"evaluation"},
         {"stages"},
+        {"rewards"},
         {"tasks", "report"},
         {"training", "monitor", "hosts"},
     ),

@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from distill.evaluation.comparison import SumsProgram, scoring_shape, sums_program
-from distill.experiment import Experiment
+from distill.experiment import Experiment, asks_teacher
 from distill.planner.program import EVALUATION, Program, Purpose, Role
-from distill.stages import OffPolicy, OnPolicy, Sft, Stage
+from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.context import EngineSizes, make_engine
 from distill.stages.loop import Training
 from distill.training.losses import Loss
+from distill.training.policy import PolicyData
 from distill.training.train_state import TrainState
 from distill.training.train_step import Batch, TrainStep
 from qwen3.checkpoint.quantisation import Quantisation, quantised
@@ -31,6 +32,7 @@ from qwen3.sharding import placed_shapes
 from student.init import FromCheckpoint
 from teacher.scoring import (
     ScoringProgram,
+    following_program,
     head_sharding,
     hidden_program,
     packed_shape,
@@ -76,7 +78,7 @@ def _fresh(config: ModelConfig, quantisation: Quantisation | None = None, **dtyp
     return jax.eval_shape(make)
 
 
-def _batch_shapes(rows: int, length: int, targets: Targets) -> Batch:
+def _batch_shapes(rows: int, length: int, targets: Targets | None) -> Batch:
     def array(dtype: DTypeLike) -> Any:
         return jax.ShapeDtypeStruct((rows, length), dtype)
 
@@ -145,9 +147,12 @@ class _Planned:
 
     def programs(self) -> Iterator[Program]:
         for name, stage in self._experiment.stages.items():
-            if isinstance(stage, OnPolicy):
+            if isinstance(stage, OnPolicy | Grpo):
                 yield from self._generates(name, "student", stage.generation)
-                yield self._scores(name, stage)
+                if asks_teacher(stage):
+                    yield self._scores(name, stage)
+                if isinstance(stage, Grpo) and stage.scoring_passes:
+                    yield self._scores_itself(name, stage)
             elif isinstance(stage, OffPolicy) and stage.targets_of is None:
                 yield from self._generates(name, "teacher", stage.generation)
                 yield self._scores(name, stage)
@@ -193,9 +198,25 @@ class _Planned:
             length=sizes.longest_tokens,
         )
 
-    def _scores(self, name: str, stage: OffPolicy | OnPolicy) -> Program:
+    def _scores_itself(self, name: str, stage: Grpo) -> Program:
+        """What the student says of its own tokens where older weights generated them, and what it said at the start."""
+        rows, length = packed_shape(self._mesh, stage.training.rows, stage.training.row_length)
+        program = following_program(self._student, self._mesh, rows=rows, length=length)
+        return Program(
+            stage=name,
+            purpose="student_scores",
+            model=self._student.config,
+            function=program.function,
+            arguments=program.arguments,
+            mesh=self._mesh,
+            rows=rows,
+            length=length,
+            beside=self._beside(name, "student_scores"),
+        )
+
+    def _scores(self, name: str, stage: OffPolicy | OnPolicy | Grpo) -> Program:
         model, mesh = self._model("teacher")
-        if isinstance(stage, OnPolicy):
+        if isinstance(stage, OnPolicy | Grpo):
             rows, length = stage.training.rows, stage.training.row_length
             program = hidden_program(model, mesh, rows=rows, length=length)
         else:
@@ -257,7 +278,7 @@ class _Planned:
         training, loss = stage.training, Loss(name="forward_kl") if isinstance(stage, Sft) else stage.loss
         state = self._state(training)
         head: Any = None
-        if isinstance(stage, OnPolicy):
+        if asks_teacher(stage):
             head = self._teacher_head()
         step = TrainStep(
             transformation=training.optimizer.transformation(training.steps or 1),
@@ -265,9 +286,10 @@ class _Planned:
             mesh=self._mesh,
             rematerialise=training.rematerialise,
             teacher_head=head,
+            policy=stage.objective if isinstance(stage, Grpo) else None,
         )
         made = step.programs(state, self._batch(stage))
-        several = isinstance(stage, OnPolicy) or stage.microbatches_per_step > 1
+        several = isinstance(stage, OnPolicy | Grpo) or stage.microbatches_per_step > 1
         purposes: dict[Purpose, tuple[Any, tuple[Any, ...]]] = {}
         if several and made.add_load is not None:
             purposes["student_routes"] = made.add_load
@@ -293,7 +315,13 @@ class _Planned:
             return jax.ShapeDtypeStruct((stage.training.rows, stage.training.row_length, *last), dtype)
 
         targets: Any
-        if isinstance(stage, OnPolicy):
+        policy: Any = None
+        if isinstance(stage, Grpo):
+            arrays: dict[str, Any] = {name: rows(np.float32) for name in stage.policy_arrays}
+            policy = PolicyData(**arrays) if arrays else None
+        if isinstance(stage, Grpo) and not asks_teacher(stage):
+            targets = None
+        elif isinstance(stage, OnPolicy | Grpo):
             targets = self._hidden_targets(stage.training.rows, stage.training.row_length)
         elif isinstance(stage, Sft):
             targets = jax.eval_shape(one_hot, rows(np.int32))
@@ -308,7 +336,8 @@ class _Planned:
                 targets = TopK(ids=several[0], logprobs=several[1], log_tail=rows(np.float32))
             else:
                 targets = Sampled(ids=several[0], log_shares=several[1], entropy=rows(np.float32))
-        return _batch_shapes(stage.training.rows, stage.training.row_length, targets)
+        batch = _batch_shapes(stage.training.rows, stage.training.row_length, targets)
+        return dataclasses.replace(batch, policy=policy)
 
     def _state(self, training: Training) -> TrainState:
         # The schedule is no part of the state, and any number of steps gives the same program.

@@ -12,10 +12,10 @@ import math
 
 import jax
 
-from distill.experiment import Experiment
+from distill.experiment import Experiment, asks_teacher
 from distill.planner.collectives import Traffic
 from distill.planner.program import EVALUATION, Program
-from distill.stages import OnPolicy
+from distill.stages import Grpo
 from distill.training.flops import executed_training_flops, forward_flops
 from kernels_pallas.attention import attended_pairs, backward_products
 from kernels_pallas.chips import Chip
@@ -73,7 +73,8 @@ def roof(work: Work, devices: int, chip: Chip, sent: Traffic | None) -> Roof:
 def work_of(program: Program, experiment: Experiment) -> Work:
     """What one call does, from shapes alone."""
     config, rows, length = program.model, program.rows, program.length
-    on_policy = isinstance(experiment.stages.get(program.stage), OnPolicy)
+    stage = experiment.stages.get(program.stage)
+    on_policy = stage is not None and asks_teacher(stage)
     # Whoever compares with hidden states makes logits of them.
     hidden_alone = on_policy or program.stage == EVALUATION
     head = 2 * config.hidden_size * config.vocab_size
@@ -88,12 +89,17 @@ def work_of(program: Program, experiment: Experiment) -> Work:
             flops = rows * (forward.executed(length, _row_pairs(program)) - (length * head if hidden_alone else 0))
             moved = traffic.weights(1) + traffic.activations(1) + (0 if hidden_alone else traffic.logits(1))
             return Work(flops=flops, device_bytes=moved, tokens=rows * length)
+        case "student_scores" if program.stage != EVALUATION:
+            # Log-probabilities of its own tokens.
+            flops = rows * forward.executed(length, _row_pairs(program))
+            moved = traffic.weights(1) + traffic.activations(1) + traffic.logits(1)
+            return Work(flops=flops, device_bytes=moved, tokens=rows * length)
         case "student_scores":
             # The student's logits for both divergences and the cross-entropy, the teacher's for both divergences.
             teachers_head = 2 * _teacher_width(program) * config.vocab_size
-            again = rows * length * (2 * head + 2 * teachers_head)
+            compared = rows * length * (2 * head + 2 * teachers_head)
             moved = traffic.weights(1) + traffic.activations(1) + traffic.logits(5)
-            flops = rows * forward.executed(length, _row_pairs(program)) + again
+            flops = rows * forward.executed(length, _row_pairs(program)) + compared
             return Work(flops=flops, device_bytes=moved, tokens=rows * length)
         case "teacher_prefills" | "student_prefills" | "student_routes":
             flops = rows * (forward.executed(length, _row_pairs(program)) - length * head)
@@ -114,12 +120,15 @@ def work_of(program: Program, experiment: Experiment) -> Work:
                 adapter_parameters=adapters,
                 attention_backward_products=products,
             )
+            # A policy gradient multiplies the head out forward and again backward; beside a divergence, twice more for
+            # the gradients, too.
+            again = 0 if not isinstance(stage, Grpo) or stage.objective is None else (4 if on_policy else 1)
             # Forward and once for each operand's gradient; a frozen weight's is not needed.
             passes = (2 if adapters else 3) + training.rematerialise
             # Gradients are added to those of the microbatches before: read, read and written.
             moved = traffic.weights(passes) + traffic.activations(3 + training.rematerialise) + traffic.logits(2)
             return Work(
-                flops=rows * step.executed(length, _row_pairs(program)),
+                flops=rows * (step.executed(length, _row_pairs(program)) + length * again * head),
                 device_bytes=moved + 3 * 4 * (adapters or parameters(config)) / program.mesh.size,
                 tokens=rows * length,
             )

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from distill.experiment import Experiment
+from distill.experiment import Experiment, asks_teacher
 from distill.planner.program import EVALUATION, Program, Purpose
-from distill.stages import OffPolicy, OnPolicy, Sft
+from distill.stages import Grpo, OffPolicy, OnPolicy, Sft
 from distill.tasks.requests import ModeMix
 from distill.training.flops import forward_flops, training_flops
 from qwen3.generation.sampling import SamplingParams
@@ -93,7 +93,7 @@ class _Run:
             return StagePlan(
                 stage=name, calls=self._updates(name, stage.training.steps or 0, stage.microbatches_per_step)
             )
-        if isinstance(stage, OnPolicy):
+        if isinstance(stage, OnPolicy | Grpo):
             return self._on_policy(name, stage)
         calls: dict[Purpose, float] = {}
         moved = 0.0
@@ -112,22 +112,28 @@ class _Run:
             bytes_moved=moved * (_STORED_BYTES * entries + 4),
         )
 
-    def _on_policy(self, name: str, stage: OnPolicy) -> StagePlan:
+    def _on_policy(self, name: str, stage: OnPolicy | Grpo) -> StagePlan:
         assert stage.training.steps is not None
-        sequences = stage.prompts_per_step * stage.samples_per_prompt
+        steps, sequences = stage.training.steps, stage.generation.batch_size
+        batches = steps / stage.updates_per_batch
         response = self._response(stage.modes, stage.thinking, stage.non_thinking)
-        tokens = sequences * (self._assumed.prompt_share * stage.max_prompt_tokens + response)
+        length = self._assumed.prompt_share * stage.max_prompt_tokens + response
+        tokens = sequences / stage.updates_per_batch * length
         microbatches = max(1, math.ceil(tokens / self._row_tokens(name, "student_trains")))
-        steps = stage.training.steps
-        one_step = self._generation(name, "student", sequences, response, refilled=False)
+        one_batch = self._generation(name, "student", sequences, response, refilled=False)
+        calls: dict[Purpose, float] = {purpose: count * batches for purpose, count in one_batch.items()}
+        if isinstance(stage, Grpo) and stage.scoring_passes:
+            packed = math.ceil(sequences * length / self._row_tokens(name, "student_scores"))
+            calls["student_scores"] = batches * stage.scoring_passes * packed
+        calls |= self._updates(name, steps, microbatches)
+        if not asks_teacher(stage):
+            return StagePlan(stage=name, calls=calls)
         scores = self._programs[name, "teacher_scores"]
         positions = steps * microbatches * stage.training.rows * stage.training.row_length
         width = 2 if self._experiment.teacher and self._experiment.teacher.dtype == "bfloat16" else 4
         return StagePlan(
             stage=name,
-            calls={purpose: count * steps for purpose, count in one_step.items()}
-            | {"teacher_scores": float(steps * microbatches)}
-            | self._updates(name, steps, microbatches),
+            calls=calls | {"teacher_scores": float(steps * microbatches)},
             tokens_moved=steps * tokens,
             bytes_moved=float(positions * scores.model.hidden_size * width),
             pipeline=None

@@ -47,6 +47,26 @@ _TEXTS = {
         unit="probability",
         note="Of the tokens that the loss sees one by one.",
     ),
+    "reward": _Texts(title="Reward of the training rollouts", note="Before it is set against its group's."),
+    "group_outcomes": _Texts(
+        title="Outcomes of groups",
+        unit=_SHARE,
+        note="Equal rewards for all responses to a prompt teach nothing.",
+    ),
+    "kept_tokens": _Texts(
+        title="Generated tokens that are learned from", unit=_SHARE, note="The others' groups had no signal."
+    ),
+    "policy_loss": _Texts(title="Policy loss", note="Its gradient matters, not its value."),
+    "policy_ratio": _Texts(title="Probability ratio", note="Current weights to those that generated."),
+    "clipped": _Texts(title="Clipped tokens", unit=_SHARE, note="That the ratio's bounds hold back."),
+    "clipped_low": _Texts(title="Tokens clipped below, by mode", unit=_SHARE),
+    "clipped_high": _Texts(title="Tokens clipped above, by mode", unit=_SHARE),
+    "sampler_mismatch": _Texts(
+        title="Engine against trainer", unit=_NATS, note="|difference| of log-probabilities by the same weights."
+    ),
+    "corrected": _Texts(title="Corrected tokens", unit=_SHARE, note="By engine against trainer."),
+    "reference_kl": _Texts(title="KL to the stage's start", unit=_NATS),
+    "entropy_coefficient": _Texts(title="Weight of the entropy bonus"),
     "accuracy": _Texts(title="Accuracy of the training rollouts", unit=_SHARE, note="Of right answers."),
     "response_tokens": _Texts(title="Length of the training rollouts", unit=_TOKENS),
     "finished": _Texts(title="Finished training rollouts", unit=_SHARE, note="The length limit cut the others off."),
@@ -124,8 +144,10 @@ def _panel(group: str, lines: Lines, steps: Mapping[str, int]) -> charts.Chart:
 
 
 def _place(metric: str) -> tuple[str, str]:
-    """Panel and line of a metric; the two entropies belong side by side."""
+    """Panel and line of a metric; both entropies belong side by side, and both ends of a clip."""
     if metric in ("student_entropy", "teacher_entropy"):
         return "entropy", metric.removesuffix("_entropy")
+    if metric in ("clipped_low", "clipped_high"):
+        return "clipped", metric.removeprefix("clipped_")
     group, _, line = metric.partition("/")
     return group, line or _OVERALL

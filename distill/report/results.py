@@ -107,7 +107,7 @@ class StageCost:
 
     name: str
     kind: str
-    """The class of the stage: `Sft`, `OffPolicy`, `OnPolicy`."""
+    """The class of the stage: `Sft`, `OffPolicy`, `OnPolicy`, `Grpo`."""
     steps: int
     tokens_trained: int
     tokens_sampled: int

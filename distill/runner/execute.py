@@ -25,7 +25,7 @@ from distill.runner.export_folder import check_export_record, export_student
 from distill.runner.parts import parts_of
 from distill.runner.preflight import preflight
 from distill.runner.run_directory import RunDirectory
-from distill.stages import Stage
+from distill.stages import Grpo, Stage
 from distill.stages.context import RunContext, StopRequest, TeacherModel
 from distill.stages.loop import Spent, trained_model
 from distill.tasks.mixture import TaskMixture
@@ -56,7 +56,8 @@ def execute(
         finished = [name for name in experiment.stages if run.cost(name) is not None]
         preflight(experiment, mesh, teacher_mesh, tokenizer, tasks, progress, finished)
         student = _student(experiment, tokenizer, mesh)
-        agreements += selftest.check_numerics(student, tokenizer, experiment.evaluation.modes[0], mesh)
+        rewards = any(isinstance(stage, Grpo) for stage in experiment.stages.values())
+        agreements += selftest.check_numerics(student, tokenizer, experiment.evaluation.modes[0], mesh, rewards=rewards)
         for agreement in agreements:
             progress.print(f"self-test  {agreement.check}: {agreement.finding}")
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from distill.evaluation.evaluate import Evaluation
 from distill.experiment import Experiment, Teacher
-from distill.stages import OffPolicy, OnPolicy, Sft
+from distill.stages import Grpo, OffPolicy, OnPolicy, Sft
 from distill.stages.loop import Training
 from distill.tasks import PromptFile
 from distill.training.losses import Loss
 from distill.training.optimizer import Optimizer
+from distill.training.policy import PolicyLoss
 from qwen3.generation.sampling import SamplingParams
 from qwen3.sharding import MESH_AXES, MeshShape
 from student.init import FromCheckpoint, FromScratch
@@ -32,6 +33,8 @@ _FIRST: Mapping[type, tuple[str, ...]] = {
     Sft: ("problems",),
     OffPolicy: ("prompts", "top_k", "batch_size"),
     OnPolicy: ("prompts_per_step", "samples_per_prompt"),
+    Grpo: ("prompts_per_step", "samples_per_prompt", "policy_weight", "teacher_kl"),
+    PolicyLoss: ("ratio", "total"),
     SamplingParams: ("max_new_tokens",),
     Loss: ("name",),
     Training: ("steps", "rows", "row_length"),

@@ -10,11 +10,11 @@ from typing import Literal, TypeVar
 from jax.sharding import Mesh
 
 from distill.evaluation.evaluate import Evaluation
-from distill.experiment import Experiment
+from distill.experiment import Experiment, asks_teacher
 from distill.monitor.progress import Progress
 from distill.monitor.progress import Task as Bar
 from distill.runner.chat_format import check_chat_format
-from distill.stages import OffPolicy, OnPolicy, Sft, Stage
+from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.context import stage_seed
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
@@ -55,7 +55,7 @@ def preflight(
     )
     if experiment.teacher is not None:
         experiment.kernels.check(models["teacher"], experiment.teacher.dtype, teacher_mesh)
-    on_policy = any(isinstance(stage, OnPolicy) for stage in stages.values())
+    on_policy = any(asks_teacher(stage) for stage in stages.values())
     if teacher_mesh != mesh and (on_policy or experiment.compares):
         # On-policy and in evaluation, the teacher's head goes to the student's devices.
         partition_spec(("embed",), (models["teacher"].hidden_size,), mesh)
@@ -179,7 +179,7 @@ def _of_stage(field: str, stage: Stage, seed: int, tasks: TaskMixture) -> _Asked
             flag_fraction=stage.modes.flag_fraction,
             documents=stage.form,
         )
-    if isinstance(stage, OnPolicy):
+    if isinstance(stage, OnPolicy | Grpo):
         assert stage.training.steps is not None
         count = stage.prompts_per_step * stage.training.steps
         asked = _drawn(f"{field}.prompts_per_step × steps", count, lambda: stage.asked(tasks, seed))

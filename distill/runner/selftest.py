@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from distill.training.losses import Loss, distillation_loss
-from kernels_pallas.linear_kl import DivergenceName
+from distill.training.policy import token_logprobs
+from kernels_pallas.linear_kl import DivergenceName, LogprobsImplementation
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.chat.vocabulary import check_same_vocabulary, check_vocabulary
 from qwen3.checkpoint.hf_names import leaves_of
@@ -22,7 +23,7 @@ from qwen3.errors import UserError
 from qwen3.rollout import Mode
 from qwen3.sharding import fetch, row_shares
 from teacher.scoring import Scorer
-from teacher.targets import Hidden, Targets, one_hot, top_k_targets
+from teacher.targets import Hidden, Targets, following_tokens, one_hot, top_k_targets
 
 _PROBE = "What is 17 + 25?"
 
@@ -85,9 +86,11 @@ def check_scores(model: Qwen3, folder: str, tokenizer: ChatTokenizer, mode: Mode
         raise UserError(f"self-test: the teacher's log-probabilities are NaN: {what}")
 
 
-def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mesh) -> list[Agreement]:
+def check_numerics(
+    model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mesh, *, rewards: bool = False
+) -> list[Agreement]:
     """A model on its mesh against itself, by the kernels that it trains with: KL 0 over every kind of target, and
-    targets at the predicting position.
+    targets at the predicting position; where `rewards` are learned from, log-probabilities at it, too.
 
     Raises UserError where either does not hold, which would be an error of this program on this platform.
     """
@@ -96,7 +99,7 @@ def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mes
     real = jnp.asarray(probe.segment_ids) > 0
     count = int(np.sum(probe.segment_ids[0]))
 
-    def measure(model: Qwen3) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def measure(model: Qwen3) -> tuple[jax.Array, ...]:
         hidden = model.hidden(tokens, positions, real.astype(jnp.int32), mesh)
         weights = (real / jnp.sum(real)).astype(jnp.float32)
 
@@ -117,9 +120,15 @@ def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mes
         entropy = divergence(one_hot(tokens), inner, "forward_kl")
         logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-        return full, top, entropy + jnp.sum(inner[:, :-1] * chosen)
+        measured = full, top, entropy + jnp.sum(inner[:, :-1] * chosen)
+        if not rewards:
+            return measured
+        ids = jnp.where(inner > 0, following_tokens(tokens), -1)
+        slow: LogprobsImplementation | None = "reference" if model.kernels.linear_kl == "reference" else None
+        said = token_logprobs(hidden, model.head, ids, implementation=slow, mesh=mesh)[0]
+        return *measured, jnp.max(jnp.where(inner[:, :-1] > 0, jnp.abs(said[:, :-1] - chosen), 0))
 
-    full, top, shift = (float(value) for value in jax.jit(measure)(model))
+    full, top, shift, *apart = (float(value) for value in jax.jit(measure)(model))
     if math.isnan(full):
         raise UserError(f"self-test: the student's log-probabilities are NaN: its weights {_no_numbers(model)}")
     # float32 sums over a vocabulary of 151,936 leave about 1e-5 nats; bfloat16 hidden states are the same on both
@@ -129,9 +138,15 @@ def check_numerics(model: Qwen3, tokenizer: ChatTokenizer, mode: Mode, mesh: Mes
             raise UserError(f"self-test: KL of the student to itself over {what} is {value:.3g} nats, not 0")
     if not abs(shift) < 1e-2:
         raise UserError(f"self-test: targets are not at the predicting position (off by {shift:.3g} nats)")
+    if apart and not apart[0] < 1e-2:
+        raise UserError(f"self-test: a policy gradient's log-probabilities are off by up to {apart[0]:.3g} nats")
+    learned = [
+        Agreement(check="log-probabilities of rewarded tokens", finding=f"within {one:.1e} nats") for one in apart
+    ]
     return [
         Agreement(check="KL of the student to itself", finding=f"{full:.1e} nats (full), {top:.1e} (top-8 and tail)"),
         Agreement(check="target shift", finding="targets are stored at the predicting position"),
+        *learned,
     ]
 
 

@@ -13,11 +13,12 @@ import pytest
 from distill.evaluation.evaluate import Evaluation
 from distill.experiment import _plain
 from distill.runner.experiment_file import _configuration_classes
-from distill.stages import OffPolicy, OnPolicy, Sft
+from distill.stages import Grpo, OffPolicy, OnPolicy, Sft
 from distill.stages.loop import Training
 from distill.tasks import GymFamily, PromptFile, ReasoningGym
 from distill.training.losses import Loss
 from distill.training.optimizer import Optimizer
+from distill.training.policy import PolicyLoss
 from qwen3.errors import UserError
 from qwen3.field_types import misfit
 from qwen3.generation.sampling import SamplingParams
@@ -34,7 +35,7 @@ ODD: tuple[Any, ...] = (
 
 def instances() -> dict[type, Any]:
     """One of every class that an experiment may consist of."""
-    others = (Loss(), Lora(), PromptFile(path="p"), FromCheckpoint(path="p"), GymFamily())
+    others = (Loss(), Lora(), PromptFile(path="p"), FromCheckpoint(path="p"), GymFamily(), Grpo(), PolicyLoss())
     found: dict[type, Any] = {type(one): one for one in others}
     found[ReasoningGym] = ReasoningGym(families={"chain_sum": GymFamily()})
     whole = miniature.experiment("somewhere")
@@ -82,6 +83,8 @@ def test_every_field_of_every_class_takes_what_can_be_or_says_what_is_wrong() ->
         (lambda: OffPolicy(batch_size=10**6), r"batch_size 1000000 × tokens of a prompt and its response 32768 is"),
         (lambda: OnPolicy(prompts_per_step=10**5), r"prompts_per_step 100000 × training\.steps 200 is 20000000; it"),
         (lambda: OnPolicy(samples_per_prompt=2**20), r"prompts_per_step × samples_per_prompt 67108864 × tokens of"),
+        (lambda: Grpo(updates_per_batch=2**15), r"× samples_per_prompt 16777216 × tokens of a prompt and its response"),
+        (lambda: Grpo(resample_factor=64.0, prompts_per_step=10**3), r"prompts_per_step 64000 × training"),
         (lambda: Evaluation(problems=10**7), r"evaluation\.problems 10000000 × samples_per_problem 8 is 80000000; it"),
         (lambda: Evaluation(problems=10**8), r"at most 10000000, for all responses are kept in memory"),
         (lambda: Evaluation(shown=-1), r"evaluation\.shown is -1; it must be at least 0"),

@@ -21,9 +21,11 @@ from distill.planner.program import Program, device_bytes
 from distill.planner.program_memory import one_token
 from distill.planner.programs import architectures, programs
 from distill.planner.roofline import work_of
+from distill.planner.whole_run import Assumptions, stage_plans
 from distill.runner.execute import execute
-from distill.stages import context
+from distill.stages import Grpo, context
 from distill.stages.stopping import StopRequest
+from distill.training.policy import PolicyLoss
 from distill.training.train_step import TrainStep
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.kernels import Kernels
@@ -84,7 +86,18 @@ def test_a_run_calls_what_was_planned(teacher: str, tmp_path: Path, monkeypatch:
     experiment = sharded(teacher)
     # Responses that end at once still fill several microbatches.
     on_policy = dataclasses.replace(experiment.stages["on_policy"], prompts_per_step=24)
-    experiment = dataclasses.replace(experiment, stages={**experiment.stages, "on_policy": on_policy})
+    sizes = {name: getattr(on_policy, name) for name in ("thinking", "non_thinking", "max_prompt_tokens", "training")}
+    rewarded = Grpo(prompts_per_step=12, samples_per_prompt=2, **sizes)
+    rewarded = dataclasses.replace(rewarded, training=dataclasses.replace(rewarded.training, steps=2))
+    beside = dataclasses.replace(
+        rewarded,
+        teacher_kl=0.5,
+        updates_per_batch=2,
+        entropy_floor=1.0,
+        policy=PolicyLoss(correction="truncate", reference_kl=0.1),
+    )
+    stages = {**experiment.stages, "on_policy": on_policy, "rewarded": rewarded, "beside_a_teacher": beside}
+    experiment = dataclasses.replace(experiment, stages=stages)
     mesh = experiment.meshes()[0]
     called: list[list[Any]] = []
 
@@ -95,7 +108,7 @@ def test_a_run_calls_what_was_planned(teacher: str, tmp_path: Path, monkeypatch:
 
         return call
 
-    for name in ("_hidden", "_top_k"):
+    for name in ("_hidden", "_top_k", "_following"):
         monkeypatch.setattr(scoring, name, recorded(getattr(scoring, name)))
     monkeypatch.setattr(comparison, "_sums", recorded(comparison._sums))
     make_engine, make_step = Engine.__init__, TrainStep.__init__
@@ -128,6 +141,17 @@ def test_a_run_calls_what_was_planned(teacher: str, tmp_path: Path, monkeypatch:
         "on_policy: student trains",
         "on_policy: student updates",
     ]
+    purposes = {name: [p.purpose for p in planned if p.stage == name] for name in ("rewarded", "beside_a_teacher")}
+    assert not {"teacher_scores", "student_scores"} & {*purposes["rewarded"]}
+    assert {"teacher_scores", "student_scores"} < {*purposes["beside_a_teacher"]}
+    for plan in stage_plans(experiment, planned, Assumptions()):
+        assert all(count > 0 for count in plan.calls.values())
+        assert set(plan.calls) == {program.purpose for program in planned if program.stage == plan.stage}
+    # Two passes over a batch: by the weights that generated it, and by those that the stage began with.
+    (plan,) = (one for one in stage_plans(experiment, planned, Assumptions()) if one.stage == "beside_a_teacher")
+    assert plan.calls["student_scores"] % 2 == 0
+    work = {p.purpose: work_of(p, experiment) for p in planned if p.stage == "beside_a_teacher"}
+    assert 0 < work["student_scores"].flops < work["student_trains"].flops
 
 
 def test_what_lies_beside_a_program(teacher: str) -> None:

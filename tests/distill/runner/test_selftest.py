@@ -97,7 +97,15 @@ def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pyte
     mesh = make_mesh(MeshShape(data=4, fsdp=2))
     model, tokenizer = hf.load(teacher, mesh=mesh), ChatTokenizer.from_folder(teacher)
     model = jax.tree.map(lambda leaf: leaf * 20, model)  # far from the uniform distribution of fresh weights
-    assert len(selftest.check_numerics(model, tokenizer, "thinking", mesh)) == 2
+    assert len(selftest.check_numerics(model, tokenizer, "thinking", mesh, rewards=True)) == 3
+
+    def own_tokens(tokens: jax.Array) -> jax.Array:
+        return tokens
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selftest, "following_tokens", own_tokens)
+        with pytest.raises(UserError, match="policy gradient's log-probabilities are off"):
+            selftest.check_numerics(model, tokenizer, "thinking", mesh, rewards=True)
 
     def shifted(tokens: jax.Array) -> object:
         return one_hot(jax.numpy.roll(tokens, 1, axis=1))

@@ -1,0 +1,419 @@
+"""Reinforcement learning: groups of the student's own responses, rewarded as wholes, against each other.
+
+Engine, loop, packing, resuming, generating ahead and evaluation are those of `OnPolicy`; only where the weight of a
+token comes from differs. A teacher may stand beside the reward: the exact divergence of `OnPolicy` is then added to the
+policy gradient in one loss. Group advantages: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740); clips
+and sums: DAPO (2503.14476), GSPO (2507.18071).
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from jax.sharding import Mesh
+
+from distill.monitor.metrics import RolloutSample
+from distill.rewards.advantages import Advantages, advantages, have_signal
+from distill.rewards.reward import Reward, Rewards, Truncated
+from distill.stages.ahead import Written
+from distill.stages.context import EngineSizes, RunContext
+from distill.stages.loop import Spent, Training, train
+from distill.stages.own_rollouts import Asked, OwnRollouts, asked_of, check_ahead, check_asking
+from distill.tasks import Problem
+from distill.tasks.mixture import TaskMixture
+from distill.tasks.requests import ModeMix
+from distill.training.flops import forward_flops
+from distill.training.losses import Loss
+from distill.training.policy import Policy, PolicyLoss
+from distill.training.train_step import Batch
+from qwen3.decoder.adapter import adapter_parameters
+from qwen3.decoder.model import Qwen3
+from qwen3.errors import UserError
+from qwen3.field_types import Bounds, Count, Natural, NotNegative, Positive, Problems, check_fields
+from qwen3.generation.sampling import SamplingParams
+from qwen3.rollout import THINKING, Mode, Rollout
+from teacher.scoring import Scorer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grpo:
+    """The student makes those of its own responses likelier that are rewarded better than others to the same prompt."""
+
+    kind: ClassVar[str] = "Grpo"
+
+    prompts_per_step: Problems = 64
+    """Training prompts of every update. Those of a file come again, in a new order, when all of them were asked."""
+    samples_per_prompt: Count = 8
+    """Responses to each prompt: the group in which they are compared."""
+    modes: ModeMix = dataclasses.field(default_factory=ModeMix)
+    thinking: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(max_new_tokens=30_720))
+    """How the student samples in thinking mode; temperature 1 without truncation is the policy itself."""
+    non_thinking: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(max_new_tokens=8_192))
+    """How the student samples in non-thinking mode."""
+    max_prompt_tokens: Count = 2_048
+    """Most tokens of a prompt, the chat template's own included; a longer one is refused, not cut."""
+    reward: Reward | None = None
+    """What a response is worth: a function of problem and decoded response. None: 1 where the task's verifier accepts
+    the answer, else 0."""
+    reward_timeout_seconds: Positive = 300.0
+    """The longest that verifier and reward may take over one response before the run ends."""
+    truncated: Truncated = "wrong"
+    """Responses that the length limit cut off. wrong: no answer, which the verifier rewards with 0 and a reward of your
+    own as it likes. masked: neither compared with nor learned from."""
+    penalty_tokens: Natural = 0
+    """Last tokens of max_new_tokens over which the reward falls by 1, linearly (DAPO's soft overlong punishment)."""
+    advantages: Advantages = "grpo"
+    """A response's reward against its group's: over mean and standard deviation (grpo), over the mean (dr_grpo), over
+    the mean of the others (rloo)."""
+    resample_factor: Annotated[float, Bounds(1, 64, "lie in 1..64")] = 1.0
+    """Groups whose rewards are all equal teach nothing and are replaced by groups of other prompts (DAPO's dynamic
+    sampling), until this many times a batch's prompts were asked; 1 replaces none. What is generated in vain is counted
+    in the stage's cost."""
+    policy: PolicyLoss = dataclasses.field(default_factory=PolicyLoss)
+    """How advantages become a loss."""
+    policy_weight: NotNegative = 1.0
+    """What the policy's loss is multiplied by; 0 measures rewards and learns from the teacher alone."""
+    teacher_kl: NotNegative = 0.0
+    """Weight of `loss`, the exact divergence from the teacher on every token; 0 needs no teacher."""
+    loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
+    """With teacher_kl, the divergence."""
+    entropy_floor: NotNegative = 0.0
+    """Mean entropy, in nats a token, below which an entropy bonus is raised after every update by entropy_step, and
+    above which it is lowered again; 0: none."""
+    entropy_step: Positive = 0.005
+    """Change of the bonus's weight after an update."""
+    entropy_most: Positive = 1.0
+    """Largest weight of the bonus."""
+    updates_per_batch: Count = 1
+    """Updates that one batch of rollouts is divided among, each with prompts_per_step prompts: the student generates so
+    many at once, and the later updates learn from what older weights generated."""
+    training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=32_768))
+    """How it learns; a step has as many microbatches as its packed rollouts fill."""
+    max_staleness: Natural = 0
+    """Batches of rollouts by which the weights that generate lag behind, beside what updates_per_batch brings; as in
+    OnPolicy, where a batch is a step."""
+    samples_every_steps: Count = 25
+    """Steps between rollouts that are kept for people to read."""
+    start_from: str | None = None
+    """Stage whose student this one starts from; None for the stage before."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_asking(self, "reinforcement learning", beside=self.prompts_beside)
+        assert self.training.steps is not None
+        if not self.policy_weight and not self.teacher_kl:
+            raise UserError("policy_weight and teacher_kl are 0: nothing would be learned; give one of them a weight")
+        if self.policy_weight and self.samples_per_prompt < 2:
+            raise UserError(
+                f"samples_per_prompt is {self.samples_per_prompt}: an advantage is over the others of a group; give at "
+                "least 2"
+            )
+        if self.training.steps % self.updates_per_batch:
+            raise UserError(
+                f"training.steps is {self.training.steps}, which updates_per_batch, {self.updates_per_batch}, does not "
+                "divide: the last rollouts would be for nothing; make it a multiple"
+            )
+        shortest = min(self.thinking.max_new_tokens, self.non_thinking.max_new_tokens)
+        if self.penalty_tokens > shortest:
+            raise UserError(f"penalty_tokens is {self.penalty_tokens}, above max_new_tokens {shortest}; lower it")
+
+    @property
+    def generation(self) -> EngineSizes:
+        """Of the engine with which the student generates."""
+        return EngineSizes(
+            batch_size=self.prompts_per_step * self.samples_per_prompt * self.updates_per_batch,
+            max_prompt_tokens=self.max_prompt_tokens,
+            sampling=(self.thinking, self.non_thinking),
+        )
+
+    @property
+    def prompts_beside(self) -> int:
+        """Of every step, those that may be asked in the place of others."""
+        return int(self.prompts_per_step * (self.resample_factor - 1))
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Whether the loss has a part that a teacher's divergence has not."""
+        return self.policy_weight > 0 or self.entropy_floor > 0
+
+    @property
+    def learns_later(self) -> bool:
+        """Whether some updates learn from what older weights generated."""
+        return self.updates_per_batch > 1 or self.max_staleness > 0
+
+    @property
+    def keeps_old_logprobs(self) -> bool:
+        """Whether what the generating weights say is computed by the trainer before they are gone."""
+        return self.learns_from_rewards and self.learns_later and self.policy.correction != "none"
+
+    @property
+    def keeps_reference_logprobs(self) -> bool:
+        """Whether what the student at the stage's start says is computed."""
+        return self.learns_from_rewards and self.policy.reference_kl > 0
+
+    @property
+    def scoring_passes(self) -> int:
+        """Forward passes over the rollouts, beside those of training, that a batch of them takes."""
+        return self.keeps_old_logprobs + self.keeps_reference_logprobs
+
+    @property
+    def objective(self) -> Policy | None:
+        """What an update learns beside `loss`; None where that is all, and weighs what it weighs in OnPolicy."""
+        if not self.learns_from_rewards and self.teacher_kl == 1:
+            return None
+        return Policy(loss=self.policy, teacher_kl=self.teacher_kl)
+
+    @property
+    def policy_arrays(self) -> tuple[str, ...]:
+        """What an update's rows carry for its objective, by the names of `PolicyData`; empty where it has none."""
+        if self.objective is None:
+            return ()
+        wanted = {
+            "old_logprobs": self.learns_later,
+            "reference_logprobs": self.keeps_reference_logprobs,
+            "entropy_weights": self.entropy_floor > 0,
+        }
+        always = ("advantages", "weights", "sampler_logprobs")
+        return always + tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+    def check_meshes(self, name: str, mesh: Mesh, teacher_mesh: Mesh) -> None:
+        """Refuses, by the name of the stage, to generate ahead where nothing would be gained by it."""
+        check_ahead(self, name, mesh, teacher_mesh if self.teacher_kl else None)
+
+    def asked(self, tasks: TaskMixture, seed: int) -> list[tuple[Problem, Mode]]:
+        """The prompts of all steps, one step's after the other's, each with its mode, and after them `prompts_beside`
+        of each. Raises UserError where there are none, or where one that must be verified has no answer."""
+        asked = asked_of(self, tasks, seed, beside=self.prompts_beside)
+        if self.reward is None:
+            for problem, _ in asked:
+                if problem.answer is None:
+                    raise UserError(
+                        f"problem {problem.problem_id} of family {problem.family!r} has no answer, which its reward "
+                        "goes by; give the data an answer column, or the stage a reward"
+                    )
+        return asked
+
+    def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
+        assert self.training.steps is not None
+        scorer = None
+        if self.teacher_kl:
+            teacher = context.load_teacher()
+            self.check_meshes(name, context.mesh, teacher.mesh)
+            scorer = Scorer(teacher.model, teacher.mesh, wanted_on=context.mesh)
+        asked = self.asked(context.tasks, context.stage_seed(name))
+        lesson = _FromRewards(self, model, context, asked[self.prompts_per_step * self.training.steps :])
+        with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorer=scorer, lesson=lesson)) as data:
+            return train(
+                name, model, self.training, self.loss, data, context, steps=self.training.steps,
+                teacher_head=None if scorer is None else scorer.head, policy=self.objective,
+            )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Group:
+    """The responses to one prompt."""
+
+    rollouts: Sequence[Rollout]
+    samples: Sequence[RolloutSample]
+    rewards: Sequence[float]
+    has_signal: bool
+
+
+class _FromRewards:
+    """Rewards, advantages, and what each token weighs; and the entropy bonus that adapts."""
+
+    def __init__(self, stage: Grpo, start: Qwen3, context: RunContext, beside: Asked):
+        """`beside` are the prompts of all steps that may be asked in the place of others."""
+        self._stage, self._start, self._context, self._beside = stage, start, context, beside
+        self._rewards = Rewards(
+            tasks=context.tasks,
+            tokenizer=context.tokenizer,
+            reward=stage.reward,
+            penalty_tokens=stage.penalty_tokens,
+            timeout_seconds=stage.reward_timeout_seconds,
+        )
+        self._flops = forward_flops(start.config, adapter_parameters(start))
+        self.learns = stage.objective is not None
+        self._entropy_coefficient = 0.0
+
+    def complete(
+        self, written: Written, asked: Asked, model: Qwen3, batch: int, generate: Callable[[Asked], list[Rollout]]
+    ) -> Written:
+        samples, rewards = self._rewarded(written.rollouts, asked)
+        written = dataclasses.replace(written, samples=samples, rewards=rewards)
+        if self._stage.resample_factor > 1:
+            written = self._with_signal(written, batch, generate)
+        return dataclasses.replace(
+            written,
+            old_logprobs=self._logprobs(model, written) if self._stage.keeps_old_logprobs else (),
+            reference_logprobs=self._logprobs(self._start, written) if self._stage.keeps_reference_logprobs else (),
+        )
+
+    def _with_signal(self, written: Written, batch: int, generate: Callable[[Asked], list[Rollout]]) -> Written:
+        """Groups of other prompts in the place of those without signal, as far as prompts and signals go."""
+        size, others = self._stage.samples_per_prompt, iter(self._beside_of(batch))
+        groups, seconds, lengths, tokens = self._groups(written), written.seconds, [], 0
+        while more := list(itertools.islice(others, sum(not group.has_signal for group in groups))):
+            started = time.monotonic()
+            rollouts = generate(more)
+            seconds += time.monotonic() - started
+            samples, rewards = self._rewarded(rollouts, more)
+            places = (place for place, group in enumerate(groups) if not group.has_signal)
+            for group in self._groups(Written(rollouts=rollouts, seconds=0, samples=samples, rewards=rewards)):
+                dropped = group
+                if group.has_signal:
+                    place = next(places)
+                    dropped, groups[place] = groups[place], group
+                lengths += [len(rollout.tokens) for rollout in dropped.rollouts]
+                tokens += sum(len(rollout.response) for rollout in dropped.rollouts)
+        assert all(len(group.rollouts) == size for group in groups)
+        return dataclasses.replace(
+            written,
+            seconds=seconds,
+            rollouts=[one for group in groups for one in group.rollouts],
+            samples=[one for group in groups for one in group.samples],
+            rewards=[one for group in groups for one in group.rewards],
+            replaced_lengths=lengths,
+            replaced_tokens=tokens,
+        )
+
+    def _groups(self, written: Written) -> list["_Group"]:
+        size = self._stage.samples_per_prompt
+        known = self._known(written.rollouts)
+        return [
+            _Group(
+                rollouts=written.rollouts[first : first + size],
+                samples=written.samples[first : first + size],
+                rewards=written.rewards[first : first + size],
+                has_signal=bool(
+                    have_signal(
+                        np.array([written.rewards[first : first + size]]), np.array([known[first : first + size]])
+                    )[0]
+                ),
+            )
+            for first in range(0, len(written.rollouts), size)
+        ]
+
+    def _beside_of(self, batch: int) -> Asked:
+        count = self._stage.prompts_beside * self._stage.updates_per_batch
+        return self._beside[batch * count : (batch + 1) * count]
+
+    def _rewarded(self, rollouts: Sequence[Rollout], asked: Asked) -> tuple[list[RolloutSample], list[float]]:
+        """Of each prompt's rollouts, one prompt's after the other's."""
+        size = self._stage.samples_per_prompt
+        judged = [
+            self._rewards.of(rollout, asked[index // size][0], self._most_tokens(rollout.mode))
+            for index, rollout in enumerate(rollouts)
+        ]
+        return [sample for sample, _ in judged], [reward for _, reward in judged]
+
+    def _most_tokens(self, mode: Mode) -> int:
+        stage = self._stage
+        return (stage.thinking if mode == THINKING else stage.non_thinking).max_new_tokens
+
+    def _logprobs(self, model: Qwen3, written: Written) -> list[np.ndarray]:
+        """What a model says of the rollouts' tokens, by the trainer's own kernels."""
+        training, context = self._stage.training, self._context
+        return Scorer(model, context.mesh).rollout_logprobs(
+            list(written.rollouts), rows=training.rows, length=training.row_length, pad_id=context.tokenizer.pad_id
+        )
+
+    def more_problems(self, batch: int) -> Sequence[Problem]:
+        return [problem for problem, _ in self._beside_of(batch)]
+
+    def per_token(self, written: Written, part: slice) -> list[dict[str, np.ndarray]]:
+        stage, rollouts = self._stage, written.rollouts[part]
+        known = self._known(rollouts)
+        of_response = advantages(self._grouped(written.rewards[part]), self._grouped(known), stage.advantages).reshape(
+            -1
+        )
+        weights = self._weights(rollouts, known)
+        trained = sum(int(rollout.loss_mask.sum()) for rollout in rollouts)
+        old = written.old_logprobs or [rollout.sampler_logprobs for rollout in written.rollouts]
+        found = []
+        for place, rollout in enumerate(rollouts):
+            index, mask = part.start + place, rollout.loss_mask
+            arrays = {
+                "advantages": of_response[place] * mask,
+                "weights": weights[place] * mask,
+                "sampler_logprobs": rollout.sampler_logprobs,
+                "old_logprobs": old[index],
+                # The coefficient, which changes with every update, comes in `before`.
+                "entropy_weights": mask / trained,
+            }
+            if written.reference_logprobs:
+                arrays["reference_logprobs"] = written.reference_logprobs[index]
+            found.append({name: np.asarray(arrays[name], np.float32) for name in stage.policy_arrays})
+        return found
+
+    def _known(self, rollouts: Sequence[Rollout]) -> np.ndarray:
+        """Which of the rollouts are compared and learned from."""
+        return np.array([rollout.finished or self._stage.truncated == "wrong" for rollout in rollouts])
+
+    def _grouped(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+        return np.asarray(values).reshape(-1, self._stage.samples_per_prompt)
+
+    def _weights(self, rollouts: Sequence[Rollout], known: np.ndarray) -> np.ndarray:
+        """What a token of each rollout weighs in the sum over an update; in float64."""
+        stage = self._stage
+        lengths = np.array([rollout.loss_mask.sum() for rollout in rollouts], np.float64)
+        count, tokens = max(1, int(known.sum())), max(1.0, float(lengths[known].sum()))
+        if stage.policy.total == "tokens":
+            weights = np.full(len(rollouts), 1 / tokens)
+        elif stage.policy.total == "sequence":
+            weights = 1 / (count * np.maximum(lengths, 1))
+        else:
+            most = max(stage.thinking.max_new_tokens, stage.non_thinking.max_new_tokens)
+            weights = np.full(len(rollouts), 1 / (count * most))
+        return np.where(known, stage.policy_weight * weights, 0)
+
+    def told(self, written: Written, part: slice) -> dict[str, float]:
+        """Rewards by mode, and how many groups were all right, all wrong or mixed."""
+        rollouts, rewards = written.rollouts[part], np.asarray(written.rewards[part], np.float64)
+        metrics = {"reward": float(rewards.mean())}
+        for mode in dict.fromkeys(rollout.mode for rollout in rollouts):
+            metrics[f"reward/{mode}"] = float(rewards[[rollout.mode == mode for rollout in rollouts]].mean())
+        grouped, known = self._grouped(rewards), self._grouped(self._known(rollouts))
+        signal = have_signal(grouped, known)
+        metrics["group_outcomes/mixed"] = float(signal.mean())
+        best = np.where(known, grouped, -np.inf).max(1) > 0
+        metrics["group_outcomes/all_right"] = float((~signal & best).mean())
+        metrics["group_outcomes/all_wrong"] = float((~signal & ~best).mean())
+        if self._stage.resample_factor > 1:
+            metrics["kept_tokens"] = 1 - written.replaced_tokens / written.tokens
+        return metrics
+
+    def before(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        if not self._stage.entropy_floor:
+            return batches
+        bonus = np.float32(self._entropy_coefficient)
+
+        def with_bonus(batch: Batch) -> Batch:
+            assert batch.policy is not None
+            weights: Any = np.asarray(batch.policy.entropy_weights) * bonus
+            return dataclasses.replace(batch, policy=dataclasses.replace(batch.policy, entropy_weights=weights))
+
+        return [with_bonus(batch) for batch in batches]
+
+    def after(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        stage = self._stage
+        if not stage.entropy_floor:
+            return {}
+        used = self._entropy_coefficient
+        change = stage.entropy_step if metrics["student_entropy"] < stage.entropy_floor else -stage.entropy_step
+        self._entropy_coefficient = min(max(used + change, 0.0), stage.entropy_most)
+        return {"entropy_coefficient": used}
+
+    def flops(self, written: Written) -> float:
+        passes = bool(written.old_logprobs) + bool(written.reference_logprobs)
+        return passes * self._flops.of(len(rollout.tokens) for rollout in written.rollouts)
+
+    def state(self) -> Mapping[str, Any]:
+        return {"entropy_coefficient": self._entropy_coefficient} if self._stage.entropy_floor else {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._entropy_coefficient = state["entropy_coefficient"]
