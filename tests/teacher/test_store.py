@@ -17,6 +17,7 @@ from qwen3.errors import UserError
 from qwen3.rollout import MODES, Rollout
 from teacher.scored_rollout import ScoredRollout, decode, empty_targets, encode
 from teacher.store import TargetStore, TargetStoreWriter
+from teacher.store.__main__ import main
 
 IDENTITY = {"teacher": "a1b2", "entries": 4, "tokenizer": "c3", "sampling": {"temperature": 1.0}}
 
@@ -325,3 +326,52 @@ def test_unusable_places_and_records_are_refused(tmp_path: Path) -> None:
         ScoredRollout(rollout=record.rollout, ids=record.ids[:4], logprobs=record.logprobs, log_tail=record.log_tail)
     with pytest.raises(ValueError, match="log_tail"):
         ScoredRollout(rollout=record.rollout, ids=record.ids, logprobs=record.logprobs, log_tail=record.log_tail[:4])
+
+
+def test_the_command_shows_whose_targets_they_are_and_a_record(tmp_path: Path, capsys) -> None:
+    written = write_store(tmp_path / "store")
+    assert main(["show", str(tmp_path / "store"), "--record", "7", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    record = written[7]
+    first = int(np.flatnonzero(record.rollout.loss_mask)[0])
+    assert found["teacher"] == IDENTITY["teacher"]
+    assert (found["records"], found["prompt_id"]) == (15, record.rollout.prompt_id)
+    assert (found["first_position"], found["next_token"]) == (first, int(record.rollout.tokens[first + 1]))
+    assert found["ids"] == record.ids[first].tolist()
+    assert found["logprobs"] == pytest.approx(record.logprobs[first].tolist())
+    assert main(["show", str(tmp_path / "store")]) == 0
+    assert "prompt id" in capsys.readouterr().out
+
+
+def test_the_command_counts_what_a_store_keeps(tmp_path: Path, capsys) -> None:
+    written = write_store(tmp_path / "store")
+    assert main(["stats", str(tmp_path / "store"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    kept = [record.rollout.loss_mask for record in written]
+    targets = sum(int(mask.sum()) for mask in kept)
+    assert (found["targets"], found["entries_per_token"]) == (targets, 4)
+    tails = np.concatenate([record.log_tail[mask] for record, mask in zip(written, kept, strict=True)])
+    assert found["mean_tail_mass"] == pytest.approx(np.exp(tails).mean(), rel=1e-5)
+    assert found["bytes_per_target"] == pytest.approx(found["size_bytes"] / targets)
+    assert sum(found["records_by_mode"].values()) == 15
+    assert found["mean_response_tokens"] == pytest.approx(np.mean([len(one.rollout.response) for one in written]))
+
+
+def test_the_command_says_in_one_line_what_is_damaged(tmp_path: Path, capsys) -> None:
+    write_store(tmp_path / "store")
+    assert main(["verify", str(tmp_path / "store")]) == 0
+    assert "whole" in capsys.readouterr().out
+    shard = tmp_path / "store" / "targets-00001.arrayrecord"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    for arguments, said in (
+        (["verify", str(tmp_path / "store")], "targets-00001.arrayrecord does not match its SHA-256"),
+        (["show", str(tmp_path / "store"), "--record", "15"], "--record is 15, but"),
+        (["show", str(tmp_path / "nothing")], "is not a target store"),
+        (["delete", str(tmp_path / "store")], "invalid choice: 'delete'"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert said in error, error
+        assert error.count("\n") == 1
