@@ -39,10 +39,11 @@ from qwen3.generation.slots import Prompts, Request, Slots, State, Written
 from qwen3.rollout import THINKING, Rollout
 from qwen3.sharding import BATCH, check_rows, fetch, place, placed_shapes, row_shapes, row_shares
 
-__all__ = ["Engine", "OnProgress", "Request"]
+__all__ = ["STOP_IDS", "Engine", "OnProgress", "Request"]
 
+STOP_IDS = 8
+"""Stop tokens of a sequence up to which all share a program; more take another."""
 _PREFILL_TOKENS = 256
-_STOP_WIDTH = 8
 _GROUP_ROWS = 4
 _NEVER = np.iinfo(np.int32).max
 OnProgress = Callable[[int, int], None]
@@ -173,6 +174,7 @@ class Engine:
         seed: int,
         policy_step: int,
         step: int | None = None,
+        plan: Plan | None = None,
         on_progress: OnProgress | None = None,
     ) -> list[Rollout]:
         """Write one rollout a request, in their order.
@@ -184,6 +186,8 @@ class Engine:
             policy_step: Optimiser step of `model`, which the rollouts name.
             step: The training step that the rollouts are for, part of every random key; None where it is `policy_step`.
                 The same weights may generate for several steps, and must not repeat themselves.
+            plan: What the compiled sampler can do, at least what these requests need; None for just that. Calls of one
+                plan share a program, whatever their requests ask for.
             on_progress: Called whenever rollouts have ended.
 
         Raises:
@@ -201,7 +205,7 @@ class Engine:
             self._check(request)
         if not requests:
             return []
-        plan = Plan.of([request.params for request in requests], self.config.vocab_size)
+        plan = plan or Plan.of([request.params for request in requests], self.config.vocab_size)
         numbers = np.uint32(seed), np.uint32(step)
         layers = self._layers(model) if self.unroll else tuple(model.stacks)
         groups = self._groups(requests, shares, model.compute_dtype, mesh)
@@ -347,7 +351,8 @@ class Engine:
                 prompt_tokens=self.max_prompt_tokens,
                 prompt_pages=self._decoder.pages_for(self.max_prompt_tokens),
                 table_pages=self._table_pages,
-                stop_width=-(-max(map(len, stop_ids)) // _STOP_WIDTH) * _STOP_WIDTH,
+                # Also where none stops: the shape, and with it the program, is that of others.
+                stop_width=-(-max(1, *map(len, stop_ids)) // STOP_IDS) * STOP_IDS,
                 pad_id=self.pad_id,
             )
             size = shares * (pages // shares + 1)

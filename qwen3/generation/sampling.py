@@ -96,6 +96,17 @@ class Plan:
             cut=any(p.greedy or p.min_p > 0 for p in open_rows),
         )
 
+    @classmethod
+    def of_all(cls, top_k: int, vocab_size: int) -> "Plan":
+        """What covers every way to sample whose top_k is at most this."""
+        widest = cls.of([SamplingParams(max_new_tokens=1, top_k=top_k)], vocab_size)
+        return cls(candidates=widest.candidates, whole=True, nucleus=True, tempered=True, cut=True)
+
+    def covers(self, other: "Plan") -> bool:
+        """Whether this can do all that `other` can."""
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return all(one >= another for one, another in zip(mine, theirs, strict=True))
+
 
 class RowParams(NamedTuple):
     """`SamplingParams` of a batch as arrays."""
