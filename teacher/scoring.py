@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qwen3.decoder.model import Qwen3
 from qwen3.rollout import Rollout, first_fit_rows
@@ -32,12 +32,15 @@ from teacher.scored_rollout import ScoredRollout
 from teacher.targets import (
     BLOCK_TOKENS,
     AtIds,
+    Following,
     Hidden,
     Sampled,
     TopK,
     at_ids_targets,
     following_tokens,
+    sampled_by_uniform,
     sampled_targets,
+    top_k_and_following,
     top_k_targets,
 )
 from teacher.transfer import moved
@@ -69,9 +72,18 @@ class Scorer:
         return head if self._wanted_on == self._mesh else moved(head, head_sharding(head, self._wanted_on))
 
     def hidden(
-        self, tokens: Int[np.ndarray, "B T"], positions: Int[np.ndarray, "B T"], segment_ids: Int[np.ndarray, "B T"]
+        self,
+        tokens: Int[np.ndarray, "B T"],
+        positions: Int[np.ndarray, "B T"],
+        segment_ids: Int[np.ndarray, "B T"],
+        wanted: Bool[np.ndarray, "B T"] | None = None,
     ) -> Hidden:
-        """Final hidden states: with `head` they are the exact distribution at every position."""
+        """Final hidden states: with `head` they are the exact distribution at every position.
+
+        `wanted` are the positions that will be looked at, None for all; a teacher that must send them sends no
+        others, this one computes all of them alike.
+        """
+        del wanted
         return self._moved(_hidden(self._model, *self._placed(tokens, positions, segment_ids), self._mesh))
 
     def top_k(
@@ -246,6 +258,26 @@ def following_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int) -> Sc
     return ScoringProgram(_following, (model, *_row_shapes(mesh, rows, length), mesh))
 
 
+def top_k_and_following_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, k: int) -> ScoringProgram:
+    """The k most likely tokens at every position and what is said about the token that follows: `TopK, Following` of
+    the model, tokens, positions, segments and the following tokens, -1 for none."""
+    shapes = _row_shapes(mesh, rows, length)
+    return ScoringProgram(_top_k_and_following, (model, *shapes, shapes[0], k, mesh))
+
+
+def at_ids_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, entries: int) -> ScoringProgram:
+    """What `Scorer.at_ids` runs on rows of this shape for `entries` ids at a position."""
+    ids = row_shapes(jax.ShapeDtypeStruct((rows, length, entries), np.int32), mesh, TOKENS)
+    return ScoringProgram(_at_ids, (model, *_row_shapes(mesh, rows, length), ids, mesh))
+
+
+def by_uniform_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, sampled_tokens: int) -> ScoringProgram:
+    """Tokens sampled at every position, each decided by its own number in [0, 1): `Sampled` of the model, tokens,
+    positions, segments and the numbers [rows, length, sampled_tokens]."""
+    uniform = row_shapes(jax.ShapeDtypeStruct((rows, length, sampled_tokens), np.float32), mesh, TOKENS)
+    return ScoringProgram(_by_uniform, (model, *_row_shapes(mesh, rows, length), uniform, mesh))
+
+
 def _row_shapes(mesh: Mesh, rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Of tokens, positions and segments."""
     return row_shapes((jax.ShapeDtypeStruct((rows, length), np.int32),) * 3, mesh, TOKENS)
@@ -272,6 +304,15 @@ def _hidden(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, m
 def _top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k: int, mesh: Mesh) -> TopK:
     hidden = to_pieces(model.hidden(tokens, positions, segment_ids, mesh), mesh)
     return to_rows(top_k_targets(hidden, _head(model, mesh), k, block_tokens=_block_tokens(mesh)), mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _top_k_and_following(
+    model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, following: Array, k: int, mesh: Mesh
+) -> tuple[TopK, Following]:
+    hidden, following = to_pieces((model.hidden(tokens, positions, segment_ids, mesh), following), mesh)
+    found = top_k_and_following(hidden, _head(model, mesh), k, following, block_tokens=_block_tokens(mesh))
+    return to_rows(found, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=5)
@@ -303,3 +344,11 @@ def _sampled(
     hidden = to_pieces(model.hidden(tokens, positions, segment_ids, mesh), mesh)
     targets = sampled_targets(hidden, _head(model, mesh), sampled_tokens, key, block_tokens=_block_tokens(mesh))
     return to_rows(targets, mesh)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _by_uniform(
+    model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, uniform: Array, mesh: Mesh
+) -> Sampled:
+    hidden, uniform = to_pieces((model.hidden(tokens, positions, segment_ids, mesh), uniform), mesh)
+    return to_rows(sampled_by_uniform(hidden, _head(model, mesh), uniform, block_tokens=_block_tokens(mesh)), mesh)

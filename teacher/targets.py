@@ -62,6 +62,17 @@ class Sampled:
     """The teacher's own, over its whole vocabulary, in nats: with it the divergence too is right on average."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Following:
+    """What the teacher says about the token that did follow, where there is one."""
+
+    logprobs: Float[Array, "*batch"]
+    """-inf where none follows."""
+    ranks: Int[Array, "*batch"]
+    """Tokens at least as likely as it, itself included: 1 for the likeliest; 0 where none follows."""
+
+
 Targets = TopK | AtIds | Hidden | Sampled
 
 BLOCK_TOKENS = 128
@@ -106,6 +117,32 @@ def top_k_targets(
     return TopK(ids=ids, logprobs=logprobs, log_tail=log_tail)
 
 
+def top_k_and_following(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    k: int,
+    following: Int[Array, "B T"],
+    *,
+    block_tokens: int = BLOCK_TOKENS,
+) -> tuple[TopK, Following]:
+    """`top_k_targets`, and what is said about the tokens `following`, -1 where none follows, from the same logits."""
+
+    def block(logits, start):
+        ids = lax.top_k(logits, k)[1].astype(jnp.int32)
+        logprobs, log_tail = _logprobs_at(logits, ids)
+        chosen = lax.dynamic_slice_in_dim(following, start, logits.shape[1], 1)[..., None]
+        at_chosen = jnp.take_along_axis(logits, jnp.maximum(chosen, 0), -1)
+        ranks = jnp.sum(logits >= at_chosen, axis=-1, dtype=jnp.int32)
+        known = chosen[..., 0] >= 0
+        # The likeliest token's logit and log-probability give the normaliser.
+        lse = jnp.max(logits, axis=-1) - logprobs[..., 0]
+        of_chosen = jnp.where(known, at_chosen[..., 0] - lse, -jnp.inf)
+        return ids, logprobs, log_tail, of_chosen, jnp.where(known, ranks, 0)
+
+    ids, logprobs, log_tail, of_chosen, ranks = _by_token_blocks(hidden, head, block, block_tokens)
+    return TopK(ids=ids, logprobs=logprobs, log_tail=log_tail), Following(logprobs=of_chosen, ranks=ranks)
+
+
 def at_ids_targets(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"],
@@ -141,18 +178,33 @@ def sampled_targets(
     if sampled_tokens < 1:
         raise ValueError(f"sampled_tokens {sampled_tokens} must be at least 1")
     uniform = jax.random.uniform(key, (*hidden.shape[:2], sampled_tokens))
+    return sampled_by_uniform(hidden, head, uniform, block_tokens=block_tokens)
+
+
+def sampled_by_uniform(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    uniform: Float[Array, "B T N"],
+    *,
+    block_tokens: int = BLOCK_TOKENS,
+) -> Sampled:
+    """`sampled_targets` of as many tokens as a position has numbers in [0, 1), each of which decides one; a negative
+    number stands for none."""
+    wanted = uniform >= 0
+    sampled_tokens = jnp.maximum(jnp.sum(wanted, axis=-1, keepdims=True), 1)
 
     def block(logits, start):
+        part = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=logits.shape[1], axis=1)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         probabilities = jnp.exp(logprobs)
         reached = jnp.cumsum(probabilities, axis=-1)
         # A token of no mass has nothing between what is reached before it and at it, so none is ever sampled.
-        points = lax.dynamic_slice_in_dim(uniform, start, logits.shape[1], 1) * reached[..., -1:]
+        points = part(uniform) * reached[..., -1:]
         search = jnp.vectorize(functools.partial(jnp.searchsorted, side="right"), signature="(v),(n)->(n)")
-        drawn = jnp.minimum(search(reached, points), logits.shape[-1] - 1)
+        drawn = jnp.where(part(wanted), jnp.minimum(search(reached, points), logits.shape[-1] - 1), -1)
         ids = unique_ids(drawn)
         times = jnp.sum(ids[..., :, None] == drawn[..., None, :], axis=-1)
-        log_shares = jnp.where(ids < 0, -jnp.inf, jnp.log(jnp.maximum(times, 1) / sampled_tokens))
+        log_shares = jnp.where(ids < 0, -jnp.inf, jnp.log(jnp.maximum(times, 1) / part(sampled_tokens)))
         return ids, log_shares, -jnp.sum(probabilities * jnp.where(probabilities > 0, logprobs, 0), axis=-1)
 
     ids, log_shares, entropy = _by_token_blocks(hidden, head, block, block_tokens)
