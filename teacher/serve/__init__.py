@@ -1,0 +1,1 @@
+"""A teacher behind HTTP: `python -m teacher.serve --model DIR`."""

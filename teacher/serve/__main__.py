@@ -1,0 +1,208 @@
+"""`python -m teacher.serve --model DIR`: a teacher for students on other machines."""
+
+import argparse
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import threading
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import uvicorn
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from qwen3.checkpoint.quantisation import Quantisation
+from qwen3.decoder.kernels import Kernels
+from qwen3.errors import UserError
+from qwen3.sharding import MeshShape
+from teacher.limits import Limits
+from teacher.serve.app import Standing, make_app
+from teacher.serve.service import Served, Service
+
+TOKEN_VARIABLE = "TEACHER_TOKEN"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_DRAIN_SECONDS = 300
+_DESCRIPTION = f"""\
+Serve a teacher over HTTP: targets for students, and text.
+
+  python -m teacher.serve --model checkpoints/Qwen3-32B
+  {TOKEN_VARIABLE}=… python -m teacher.serve --model checkpoints/Qwen3-235B-A22B --host 0.0.0.0 --mesh.expert 8
+
+POST /v1/targets           top-k, chosen ids, sampled tokens or hidden states, in safetensors (teacher/README.md)
+GET  /v1/head              the output matrix, for exact divergences from hidden states
+POST /v1/rollouts          what the teacher generates, the same for the same seed
+POST /inference/v1/generate    as vLLM has it, with prompt log-probabilities
+GET  /v1/models  /health  /ready  /metrics
+"""
+_EPILOGUE = f"""\
+Beyond this machine (--host) a token is required: set the environment variable {TOKEN_VARIABLE}, the same for server
+and clients. /ready answers 200 once all programs are compiled. SIGTERM finishes what has been accepted and ends.
+Exit status: 0 ended by a signal; 2 something for you to mend, said in one line.
+"""
+_OPTIONS: Mapping[str, str] = {
+    "max_sequence_tokens": "longest sequence that is scored",
+    "batch_tokens": "tokens that are scored together at most",
+    "max_top_k": "most likely tokens a position that can be asked for",
+    "max_ids": "ids a position that can be asked for by name",
+    "max_sampled_tokens": "tokens a position that can be sampled",
+    "max_request_sequences": "sequences in one request",
+    "max_request_tokens": "tokens of all sequences in one request",
+    "max_body_bytes": "bytes of one request",
+    "max_queue_requests": "requests that wait or are being answered; further ones get 429",
+    "max_queue_tokens": "tokens in them",
+    "deadline_seconds": "after which a request is given up",
+    "generation_batch_size": "sequences generated at once",
+    "max_prompt_tokens": "longest prompt to generate from",
+    "max_new_tokens": "most tokens that are generated for one prompt",
+}
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as the rest of the command does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    try:
+        return _main(sys.argv[1:] if arguments is None else list(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(arguments: list[str]) -> int:
+    own = _parser().parse_args(arguments)
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    if own.host not in _LOOPBACK and token is None:
+        raise UserError(
+            f"--host is {own.host}, which others can reach; set the environment variable {TOKEN_VARIABLE} to a secret, "
+            "here and for the clients, or leave --host"
+        )
+    served = Served(
+        model=own.model,
+        dtype=own.dtype,
+        quantisation=own.quantisation,
+        mesh=MeshShape(**_fields(own, "mesh.", MeshShape)),
+        kernels=Kernels(**_fields(own, "kernels.", Kernels)),
+        limits=Limits(**_fields(own, "", Limits)),
+    )
+    return serve(served, served.check(), host=own.host, port=own.port, token=token)
+
+
+def serve(served: Served, mesh: Mesh, *, host: str, port: int, token: str | None) -> int:
+    """Load `served` while it already listens, serve it until a signal comes, and return the exit status."""
+    standing, failures = Standing(), list[Exception]()
+    config = uvicorn.Config(
+        make_app(standing, token=token),
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_DRAIN_SECONDS,
+    )
+    server = uvicorn.Server(config)
+
+    def load() -> None:
+        try:
+            standing.service = _loaded(served, mesh)
+        except Exception as error:  # noqa: BLE001 - it is raised again where the process ends
+            failures.append(error)
+            server.should_exit = True
+            return
+        kind = jax.devices()[0].device_kind
+        print(f"serving {served.model} on http://{host}:{port}, {mesh.size} × {kind}", flush=True)
+
+    with _listening(host, port) as listening:
+        threading.Thread(target=load, name="load-teacher", daemon=True).start()
+        # uvicorn hands on, once all is finished, the signal that has ended it.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        server.run([listening])
+    if failures:
+        raise failures[0]
+    if standing.service is not None:
+        standing.service.close()
+    return 0
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Before anything is loaded. Raises UserError for an address that cannot be had."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{host}:{port} cannot be listened on ({reason}); choose another --port or --host") from None
+
+
+def _loaded(served: Served, mesh: Mesh) -> Service:
+    """The service, with bars on a terminal for what it takes to make it."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def on_step(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
+
+    with bars:
+        return Service.load(served, mesh, on_step)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="python -m teacher.serve",
+        description=_DESCRIPTION,
+        epilog=_EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR", required=True, help="folder in Hugging Face format")
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    add("--port", type=int, default=8470, help="default: 8470")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of weights and computing")
+    add("--quantisation", choices=typing.get_args(Quantisation), help="keep projections and experts in eight bits")
+    limits = parser.add_argument_group("what it takes; the first six say how large the compiled programs are")
+    for field in dataclasses.fields(Limits):
+        kind: Callable[[str], Any] = float if isinstance(field.default, float) else int
+        limits.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            dest=field.name,
+            type=kind,
+            metavar="N",
+            default=field.default,
+            help=f"{_OPTIONS[field.name]} (default: {field.default:,})",
+        )
+    devices = parser.add_argument_group("devices")
+    for field in dataclasses.fields(MeshShape):
+        devices.add_argument(
+            f"--mesh.{field.name}", type=int, metavar="N", default=field.default, help=f"default: {field.default}"
+        )
+    for field in dataclasses.fields(Kernels):
+        devices.add_argument(
+            f"--kernels.{field.name.replace('_', '-')}", dest=f"kernels.{field.name}", default=field.default
+        )
+    return parser
+
+
+def _fields(own: argparse.Namespace, prefix: str, kind: type[Any]) -> dict[str, Any]:
+    return {field.name: getattr(own, prefix + field.name) for field in dataclasses.fields(kind)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Requests of many clients become batches: those that wait go together, as far as they fit, while a batch is computed.
+
+One thread forms batches and starts them on the devices, another waits for results: the host prepares a batch while the
+devices work on the one before. What is given up by its client before its batch starts leaves the queue.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from teacher.limits import Limits
+from teacher.serve.metrics import Metrics
+from teacher.serve.programs import Launched, Programs, Room, Unit
+from teacher.wire import Answer, Refused, TargetsRequest
+
+Result = TypeVar("Result")
+
+
+class Admission:
+    """How much waits or is being worked on, over all queues of a server; what would be too much is refused."""
+
+    def __init__(self, limits: Limits, metrics: Metrics):
+        self._limits, self._metrics = limits, metrics
+        self._lock = threading.Lock()
+        self._requests = self._tokens = 0
+
+    def admitted(
+        self, tokens: int, submit: Callable[[], "concurrent.futures.Future[Result]"]
+    ) -> "concurrent.futures.Future[Result]":
+        """What `submit` returns, counted until it is done. Raises Refused (429) where too much is there already."""
+        with self._lock:
+            for field, held, most in (
+                ("max_queue_requests", self._requests + 1, self._limits.max_queue_requests),
+                ("max_queue_tokens", self._tokens + tokens, self._limits.max_queue_tokens),
+            ):
+                # A queue that is empty takes whatever a request may hold.
+                if held > most and self._requests:
+                    raise Refused("queue", f"is full ({field} {most}); come again", status=429)
+            self._count(1, tokens)
+        future = submit()
+        future.add_done_callback(lambda _: self._leave(tokens))
+        return future
+
+    def _leave(self, tokens: int) -> None:
+        with self._lock:
+            self._count(-1, -tokens)
+
+    def _count(self, requests: int, tokens: int) -> None:
+        self._requests += requests
+        self._tokens += tokens
+        self._metrics.queue_requests.set(self._requests)
+        self._metrics.queue_tokens.set(self._tokens)
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """A request and what is known of its answer."""
+
+    request: TargetsRequest
+    future: "concurrent.futures.Future[Answer]"
+    answers: list[Answer | None]
+
+    def resolve(self, index: int, answer: Answer) -> None:
+        self.answers[index] = answer
+        if any(one is None for one in self.answers):
+            return
+        whole = [one for one in self.answers if one is not None]
+        joined = {name: np.concatenate([one[name] for one in whole]) for name in whole[0]}
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # given up meanwhile
+            self.future.set_result(joined)
+
+    def fail(self, error: Exception) -> None:
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            self.future.set_exception(error)
+
+
+class ScoringQueue:
+    """Scores what is submitted, several requests at once, in the order in which they came."""
+
+    def __init__(self, programs: Programs, metrics: Metrics):
+        self._programs, self._metrics = programs, metrics
+        self._waiting: collections.deque[tuple[_Job, Unit]] = collections.deque()
+        self._lock = threading.Lock()
+        self._launcher = concurrent.futures.ThreadPoolExecutor(1, "launch-scoring")
+        self._collector = concurrent.futures.ThreadPoolExecutor(1, "collect-scores")
+        # Batches that devices or collector hold: one that is computed, one that is ready to follow.
+        self._under_way = threading.Semaphore(2)
+
+    def submit(self, request: TargetsRequest) -> "concurrent.futures.Future[Answer]":
+        """The answer, when it is there; cancelling it before its batch starts saves the work."""
+        job = _Job(request, concurrent.futures.Future(), [None] * len(request.sequences))
+        with self._lock:
+            self._waiting.extend((job, Unit(request, index)) for index in range(len(request.sequences)))
+        self._launcher.submit(self._launch)
+        return job.future
+
+    def close(self) -> None:
+        """Finishes what waits and ends both threads."""
+        self._launcher.shutdown()
+        self._collector.shutdown()
+
+    def _launch(self) -> None:
+        """Starts batches until nothing waits."""
+        while True:
+            self._under_way.acquire()
+            batch = self._next_batch()
+            if not batch:
+                self._under_way.release()
+                return
+            units = [unit for _, unit in batch]
+            try:
+                launched = self._programs.launch(units[0].request.targets, units)
+            except Exception as error:  # noqa: BLE001 - whatever it is, its clients must hear of it
+                self._under_way.release()
+                _fail(batch, error)
+            else:
+                self._collector.submit(self._collect, batch, launched)
+
+    def _next_batch(self) -> list[tuple[_Job, Unit]]:
+        """Those that came first, of one kind of target, as far as they fit."""
+        room = Room(self._programs.shapes[-1])
+        with self._lock:
+            live = [one for one in self._waiting if not one[0].future.done()]
+            batch: list[tuple[_Job, Unit]] = []
+            left: list[tuple[_Job, Unit]] = []
+            for job, unit in live:
+                kind = batch[0][1].request.targets if batch else unit.request.targets
+                taken = unit.request.targets == kind and room.take(len(unit.tokens)) is not None
+                (batch if taken else left).append((job, unit))
+            self._waiting = collections.deque(left)
+        return batch
+
+    def _collect(self, batch: Sequence[tuple[_Job, Unit]], launched: Launched) -> None:
+        try:
+            answers = launched.answers()
+        except Exception as error:  # noqa: BLE001 - whatever it is, its clients must hear of it
+            _fail(batch, error)
+            return
+        finally:
+            self._under_way.release()
+        used = sum(len(unit.tokens) for _, unit in batch)
+        shape = launched.shape
+        self._metrics.scored_tokens.inc(used)
+        self._metrics.padding_tokens.inc(shape.tokens - used)
+        self._metrics.batches.labels(launched.kind, f"{shape.rows}x{shape.length}").inc()
+        for (job, unit), answer in zip(batch, answers, strict=True):
+            job.resolve(unit.index, answer)
+
+
+def _fail(batch: Sequence[tuple[_Job, Unit]], error: Exception) -> None:
+    for job, _ in batch:
+        job.fail(error)

@@ -1,0 +1,168 @@
+"""The JSON requests of a server, as msgspec reads them: unknown fields, wrong types and numbers out of bounds are
+refused with the place where they stand."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from qwen3.errors import UserError
+from qwen3.field_types import MOST
+from qwen3.generation.engine import STOP_IDS, Request
+from qwen3.generation.sampling import SamplingParams
+from qwen3.rollout import Mode
+from teacher.limits import Limits
+from teacher.serve.generation import MOST_TOP_K
+from teacher.wire import Refused
+
+Natural = Annotated[int, Meta(ge=0, le=MOST)]
+Count = Annotated[int, Meta(ge=1, le=MOST)]
+Unsigned = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Name = Annotated[str, Meta(max_length=1_024)]
+Read = TypeVar("Read", bound=Struct)
+
+
+class Params(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`SamplingParams`, field by field."""
+
+    max_new_tokens: Count
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: Natural = 0
+    min_p: float = 0.0
+    thinking_budget: Natural | None = None
+    stop_ids: tuple[Natural, ...] | None = None
+
+
+class RolloutRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`qwen3.generation.engine.Request`, field by field."""
+
+    prompt_ids: list[Natural]
+    prompt_id: Name
+    sample_index: Unsigned
+    mode: Literal["thinking", "non_thinking"]
+    params: Params
+
+
+class RolloutsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`Engine.generate`: what is generated depends on the teacher and on these fields alone."""
+
+    seed: Unsigned
+    step: Unsigned = 0
+    requests: list[RolloutRequest]
+
+
+class VllmSampling(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`sampling_params` of vLLM's token endpoint. Fields of which one value alone is served are refused otherwise."""
+
+    max_tokens: Natural = 16
+    n: Annotated[int, Meta(ge=1, le=64)] = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: Annotated[int, Meta(ge=-1, le=MOST)] = 0
+    min_p: float = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    stop_token_ids: tuple[Natural, ...] | None = None
+    ignore_eos: bool = False
+    logprobs: Natural | None = None
+    prompt_logprobs: Natural | None = None
+    prompt_logprob_token_ids: list[list[Annotated[int, Meta(ge=-1, le=MOST)]]] | None = None
+    prompt_logprob_start: Natural = 0
+    detokenize: bool = False
+    skip_special_tokens: bool = True
+    min_tokens: Literal[0] = 0
+    repetition_penalty: Annotated[float, Meta(ge=1, le=1)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=0, le=0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=0, le=0)] = 0.0
+
+
+class VllmGenerate(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`POST /inference/v1/generate` of vLLM 0.33."""
+
+    token_ids: list[Natural]
+    sampling_params: VllmSampling
+    model: Name | None = None
+    output_mode: Literal["tokens"] = "tokens"
+    return_token_ids: bool = True
+    request_id: Name | None = None
+    stream: Literal[False] = False
+    cache_salt: Name | None = None
+    priority: int = 0
+
+
+def read(body: bytes, kind: type[Read]) -> Read:
+    """The request in `body`. Raises Refused, naming the field, for anything else than a `kind`."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        raise Refused(place.rstrip("`").lstrip(".") or "body", f"is not as it must be: {reason}") from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise Refused("body", f"is no JSON: {error}") from None
+
+
+def engine_requests(asked: RolloutsRequest, limits: Limits, vocab_size: int) -> list[Request]:
+    """What the engine is asked. Raises Refused for what it would refuse, and for what would compile."""
+    if not 1 <= len(asked.requests) <= limits.max_request_sequences:
+        raise Refused(
+            "requests",
+            f"has {len(asked.requests)} entries; send 1 to {limits.max_request_sequences} (max_request_sequences)",
+            status=413 if asked.requests else 400,
+        )
+    made = []
+    for index, one in enumerate(asked.requests):
+        field = f"requests[{index}]"
+        check_prompt(f"{field}.prompt_ids", one.prompt_ids, limits, vocab_size)
+        params = sampling_params(f"{field}.params", msgspec.structs.asdict(one.params), limits, vocab_size)
+        mode: Mode = one.mode
+        made.append(
+            Request(
+                prompt_ids=one.prompt_ids,
+                prompt_id=one.prompt_id,
+                sample_index=one.sample_index,
+                mode=mode,
+                params=params,
+            )
+        )
+    return made
+
+
+def check_prompt(field: str, ids: list[int], limits: Limits, vocab_size: int) -> None:
+    """Refuses a prompt that cannot be generated from."""
+    if not ids:
+        raise Refused(field, "is empty; a prompt has at least one token")
+    if len(ids) > limits.max_prompt_tokens:
+        raise Refused(
+            field,
+            f"has {len(ids)} tokens; this server takes at most {limits.max_prompt_tokens} (max_prompt_tokens)",
+            413,
+        )
+    check_ids(field, ids, vocab_size)
+
+
+def check_ids(field: str, ids: list[int] | tuple[int, ...], vocab_size: int, least: int = 0) -> None:
+    """Refuses ids that are no tokens, or below `least`."""
+    if bad := [one for one in ids if not least <= one < vocab_size]:
+        raise Refused(field, f"holds {bad[0]}; token ids are {least} to {vocab_size - 1}")
+
+
+def sampling_params(field: str, values: dict[str, Any], limits: Limits, vocab_size: int) -> SamplingParams:
+    """`SamplingParams` of these `values`. Raises Refused for what it refuses, and for what is beyond the programs."""
+    try:
+        params = SamplingParams(**values)
+    except UserError as error:
+        raise Refused(field, f"cannot be sampled: {error}") from None
+    if params.max_new_tokens > limits.max_new_tokens:
+        raise Refused(
+            field,
+            f"asks for {params.max_new_tokens} new tokens; this server takes at most {limits.max_new_tokens} "
+            "(max_new_tokens)",
+            413,
+        )
+    if params.top_k > MOST_TOP_K:
+        raise Refused(field, f"has top_k {params.top_k}; use at most {MOST_TOP_K}, or 0 for all tokens")
+    if params.stop_ids is not None:
+        if len(params.stop_ids) > STOP_IDS:
+            raise Refused(field, f"has {len(params.stop_ids)} stop ids; use at most {STOP_IDS}")
+        check_ids(field, params.stop_ids, vocab_size)
+    return params

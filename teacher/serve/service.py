@@ -1,0 +1,166 @@
+"""One loaded teacher with its queues: all that the HTTP endpoints ask."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.chat.vocabulary import check_vocabulary
+from qwen3.checkpoint import hf
+from qwen3.checkpoint.quantisation import Quantisation
+from qwen3.decoder.kernels import Kernels
+from qwen3.decoder.model import Qwen3
+from qwen3.errors import UserError
+from qwen3.sharding import MeshShape, check_rows, fetch, make_mesh
+from teacher.identity import TeacherIdentity
+from teacher.limits import Limits
+from teacher.serve.generation import GenerationQueue
+from teacher.serve.metrics import Metrics
+from teacher.serve.programs import Programs, shapes_of
+from teacher.serve.queues import Admission, ScoringQueue
+from teacher.wire import KINDS
+
+OnStep = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Served:
+    """What is served, from which folder and how."""
+
+    model: str
+    """Folder in Hugging Face format; its last part is the model's name to clients."""
+    dtype: str = "bfloat16"
+    quantisation: Quantisation | None = None
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+    kernels: Kernels = dataclasses.field(default_factory=Kernels)
+    limits: Limits = dataclasses.field(default_factory=Limits)
+
+    def check(self) -> Mesh:
+        """The mesh that it is served on. Raises UserError, from file headers alone, for what could not be loaded."""
+        mesh = make_mesh(self.mesh)
+        config = hf.check(self.model, mesh)
+        self.kernels.check(config, jnp.dtype(self.dtype), mesh)
+        check_vocabulary(ChatTokenizer.from_folder(self.model), config.vocab_size)
+        check_rows("--generation-batch-size", self.limits.generation_batch_size, mesh)
+        for option, most in (
+            ("--max-sequence-tokens", self.limits.max_sequence_tokens),
+            ("--max-prompt-tokens + --max-new-tokens", self.limits.max_prompt_tokens + self.limits.max_new_tokens),
+        ):
+            if most > config.longest_context:
+                raise UserError(
+                    f"{option} is {most}, but the positions of {self.model} end at {config.longest_context} "
+                    "(max_position_embeddings); lower it"
+                )
+        return mesh
+
+
+class Service:
+    """A teacher that is loaded, compiled and waiting for requests.
+
+    Attributes:
+        name: The model's name to clients.
+        identity: Who it is.
+        limits: What it takes.
+        tokenizer: Its tokenizer and chat template.
+        admission, scoring, generation: Where requests wait.
+        scoring_bytes: What scoring takes on a device beside the weights, at most; None where it is not known.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        mesh: Mesh,
+        tokenizer: ChatTokenizer,
+        identity: TeacherIdentity,
+        limits: Limits,
+        *,
+        name: str,
+        on_step: OnStep | None = None,
+    ):
+        """Compiles all programs, which takes seconds to minutes.
+
+        Raises UserError where scoring at these limits does not fit the devices' memory.
+        """
+        self.name, self.identity, self.limits, self.tokenizer = name, identity, limits, tokenizer
+        self.metrics = Metrics()
+        self.admission = Admission(limits, self.metrics)
+        self._model = model
+        count, done = len(KINDS) * len(shapes_of(limits, mesh)) + 1, 0
+
+        def on_compiled() -> None:
+            nonlocal done
+            done += 1
+            if on_step is not None:
+                on_step("compiling", done, count)
+
+        programs = Programs(model, mesh, limits, on_compiled)
+        _check_memory(programs.temporary_bytes, mesh)
+        self.scoring_bytes = programs.temporary_bytes
+        self.scoring = ScoringQueue(programs, self.metrics)
+        self.generation = GenerationQueue(model, tokenizer, limits, self.metrics)
+        self.generation.compile()
+        on_compiled()
+
+    @classmethod
+    def load(cls, served: Served, mesh: Mesh, on_step: OnStep | None = None) -> "Service":
+        """Reads the weights and compiles. Raises UserError where the folder cannot be read."""
+        dtype = jnp.dtype(served.dtype)
+        reading = None if on_step is None else functools.partial(on_step, "reading weights")
+        model = hf.load(
+            served.model,
+            param_dtype=dtype,
+            compute_dtype=dtype,
+            mesh=mesh,
+            on_read=reading,
+            quantisation=served.quantisation,
+        )
+        model.kernels = served.kernels
+        return cls(
+            model,
+            mesh,
+            ChatTokenizer.from_folder(served.model),
+            TeacherIdentity.of(served.model, dtype=served.dtype, quantisation=served.quantisation),
+            served.limits,
+            name=Path(served.model).resolve().name,
+            on_step=on_step,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.config.vocab_size
+
+    @functools.cached_property
+    def head(self) -> np.ndarray:
+        """The output matrix [V, D] in the dtype of computing, on the host from the first request for it on."""
+        return fetch(jnp.asarray(self._model.head, self._model.compute_dtype))
+
+    @functools.cached_property
+    def head_digest(self) -> str:
+        """Hash of the head's bytes, 32 hexadecimal digits."""
+        return hashlib.blake2b(np.ascontiguousarray(self.head).view(np.uint8).data, digest_size=16).hexdigest()
+
+    def close(self) -> None:
+        """Finishes what waits."""
+        self.scoring.close()
+        self.generation.close()
+
+
+def _check_memory(needed: int | None, mesh: Mesh) -> None:
+    """Refuses sizes of which two batches at a time, one computed and one waiting, would not fit beside the weights.
+
+    Devices that do not say what they have, such as CPUs, are not asked.
+    """
+    known = [stats for device in mesh.local_devices if "bytes_limit" in (stats := device.memory_stats() or {})]
+    left = min((stats["bytes_limit"] - stats["bytes_in_use"] for stats in known), default=None)
+    if left is not None and needed is not None and 2 * needed > left:
+        raise UserError(
+            f"scoring takes up to {2 * needed / 2**30:.1f} GiB on a device beside the weights, of which "
+            f"{left / 2**30:.1f} are left; lower --batch-tokens or --max-sequence-tokens, or use more devices"
+        )

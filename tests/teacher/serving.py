@@ -1,0 +1,79 @@
+"""A teacher behind HTTP in the test's own process: a miniature, its service, and a server on a port of its own."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import uvicorn
+
+from qwen3.chat.chat import STOP_THINKING_TEXT
+from qwen3.chat.tokenizer import MIN_VOCABULARY, train_byte_level_bpe
+from qwen3.checkpoint import hf
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
+from qwen3.sharding import MeshShape, make_mesh
+from teacher.limits import Limits
+from teacher.serve.app import Standing, make_app
+from teacher.serve.service import Served, Service
+
+LIMITS = Limits(
+    max_sequence_tokens=128,
+    batch_tokens=256,
+    max_top_k=8,
+    max_ids=6,
+    max_sampled_tokens=5,
+    max_request_sequences=8,
+    max_request_tokens=512,
+    max_body_bytes=40_000,
+    max_queue_requests=64,
+    generation_batch_size=8,
+    max_prompt_tokens=80,
+    max_new_tokens=40,
+)
+
+
+ARCHITECTURE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": MIN_VOCABULARY + 30,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 24,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.3,
+}
+
+
+def make_folder(folder: Path) -> str:
+    """An untrained teacher of one layer with a tokenizer, as a Hugging Face folder named teacher."""
+    config = ModelConfig.from_hf(ARCHITECTURE)
+    hf.save(folder / "teacher", jax.jit(lambda: Qwen3(config, jax.random.key(0)))())
+    train_byte_level_bpe([STOP_THINKING_TEXT] * 9, config.vocab_size, folder / "teacher")
+    return str(folder / "teacher")
+
+
+def load(folder: str, limits: Limits = LIMITS) -> Service:
+    """On one device, in float32."""
+    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    return Service.load(Served(model=folder, dtype="float32", limits=limits), mesh)
+
+
+@contextlib.contextmanager
+def serving(standing: Standing, *, token: str | None = None, port: int = 0) -> Iterator[str]:
+    """The URL of a server that stops with the block; the service goes on."""
+    server = uvicorn.Server(uvicorn.Config(make_app(standing, token=token), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

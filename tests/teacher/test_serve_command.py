@@ -1,0 +1,116 @@
+"""The command that serves: what it refuses before it listens, and that a signal ends it when all is answered."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+
+from teacher.client import TeacherClient
+from teacher.serve.__main__ import main
+from teacher.wire import TargetsRequest
+from tests.teacher.serving import make_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_folder(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--model", "nowhere"), "nowhere"),
+        ((), "--model"),
+        (("--model", "FOLDER", "--host", "0.0.0.0"), "set the environment variable TEACHER_TOKEN"),
+        (("--model", "FOLDER", "--max-sequence-tokens", "512"), "--max-sequence-tokens is 512, but the positions"),
+        (("--model", "FOLDER", "--max-sequence-tokens", "0"), "max_sequence_tokens is 0; it must be at least 1"),
+        (
+            ("--model", "FOLDER", "--max-request-tokens", "64"),
+            "max_request_tokens is 64, less than max_sequence_tokens",
+        ),
+        (("--model", "FOLDER", "--max-top-k", "many"), "argument --max-top-k: invalid int value: 'many'"),
+        (("--model", "FOLDER", "--mesh.expert", "3"), "mesh"),
+        (("--model", "FOLDER", "--kernels.attention", "fast"), "kernels.attention is 'fast'"),
+        (("--model", "FOLDER", "--modle", "x"), "unrecognized arguments: --modle x"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(options, said, folder, monkeypatch, capsys):
+    monkeypatch.delenv("TEACHER_TOKEN", raising=False)
+    assert main([folder if option == "FOLDER" else option for option in options]) == 2
+    error = capsys.readouterr().err
+    assert said in error, error
+    assert error.count("\n") == 1
+
+
+def test_an_address_that_is_taken_is_said_in_one_line(folder, capsys):
+    sizes = ("--max-sequence-tokens", "128", "--max-prompt-tokens", "64", "--max-new-tokens", "16")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["--model", folder, "--port", port, *sizes]) == 2
+    error = capsys.readouterr().err
+    assert f"127.0.0.1:{port} cannot be listened on (Address already in use)" in error
+    assert error.count("\n") == 1
+    assert main(["--model", folder, "--port", "99999", *sizes]) == 2
+    assert "cannot be listened on" in capsys.readouterr().err
+
+
+def test_it_answers_until_a_signal_comes(folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sizes = (
+        "--max-sequence-tokens",
+        "128",
+        "--batch-tokens",
+        "128",
+        "--max-prompt-tokens",
+        "64",
+        "--max-new-tokens",
+        "16",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "teacher.serve",
+        "--model",
+        folder,
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        *sizes,
+    ]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    output = (tmp_path / "output").open("w+")
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        statuses: list[int] = []
+        while 200 not in statuses and process.poll() is None:
+            try:
+                statuses.append(httpx2.get(f"{url}/ready").status_code)
+            except httpx2.TransportError:
+                time.sleep(0.1)
+        assert set(statuses) == {503, 200}
+        client = TeacherClient([url])
+        (said,) = client.targets(
+            TargetsRequest(targets="top_k", sequences=[np.arange(9, dtype=np.int32)], starts=[0], entries=2)
+        )
+        assert said["ids"].shape == (9, 2)
+        client.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    output.seek(0)
+    assert f"serving {folder} on {url}" in output.read()
