@@ -18,7 +18,7 @@ from distill.tasks import Arithmetic, PromptFile, ReasoningGym
 from qwen3.checkpoint.quantisation import Quantisation
 from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
-from qwen3.field_types import MOST, Bounds, check_fields
+from qwen3.field_types import MOST, Bounds, Positive, check_fields
 from qwen3.sharding import MeshShape, check_batch, check_rows, make_mesh
 from student.init import FromCheckpoint, FromScratch
 from teacher.placement import own_mesh
@@ -40,10 +40,16 @@ class Teacher:
     quantisation: Quantisation | None = None
     """Keep projections and experts in eight bits, to which they are rounded as they are read: near half the memory of
     bfloat16, for targets that differ a little (measured by experiments/benchmarks/quantised_teacher.py)."""
-    placement: Literal["colocated", "own_mesh"] = "colocated"
+    placement: Literal["colocated", "own_mesh", "service"] = "colocated"
     """colocated: on the student's mesh, taking turns with it. own_mesh: on devices of the same job that the student
     has not, scoring the next rows while the student trains on those before; of several processes each gives both
-    equally many."""
+    equally many. service: behind servers, python -m teacher.serve; of its folder only config.json and the tokenizer
+    need be here."""
+    urls: tuple[str, ...] = ()
+    """With service the addresses of the servers, http://HOST:PORT, all of the same teacher. Beyond this machine the
+    environment variable TEACHER_TOKEN is their token."""
+    outage_seconds: Positive = 600.0
+    """With service, how long the run waits while no server answers."""
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     """With own_mesh the teacher's devices along each axis; the student's are those that are left."""
 
@@ -51,10 +57,21 @@ class Teacher:
         check_fields(self, "teacher")
         if not self.path:
             raise UserError("teacher.path is empty; name a folder in Hugging Face format")
-        if self.placement == "colocated" and self.mesh != MeshShape():
+        if self.placement != "own_mesh" and self.mesh != MeshShape():
+            where = "on the student's mesh" if self.placement == "colocated" else "on the servers' devices"
             raise UserError(
-                "teacher.mesh is set, but teacher.placement is colocated, on the student's mesh; leave it, or set "
+                f"teacher.mesh is set, but teacher.placement is {self.placement}, {where}; leave it, or set "
                 "teacher.placement to own_mesh"
+            )
+        if (self.placement == "service") != bool(self.urls):
+            raise UserError(
+                f"teacher.placement is {self.placement}, but teacher.urls names {len(self.urls)} servers; servers go "
+                "with placement service, which needs at least one"
+            )
+        if self.placement == "service" and self.quantisation is not None:
+            raise UserError(
+                f"teacher.quantisation is {self.quantisation}, but teacher.placement is service; leave it, and give "
+                "--quantisation to the server"
             )
 
 
@@ -163,7 +180,7 @@ class Experiment:
 
         Raises UserError where the devices do not make up what `mesh` and `teacher.mesh` ask for.
         """
-        if self.teacher is None or self.teacher.placement == "colocated":
+        if self.teacher is None or self.teacher.placement != "own_mesh":
             mesh = make_mesh(self.mesh, devices)
             return mesh, mesh
         teacher_mesh, mesh = own_mesh(self.teacher.mesh, self.mesh, devices)

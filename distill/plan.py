@@ -72,6 +72,11 @@ def _main(arguments: list[str]) -> int:
         return 0 if {"--help", "-h"} & {*arguments} else 2
     path = Path(own.experiment)
     experiment = overridden(load_experiment(path), fields, path, parser)
+    if experiment.teacher is not None and experiment.teacher.placement == "service":
+        raise UserError(
+            "teacher.placement is service, and a plan knows nothing of the servers' devices; to plan for teacher and "
+            "student together: --teacher.placement own_mesh --teacher.urls"
+        )
     if not own.topology:
         raise UserError("--topology is missing; name one or more, such as v5p:4x4x4 or v6e:8x8,h100:8x8")
     values = {name: getattr(own, name) for name in _ASSUMED}

@@ -29,6 +29,7 @@ from qwen3.errors import UserError
 from qwen3.rollout import Mode, Rollout
 from qwen3.sharding import TOKENS, batch_sharding, batch_shares, place, row_shapes, to_pieces
 from teacher.scoring import Scorer
+from teacher.served import ServedScorer
 from teacher.targets import Hidden, Targets, one_hot
 
 TOKENS_AT_ONCE = 4_096
@@ -61,7 +62,7 @@ class Comparison:
         """
         teacher = self._context.load_teacher()
         # Not kept: between two meshes it holds a copy of the teacher's head.
-        scorer = Scorer(teacher.model, teacher.mesh, wanted_on=self._context.mesh)
+        scorer = teacher.scorer(self._context.mesh)
         of_teacher = [rollout for rollout in self._responses if rollout.mode == mode]
         title = f"scoring {name}, {mode.replace('_', '-')}"
         with self._context.progress.task(title, len(of_teacher) + len(own), unit="responses") as bar:
@@ -87,11 +88,11 @@ class Comparison:
         return figures
 
     def _sums(
-        self, name: str, model: Qwen3, scorer: Scorer, rollouts: Sequence[Rollout], bar: Bar
+        self, name: str, model: Qwen3, scorer: Scorer | ServedScorer, rollouts: Sequence[Rollout], bar: Bar
     ) -> Mapping[str, float]:
         sums: collections.Counter[str] = collections.Counter()
         for arrays in self._batches(rollouts):
-            targets = scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"])
+            targets = scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"], arrays["loss_mask"])
             batch = place(Batch.of(arrays, targets), batch_sharding(self._context.mesh))
             measured = jax.device_get(_sums(model, batch, scorer.head, self._context.mesh))
             sums.update({what: float(value) for what, value in measured.items()})

@@ -24,6 +24,7 @@ from qwen3.field_types import MOST_PROBLEMS, Count, Natural, check_fields, check
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
 from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode, Rollout
+from teacher.served import ServedModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ class Evaluator:
         self,
         evaluation: Evaluation,
         context: RunContext,
-        model: Qwen3,
+        model: Qwen3 | ServedModel,
         teacher_responses: Callable[[], Sequence[Rollout]] | None = None,
     ):
         """With `teacher_responses`, which are asked for when the first of them is needed, models are compared with the
@@ -117,7 +118,7 @@ class Evaluator:
             return None
         return Comparison(self._evaluation.generation, self._context, self._teacher_responses())
 
-    def evaluate(self, name: str, model: Qwen3) -> Evaluated:
+    def evaluate(self, name: str, model: Qwen3 | ServedModel) -> Evaluated:
         """Raises Interrupted between batches where the run was asked to stop."""
         # The teacher comes before the first student that is compared with it.
         comparison = self._comparison
@@ -128,7 +129,7 @@ class Evaluator:
             problems = asked_in(mode, self._problems)
             rollouts, samples = self._sampled(name, model, mode, problems)
             own = rollouts[:: self._evaluation.samples_per_problem]
-            if comparison is not None:
+            if comparison is not None and not isinstance(model, ServedModel):
                 figures = comparison.figures(name, model, mode, own)
             else:
                 figures = _of_teacher(own) if name == TEACHER else Figures()
@@ -146,7 +147,7 @@ class Evaluator:
         return Evaluated(rows=rows, responses=responses)
 
     def _sampled(
-        self, name: str, model: Qwen3, mode: Mode, problems: Sequence[Problem]
+        self, name: str, model: Qwen3 | ServedModel, mode: Mode, problems: Sequence[Problem]
     ) -> tuple[list[Rollout], list[RolloutSample]]:
         """`samples_per_problem` to each problem in turn, and what they are judged to be."""
         evaluation, context = self._evaluation, self._context

@@ -25,17 +25,15 @@ from distill.runner.export_folder import check_export_record, export_student
 from distill.runner.parts import parts_of
 from distill.runner.preflight import preflight
 from distill.runner.run_directory import RunDirectory
+from distill.runner.teachers import keep_identity, load_teacher, served_teacher
 from distill.stages import Grpo, Stage
-from distill.stages.context import RunContext, StopRequest, TeacherModel
+from distill.stages.context import RunContext, StopRequest
 from distill.stages.loop import Spent, trained_model
 from distill.tasks.mixture import TaskMixture
 from qwen3.chat.chat import ChatTokenizer
-from qwen3.checkpoint import hf
-from qwen3.checkpoint.quantisation import saved_bytes
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
-from teacher.fingerprint import fingerprint
 
 
 def execute(
@@ -55,6 +53,7 @@ def execute(
         agreements = _agreements(experiment, tokenizer, run.began)
         finished = [name for name in experiment.stages if run.cost(name) is not None]
         preflight(experiment, mesh, teacher_mesh, tokenizer, tasks, progress, finished)
+        served = opened.enter_context(served_teacher(experiment, run, mesh, progress))
         student = _student(experiment, tokenizer, mesh)
         rewards = any(isinstance(stage, Grpo) for stage in experiment.stages.values())
         agreements += selftest.check_numerics(student, tokenizer, experiment.evaluation.modes[0], mesh, rewards=rewards)
@@ -64,6 +63,8 @@ def execute(
         began_with = run.begin(command)
         if began_with.get("commit") != (now := commit()):
             progress.print(f"this run began with commit {began_with.get('commit')} and goes on with {now}")
+        if served is not None:
+            first_says(functools.partial(keep_identity, run.path, served))
         metrics = opened.enter_context(_metrics(directory))
         metrics.config(experiment.to_json())
         costs: dict[str, StageCost] = {}
@@ -74,7 +75,7 @@ def execute(
             mesh=mesh,
             tokenizer=tokenizer,
             tasks=tasks,
-            load_teacher=functools.cache(lambda: _teacher(experiment, tokenizer, teacher_mesh, progress)),
+            load_teacher=functools.cache(lambda: served or load_teacher(experiment, tokenizer, teacher_mesh, progress)),
             metrics=metrics,
             progress=progress,
             stop=stop,
@@ -145,21 +146,6 @@ def _student(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh) -> Qw
     return model
 
 
-def _teacher(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh, progress: Progress) -> TeacherModel:
-    assert experiment.teacher is not None
-    path, dtype, kind = experiment.teacher.path, jnp.dtype(experiment.teacher.dtype), experiment.teacher.quantisation
-    with progress.reading("loading the teacher") as on_read:
-        model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh, on_read=on_read, quantisation=kind)
-    model.kernels = experiment.kernels
-    selftest.check_scores(model, path, tokenizer, experiment.evaluation.modes[0], mesh)
-    known_as = fingerprint(path)
-    if kind is not None:
-        known_as += f" {kind}"
-        kept, saved = (f"{count / 1e6:,.1f} MB" for count in (_bytes(model), saved_bytes(model, dtype)))
-        progress.print(f"teacher    its weights take {kept} with {kind}, {saved} less than in {dtype.name} alone")
-    return TeacherModel(model=model, mesh=mesh, fingerprint=known_as)
-
-
 def _tokenizer(experiment: Experiment, began: datetime) -> ChatTokenizer:
     """The teacher's; without a teacher the student's, which then stops where the turns end that it learns to write."""
     if experiment.teacher is not None:
@@ -225,7 +211,3 @@ def _forget_unneeded(experiment: Experiment, name: str, models: dict[str | None,
 def _parameters(config: ModelConfig) -> int:
     """Of the model itself: adapters are counted apart, and scales of quantised weights are none."""
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: Qwen3(config, jax.random.key(0)))))
-
-
-def _bytes(model: Qwen3) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))

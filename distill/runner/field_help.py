@@ -61,7 +61,7 @@ def _walked(owner: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
         yield (*path, name), getattr(owner, name), texts[name]
     for field in dataclasses.fields(owner):
         held = getattr(owner, field.name)
-        if isinstance(owner, Teacher) and field.name == "mesh" and owner.placement == "colocated":
+        if isinstance(owner, Teacher) and field.name == "mesh" and owner.placement != "own_mesh":
             continue
         if dataclasses.is_dataclass(held):
             yield from _walked(held, (*path, field.name))

@@ -53,10 +53,10 @@ def preflight(
     experiment.kernels.check(
         models["student"], experiment.compute_dtype, mesh, tokens_per_target=experiment.tokens_per_target
     )
-    if experiment.teacher is not None:
+    if experiment.teacher is not None and experiment.teacher.placement != "service":
         experiment.kernels.check(models["teacher"], experiment.teacher.dtype, teacher_mesh)
     on_policy = any(asks_teacher(stage) for stage in stages.values())
-    if teacher_mesh != mesh and (on_policy or experiment.compares):
+    if "teacher" in models and (on_policy or experiment.compares):
         # On-policy and in evaluation, the teacher's head goes to the student's devices.
         partition_spec(("embed",), (models["teacher"].hidden_size,), mesh)
     check_chat_format(experiment, stages, tokenizer)
@@ -87,7 +87,10 @@ def _checked_models(experiment: Experiment, teacher_mesh: Mesh) -> dict[str, Mod
     if isinstance(experiment.student, FromCheckpoint):
         hf.check(experiment.student.path)
     if experiment.teacher is not None:
-        models["teacher"] = hf.check(experiment.teacher.path, teacher_mesh)
+        # Of a served teacher the weights are elsewhere.
+        served = experiment.teacher.placement == "service"
+        path = experiment.teacher.path
+        models["teacher"] = ModelConfig.from_folder(path) if served else hf.check(path, teacher_mesh)
     return models
 
 

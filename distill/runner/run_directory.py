@@ -30,12 +30,15 @@ _WORK = ("evaluations", "stages", "targets", "checkpoints")
 """What a run has to show for its time; a directory without any of these may still change its configuration."""
 _INPUTS = "inputs.json"
 _ENVIRONMENT = "environment.json"
+_WHERE_SERVED = ("urls", "outage_seconds")
+SERVED_TEACHER = "teacher.json"
+"""Who answered for a served teacher when the run began."""
 _TRUSTED = "delete it if you are certain that the experiment's files are those that the run began with"
 EXPORT_RECORD = "export.json"
 """What lies in export/ of this run's writing."""
 _WRITTEN = (
-    *_WORK, _INPUTS, EXPORT_RECORD, "wall_seconds.json", "config.json", _ENVIRONMENT, "run_id", "began",
-    ".lock",
+    *_WORK, _INPUTS, SERVED_TEACHER, EXPORT_RECORD, "wall_seconds.json", "config.json", _ENVIRONMENT, "run_id",
+    "began", ".lock",
     "tensorboard", "metrics.jsonl", "rollouts.jsonl", "report.json", "report.html", "export", ".export.partial",
     ".export.previous",
 )  # fmt: skip
@@ -129,6 +132,11 @@ class RunDirectory:
         keep_began(self.path, self.began)
         return claim_id(self.path)
 
+    @property
+    def holds_work(self) -> bool:
+        """Whether there is something to go on from."""
+        return _holds_work(self.path)
+
     def evaluation(self, name: str) -> list[EvaluationRow] | None:
         """The rows of a model that has been evaluated, else None."""
         file = self.path / "evaluations" / f"{name}.json"
@@ -199,7 +207,7 @@ def _check_config(file: Path, wanted: Any) -> None:
     if not file.exists() or not _holds_work(file.parent):
         return
     remedy = "put it back from a copy, or give this run another --name"
-    differences = differing_fields(read_json(file, _json_object, remedy), wanted)
+    differences = differing_fields(_deciding(read_json(file, _json_object, remedy)), _deciding(wanted))
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
         more = f" and {len(differences) - _SHOWN_DIFFERENCES} more" if len(differences) > _SHOWN_DIFFERENCES else ""
@@ -214,6 +222,15 @@ def _known_environment(path: Path) -> dict[str, Any]:
     file = path / _ENVIRONMENT
     remedy = "delete it, and the same command writes down where it goes on"
     return read_json(file, _json_object, remedy) if file.exists() else {}
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what may change from one part of a run to the next: where its teacher is to be asked,
+    since `SERVED_TEACHER` says who that is."""
+    teacher = config.get("teacher")
+    if not isinstance(teacher, dict):
+        return dict(config)
+    return {**config, "teacher": {name: value for name, value in teacher.items() if name not in _WHERE_SERVED}}
 
 
 def _json_object(raw: Any) -> dict[str, Any]:

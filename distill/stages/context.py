@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,19 +24,28 @@ from qwen3.chat.chat import ChatTokenizer
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
 from qwen3.field_types import check_product
-from qwen3.generation.engine import Engine
+from qwen3.generation.engine import Engine, OnProgress, Request
 from qwen3.generation.sampling import SamplingParams
+from qwen3.rollout import Rollout
+from teacher.scoring import Scorer
+from teacher.served import ServedEngine, ServedModel, ServedScorer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherModel:
-    """The teacher's weights and how they are known to a target store."""
+    """The teacher's weights, here or behind servers, and how they are known to a target store."""
 
-    model: Qwen3
+    model: Qwen3 | ServedModel
     mesh: Mesh
-    """Where its weights lie: the student's mesh, or its own."""
+    """Where its weights lie: the student's mesh, or its own. Of a served teacher the student's, where targets come."""
     fingerprint: str
     """Hash of the teacher's folder, and its quantisation: targets of one teacher are refused for another."""
+
+    def scorer(self, wanted_on: Mesh) -> Scorer | ServedScorer:
+        """What scores with it; targets and head come to the mesh `wanted_on`."""
+        if isinstance(self.model, ServedModel):
+            return ServedScorer(self.model, wanted_on)
+        return Scorer(self.model, self.mesh, wanted_on=wanted_on)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +68,21 @@ class EngineSizes:
         """Refuses, naming the `field` that says how many, sequences with more tokens than a cache can number."""
         sizes = {field: self.batch_size, "tokens of a prompt and its response": self.longest_tokens}
         check_product(sizes, "for the tokens in a cache are numbered in 32 bits")
+
+
+class Generator(Protocol):
+    """An engine, here or behind servers."""
+
+    def generate(
+        self,
+        model: Any,
+        requests: Sequence[Request],
+        *,
+        seed: int,
+        policy_step: int,
+        step: int | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> list[Rollout]: ...
 
 
 class EndTokens(Protocol):
@@ -101,8 +125,10 @@ class RunContext:
         """A seed of its own for everything random in one stage, 32 bits."""
         return stage_seed(self.seed, name)
 
-    def engine(self, model: Qwen3, sizes: EngineSizes) -> Engine:
-        """An engine that stops and thinks as this run's tokenizer says."""
+    def engine(self, model: Qwen3 | ServedModel, sizes: EngineSizes) -> Generator:
+        """An engine that stops and thinks as this run's tokenizer says, where the model is."""
+        if isinstance(model, ServedModel):
+            return ServedEngine()
         return make_engine(model.config, self.tokenizer, sizes)
 
 

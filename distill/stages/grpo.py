@@ -203,7 +203,7 @@ class Grpo:
         if self.teacher_kl:
             teacher = context.load_teacher()
             self.check_meshes(name, context.mesh, teacher.mesh)
-            scorer = Scorer(teacher.model, teacher.mesh, wanted_on=context.mesh)
+            scorer = teacher.scorer(context.mesh)
         asked = self.asked(context.tasks, context.stage_seed(name))
         lesson = _FromRewards(self, model, context, asked[self.prompts_per_step * self.training.steps :])
         with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorer=scorer, lesson=lesson)) as data:

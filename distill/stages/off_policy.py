@@ -27,7 +27,6 @@ from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
 from qwen3.rollout import THINKING, Mode
 from teacher.scored_rollout import ScoredRollout
-from teacher.scoring import Scorer
 from teacher.store import TargetStore, TargetStoreWriter
 from teacher.targets import Sampled, TopK
 
@@ -171,7 +170,7 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     watch = Stopwatch(directory / "seconds.json")
     if not begun["finished"]:
         engine = context.engine(teacher.model, stage.generation)
-        scorer = Scorer(teacher.model, teacher.mesh)
+        scorer = teacher.scorer(teacher.mesh)
         firsts = range(0, len(requests), stage.batch_size)
         done = begun["shards"]
         written = min(len(requests), len(done) * stage.batch_size)

@@ -27,7 +27,6 @@ from qwen3.decoder.model import Qwen3
 from qwen3.field_types import Count, Natural, Problems, check_fields
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import Mode
-from teacher.scoring import Scorer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ class OnPolicy:
         assert self.training.steps is not None
         teacher = context.load_teacher()
         self.check_meshes(name, context.mesh, teacher.mesh)
-        scorer = Scorer(teacher.model, teacher.mesh, wanted_on=context.mesh)
+        scorer = teacher.scorer(context.mesh)
         asked = self.asked(context.tasks, context.stage_seed(name))
         with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorer=scorer)) as data:
             return train(

@@ -35,6 +35,7 @@ from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import MODES, THINKING, Mode, Rollout
 from teacher.scoring import Scorer
+from teacher.served import ServedScorer
 from teacher.targets import Hidden
 
 Asked = Sequence[tuple[Problem, Mode]]
@@ -155,7 +156,7 @@ class OwnRollouts:
         context: RunContext,
         asked: Asked,
         *,
-        scorer: Scorer | None = None,
+        scorer: Scorer | ServedScorer | None = None,
         lesson: Lesson | None = None,
     ):
         """`asked` are the prompts of all steps, of which the model generates; what comes after those is the lesson's.
@@ -308,7 +309,7 @@ class OwnRollouts:
     def _targets(self, arrays: Mapping[str, np.ndarray]) -> Hidden | None:
         if self._scorer is None:
             return None
-        targets = self._scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"])
+        targets = self._scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"], arrays["loss_mask"])
         if not isinstance(targets, Hidden):
             raise ValueError(
                 f"targets are {type(targets).__name__}; an on-policy divergence is computed under the current "

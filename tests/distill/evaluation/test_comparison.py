@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from distill.evaluation.comparison import Comparison, perplexity, scoring_shape
 from distill.monitor.progress import Progress
-from distill.stages.context import EngineSizes
+from distill.stages.context import EngineSizes, TeacherModel
 from distill.stages.stopping import Interrupted
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
@@ -94,7 +94,7 @@ def comparison(
     teacher: Qwen3, meshes: tuple[Mesh, Mesh], responses: list[Rollout], stop: Stop, progress: Progress
 ) -> Comparison:
     mesh, teacher_mesh = meshes
-    model = SimpleNamespace(model=teacher, mesh=teacher_mesh)
+    model = TeacherModel(model=teacher, mesh=teacher_mesh, fingerprint="")
     context: Any = SimpleNamespace(load_teacher=lambda: model, mesh=mesh, progress=progress, stop=stop)
     return Comparison(SIZES, context, responses)
 

@@ -1,0 +1,138 @@
+"""How a run comes by its teacher: its weights on the run's devices, or servers that answer for them."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from distill.experiment import Experiment
+from distill.monitor.progress import Progress
+from distill.monitor.records import read_json, write_atomically
+from distill.runner import selftest
+from distill.runner.run_directory import SERVED_TEACHER, RunDirectory
+from distill.stages import OffPolicy, OnPolicy
+from distill.stages.context import EngineSizes, TeacherModel
+from qwen3.chat.chat import ChatTokenizer
+from qwen3.checkpoint import hf
+from qwen3.checkpoint.quantisation import saved_bytes
+from qwen3.decoder.config import ModelConfig
+from qwen3.decoder.model import Qwen3
+from qwen3.errors import UserError
+from teacher.client import TeacherClient
+from teacher.identity import TeacherIdentity, known_as, tokenizer_hashes
+from teacher.limits import Limits
+from teacher.served import ServedModel
+
+
+def load_teacher(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh, progress: Progress) -> TeacherModel:
+    """The teacher's weights on `mesh`. Raises UserError where they cannot be read or score no numbers."""
+    assert experiment.teacher is not None
+    path, dtype, kind = experiment.teacher.path, jnp.dtype(experiment.teacher.dtype), experiment.teacher.quantisation
+    with progress.reading("loading the teacher") as on_read:
+        model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh, on_read=on_read, quantisation=kind)
+    model.kernels = experiment.kernels
+    selftest.check_scores(model, path, tokenizer, experiment.evaluation.modes[0], mesh)
+    if kind is not None:
+        kept, saved = (f"{count / 1e6:,.1f} MB" for count in (_bytes(model), saved_bytes(model, dtype)))
+        progress.print(f"teacher    its weights take {kept} with {kind}, {saved} less than in {dtype.name} alone")
+    return TeacherModel(model=model, mesh=mesh, fingerprint=known_as(path, kind))
+
+
+@contextlib.contextmanager
+def served_teacher(
+    experiment: Experiment, run: RunDirectory, mesh: Mesh, progress: Progress
+) -> Iterator[TeacherModel | None]:
+    """The teacher behind the experiment's servers, while the block lasts; None where it has none.
+
+    Raises UserError where no server answers, one answers for another teacher than the others, than the
+    run began with, or than the tokenizer at `teacher.path`, or where they do not take what the stages ask for.
+    """
+    teacher = experiment.teacher
+    if teacher is None or teacher.placement != "service":
+        yield None
+        return
+    if jax.process_count() > 1:
+        raise UserError(
+            f"teacher.placement is service, which {jax.process_count()} processes that run together cannot ask as one; "
+            "run one process, or set teacher.placement to own_mesh"
+        )
+    file = run.path / SERVED_TEACHER
+    remedy = "delete it if the servers have the teacher with which the run began"
+    known = read_json(file, TeacherIdentity.from_json, remedy) if file.exists() and run.holds_work else None
+    client = TeacherClient(teacher.urls, outage_seconds=teacher.outage_seconds, expected=known)
+    with contextlib.closing(client):
+        if client.identity.dtype != teacher.dtype:
+            raise UserError(
+                f"teacher.dtype is {teacher.dtype}, but the teacher at {teacher.urls[0]} computes in "
+                f"{client.identity.dtype}; say the same here and there (--dtype)"
+            )
+        tokenizer, template = tokenizer_hashes(teacher.path)
+        for what, here in (("tokenizer", tokenizer), ("template", template)):
+            if getattr(client.identity, what) != here:
+                raise UserError(
+                    f"the {what} in teacher.path {teacher.path} is not that of the teacher at {teacher.urls[0]}; name "
+                    "a folder with the served teacher's config.json and tokenizer"
+                )
+        config = ModelConfig.from_folder(teacher.path)
+        if config.vocab_size != client.vocab_size:
+            raise UserError(
+                f"{teacher.path}/config.json has vocab_size {config.vocab_size}, the teacher at {teacher.urls[0]} "
+                f"{client.vocab_size}; name a folder with the served teacher's config.json"
+            )
+        _check_limits(experiment, client.limits)
+        progress.print(f"teacher    served by {', '.join(teacher.urls)}, weights {client.identity.weights}")
+        model = ServedModel(client=client, config=config)
+        yield TeacherModel(model=model, mesh=mesh, fingerprint=client.identity.weights)
+
+
+def keep_identity(directory: Path, served: TeacherModel) -> None:
+    """Writes down who answers, for the run's later parts to insist on."""
+    assert isinstance(served.model, ServedModel)
+    identity = dataclasses.asdict(served.model.client.identity)
+    write_atomically(directory / SERVED_TEACHER, json.dumps(identity, indent=2) + "\n")
+
+
+def _check_limits(experiment: Experiment, limits: Limits) -> None:
+    """Refuses, naming the server's option, what the servers would refuse once a stage comes to it."""
+    for field, asked, limit in _asked(experiment):
+        most = getattr(limits, limit)
+        if asked > most:
+            option = f"--{limit.replace('_', '-')}"
+            raise UserError(
+                f"{field} needs {asked}, but the teacher's server takes {most}; start it with {option} {asked}, or "
+                "lower the field"
+            )
+
+
+def _asked(experiment: Experiment) -> Iterator[tuple[str, int, str]]:
+    """Field, how much of a limit it needs, and the limit."""
+
+    def generates(field: str, sizes: EngineSizes) -> Iterator[tuple[str, int, str]]:
+        yield f"{field}.max_prompt_tokens", sizes.max_prompt_tokens, "max_prompt_tokens"
+        new_tokens = max(params.max_new_tokens for params in sizes.sampling)
+        yield f"{field}: max_new_tokens", new_tokens, "max_new_tokens"
+
+    for name, stage in experiment.stages.items():
+        field = f"stages.{name}"
+        if isinstance(stage, OffPolicy) and stage.targets_of is None:
+            yield from generates(field, stage.generation)
+            yield f"{field}: prompt and response", stage.longest_tokens, "max_sequence_tokens"
+            if stage.sampled_tokens is None:
+                yield f"{field}.top_k", stage.top_k, "max_top_k"
+            else:
+                yield f"{field}.sampled_tokens", stage.sampled_tokens, "max_sampled_tokens"
+        if isinstance(stage, OnPolicy):
+            yield f"{field}: prompt and response", stage.generation.longest_tokens, "max_sequence_tokens"
+    if experiment.compares:
+        yield from generates("evaluation", experiment.evaluation.generation)
+        longest = experiment.evaluation.generation.longest_tokens
+        yield "evaluation: prompt and response", longest, "max_sequence_tokens"
+
+
+def _bytes(model: Qwen3) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
