@@ -212,8 +212,9 @@ async def _answered(
     future = service.admission.admitted(tokens, submit)
     waiting = asyncio.wrap_future(future)
     gone = asyncio.ensure_future(_disconnected(request))
+    both: set[asyncio.Future[Any]] = {waiting, gone}
     try:
-        done, _ = await asyncio.wait({waiting, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if waiting in done:
             return waiting.result()
     finally:
