@@ -101,26 +101,27 @@ def _main(arguments: list[str]) -> int:
 def serve(served: Served, mesh: Mesh, *, host: str, port: int, token: str | None) -> int:
     """Load `served` while it already listens, serve it until a signal comes, and return the exit status."""
     standing, failures = Standing(), list[Exception]()
-    config = uvicorn.Config(
-        make_app(standing, token=token),
-        log_level="critical",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_DRAIN_SECONDS,
-    )
-    server = uvicorn.Server(config)
-
-    def load() -> None:
-        try:
-            standing.service = _loaded(served, mesh)
-        except Exception as error:  # noqa: BLE001 - it is raised again where the process ends
-            failures.append(error)
-            server.should_exit = True
-            return
-        kind = jax.devices()[0].device_kind
-        print(f"serving {served.model} on http://{host}:{port}, {mesh.size} × {kind}", flush=True)
-
     with _listening(host, port) as listening:
+        config = uvicorn.Config(
+            make_app(standing, token=token),
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_DRAIN_SECONDS,
+        )
+        server = uvicorn.Server(config)
+
+        def load() -> None:
+            try:
+                standing.service = _loaded(served, mesh)
+            except Exception as error:  # noqa: BLE001 - it is raised again where the process ends
+                failures.append(error)
+                server.should_exit = True
+                return
+            kind = jax.devices()[0].device_kind
+            print(f"serving {served.model} on http://{host}:{port}, {mesh.size} × {kind}", flush=True)
+
         threading.Thread(target=load, name="load-teacher", daemon=True).start()
         # uvicorn hands on, once all is finished, the signal that has ended it.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -139,7 +140,8 @@ def _listening(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        # The error's own text says the address once more.
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise UserError(f"{host}:{port} cannot be listened on ({reason}); choose another --port or --host") from None
 
 
