@@ -116,6 +116,7 @@ def test_value_and_every_gradient_equal_unsharded(implementation, devices, lengt
         np.testing.assert_allclose(mine, theirs, atol=5e-6 * np.abs(theirs).max())
 
 
+@pytest.mark.long
 def test_gpu_kernels_on_the_pieces_of_each_device():
     """One after the other: the interpreter of GPU kernels waits for ever where several devices run them."""
     devices, length = 2, 262

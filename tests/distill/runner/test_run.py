@@ -256,7 +256,7 @@ def test_a_finished_stage_whose_last_checkpoint_is_gone_is_trained_to_its_end_ag
     faults.require_same_end(copied, finished)
     # The models that were trained again are evaluated again, so that people see what they say.
     held_out = [
-        sorted((one["stage"], one["step"], one["mode"], one["answer"]) for one in read_rollouts(run) if one["held_out"])
+        sorted((one.stage, one.step, one.mode, one.answer) for one in read_rollouts(run) if one.held_out)
         for run in (copied, finished)
     ]
     assert held_out[0] == held_out[1]
