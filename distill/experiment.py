@@ -86,7 +86,7 @@ class Experiment:
     student: FromCheckpoint | FromScratch
     """Who learns: a checkpoint's weights, or fresh ones of a stated architecture."""
     teacher: Teacher | None = None
-    """None where every stage is supervised."""
+    """None where no stage learns from one."""
     tasks: Mapping[str, Arithmetic | ReasoningGym | PromptFile]
     """Where problems come from, by a name of your choice; each task gives its share by weight."""
     stages: Mapping[str, Stage]

@@ -6,27 +6,28 @@ wants, so that a server which has come back with another refuses it.
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
-import os
 import random
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import httpx2
 import numpy as np
 
 from qwen3.errors import UserError
-from qwen3.generation.engine import Request
+from qwen3.generation.engine import OnProgress, Request
 from qwen3.rollout import Rollout, rollouts_from_json
 from teacher.identity import TeacherIdentity
-from teacher.limits import Limits
+from teacher.limits import TOKEN_VARIABLE, Limits, token_of_environment
 from teacher.wire import CONTENT_TYPE, TEACHER_HEADER, Answer, TargetsRequest, decode, encode_request
 
-TOKEN_VARIABLE: Final = "TEACHER_TOKEN"
-_CONNECT_SECONDS = 5.0
+_CONNECT_SECONDS, _SEND_SECONDS, _FIRST_ANSWER_SECONDS = 5.0, 60.0, 60.0
+_AFTER_DEADLINE_SECONDS = 60.0
+"""A server has given up on a request by its deadline; one that is silent beyond it is not there."""
 _PART_TOKENS = 8_192
 """Tokens of one request, so that several servers share what is asked at once."""
 _PARTS_AT_ONCE = 4
@@ -40,8 +41,10 @@ _FAILURES = 3
 class _Server:
     url: str
     under_way: int = 0
+    rest_seconds: float = 0.0
+    """Doubled whenever it does not answer, 0 once it does."""
     rests_until: float = 0.0
-    """On the monotonic clock; it did not answer, and others come first."""
+    """On the monotonic clock; until then others come first."""
 
 
 class TeacherClient:
@@ -67,10 +70,11 @@ class TeacherClient:
         self._servers = [_Server(url.rstrip("/")) for url in urls]
         self._outage_seconds = outage_seconds
         self._lock = threading.Lock()
-        token = os.environ.get(TOKEN_VARIABLE)
+        self._closed = threading.Event()
+        token = token_of_environment()
+        self._read_seconds = _FIRST_ANSWER_SECONDS
         self._http = httpx2.Client(
             headers={"authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
             limits=httpx2.Limits(max_connections=None),
         )
         self._wanted: dict[str, str] = {}
@@ -93,6 +97,8 @@ class TeacherClient:
         self.vocab_size = int(models[self._servers[0].url]["vocab_size"])
         all_limits = [dataclasses.asdict(Limits.from_json(model["limits"])) for model in models.values()]
         self.limits = Limits(**{name: min(one[name] for one in all_limits) for name in all_limits[0]})
+        longest = max(one["deadline_seconds"] for one in all_limits)
+        self._read_seconds = longest + _AFTER_DEADLINE_SECONDS
         self._threads = concurrent.futures.ThreadPoolExecutor(_PARTS_AT_ONCE * len(urls), "ask-teacher")
 
     def targets(self, request: TargetsRequest) -> list[Answer]:
@@ -101,8 +107,9 @@ class TeacherClient:
         found = self._threads.map(lambda part: self._scored(_part_of(request, part)), parts)
         return [answer for answers in found for answer in answers]
 
+    @functools.cached_property
     def head(self) -> np.ndarray:
-        """The output matrix [V, D], in the dtype that the teacher computes in."""
+        """The output matrix [V, D], in the dtype that the teacher computes in; fetched once."""
         response = self._answered("GET", "/v1/head")
         arrays, metadata = _decoded(response)
         head = arrays["head"]
@@ -111,15 +118,24 @@ class TeacherClient:
             raise UserError(f"{response.url} has sent a head that does not match its hash; ask again")
         return head
 
-    def rollouts(self, requests: Sequence[Request], *, seed: int, step: int = 0) -> list[Rollout]:
-        """What the teacher generates, the same as `Engine.generate` with its weights, seed and step."""
+    def rollouts(
+        self, requests: Sequence[Request], *, seed: int, step: int = 0, on_progress: OnProgress | None = None
+    ) -> list[Rollout]:
+        """What the teacher generates, the same as `Engine.generate` with its weights, seed and step.
+
+        `on_progress` is told the rollouts and tokens of each part, in order; what it raises ends the call."""
         most = min(self.limits.max_request_sequences, self.limits.generation_batch_size)
         parts = [requests[first : first + most] for first in range(0, len(requests), most)]
-        found = self._threads.map(lambda part: self._generated(part, seed, step), parts)
-        return [rollout for rollouts in found for rollout in rollouts]
+        found: list[Rollout] = []
+        for rollouts in self._threads.map(lambda part: self._generated(part, seed, step), parts):
+            found += rollouts
+            if on_progress is not None:
+                on_progress(len(rollouts), sum(len(rollout.response) for rollout in rollouts))
+        return found
 
     def close(self) -> None:
-        """Ends what is under way."""
+        """Ends what waits for a server, and waits for what one is answering."""
+        self._closed.set()
         self._threads.shutdown(cancel_futures=True)
         self._http.close()
 
@@ -148,44 +164,62 @@ class TeacherClient:
     def _answered(
         self, method: str, path: str, content: bytes | None = None, kind: str | None = None, only: _Server | None = None
     ) -> httpx2.Response:
-        """The answer of whichever server gives one first, or of `only` this; all that may pass is tried again."""
+        """The answer of whichever server gives one first, or of `only` this; all that may pass is tried again.
+
+        The outage begins when no server is reached, and ends with any answer; one that is too busy is there."""
         headers = self._wanted | ({} if kind is None else {"content-type": kind})
-        ends, delay, failures, reason = time.monotonic() + self._outage_seconds, _FIRST_DELAY_SECONDS, 0, ""
+        timeout = httpx2.Timeout(self._read_seconds, connect=_CONNECT_SECONDS, write=_SEND_SECONDS, pool=None)
+        outage_ends: float | None = None
+        failures = 0
         while True:
-            server = only or self._chosen()
-            with self._lock:
-                server.under_way += 1
+            server = self._chosen(only)
             try:
-                response = self._http.request(method, server.url + path, content=content, headers=headers)
+                response = self._http.request(
+                    method, server.url + path, content=content, headers=headers, timeout=timeout
+                )
             except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
                 raise UserError(f"{server.url!r} is no server's address ({error}); write http://HOST:PORT") from None
             except httpx2.TransportError as error:
-                reason = f"{type(error).__name__} {error}".strip()
+                away, reason = True, f"{type(error).__name__} {error}".strip()
             else:
                 if response.status_code < 400:
+                    server.rest_seconds = 0.0
                     return response
                 reason = _reason(response)
                 failures += response.status_code == 500
-                if response.status_code not in (408, 429, 500, 502, 503, 504) or failures == _FAILURES:
+                if response.status_code not in (429, 500, 502, 503, 504) or failures == _FAILURES:
                     raise UserError(self._refusal(server, response, reason))
+                away = response.status_code in (502, 503, 504)
             finally:
                 with self._lock:
                     server.under_way -= 1
-            if time.monotonic() > ends:
+            if not away:
+                outage_ends = None
+            elif outage_ends is None:
+                outage_ends = time.monotonic() + self._outage_seconds
+            elif time.monotonic() > outage_ends:
                 raise UserError(
                     f"no teacher has answered at {', '.join(one.url for one in self._servers)} for "
                     f"{self._outage_seconds:g} seconds ({reason}); start it again: a run goes on from what it has saved"
                 )
-            server.rests_until = time.monotonic() + delay
-            # Clients that were cut off together do not come back together.
-            time.sleep(delay * random.uniform(0.5, 1.0))
-            delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
+            self._rest(server)
 
-    def _chosen(self) -> _Server:
-        """The server with the least to do, of those that have answered lately; else the one that rests longest."""
+    def _rest(self, server: _Server) -> None:
+        """Waits before a request is tried again, longer each time that the server has not answered."""
+        server.rest_seconds = min(max(_FIRST_DELAY_SECONDS, 2 * server.rest_seconds), _LONGEST_DELAY_SECONDS)
+        server.rests_until = time.monotonic() + server.rest_seconds
+        # Clients that were cut off together do not come back together.
+        if self._closed.wait(server.rest_seconds * random.uniform(0.5, 1.0)):
+            raise UserError("the teacher's servers were still being asked when the run ended")
+
+    def _chosen(self, only: _Server | None) -> _Server:
+        """The server with the least to do, of those that have answered lately; else the one that is next to be tried.
+        It counts as asked."""
         with self._lock:
             now = time.monotonic()
-            return min(self._servers, key=lambda one: (max(0.0, one.rests_until - now), one.under_way))
+            chosen = only or min(self._servers, key=lambda one: (max(0.0, one.rests_until - now), one.under_way))
+            chosen.under_way += 1
+            return chosen
 
     def _refusal(self, server: _Server, response: httpx2.Response, reason: str) -> str:
         if response.status_code == 409:
@@ -193,6 +227,8 @@ class TeacherClient:
                 f"{server.url} serves another teacher than the one that was asked before ({reason}); serve that one "
                 "again, or begin a new run"
             )
+        if response.status_code == 408:
+            return f"{server.url} has given up ({reason}); start it with a larger --deadline-seconds, or ask for less"
         if response.status_code == 401:
             return f"{server.url} asks for a token ({reason}); set the environment variable {TOKEN_VARIABLE} to its own"
         return f"{server.url} has refused with status {response.status_code}: {reason}"

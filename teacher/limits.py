@@ -1,11 +1,28 @@
 """What one server of a teacher takes: said at its start, told to its clients, and enforced before anything is run."""
 
 import dataclasses
+import os
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from qwen3.errors import UserError
 from qwen3.field_types import Count, Positive, check_fields
+
+TOKEN_VARIABLE: Final = "TEACHER_TOKEN"
+
+
+def token_of_environment() -> str | None:
+    """The secret of servers that others can reach, without white space around it; None where there is none.
+
+    Raises UserError, without the secret, where it cannot go into an HTTP header.
+    """
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if re.fullmatch(r"[\x20-\x7e]*", token) is None:
+        raise UserError(
+            f"the environment variable {TOKEN_VARIABLE} holds other characters than visible ASCII; make another secret"
+        )
+    return token or None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +50,7 @@ class Limits:
     max_queue_tokens: Count = 2**20
     """Tokens in them."""
     deadline_seconds: Positive = 600.0
-    """After which a request is given up (504), whoever still waits for it."""
+    """After which a request is given up (408), whoever still waits for it."""
     generation_batch_size: Count = 16
     """Sequences generated at once."""
     max_prompt_tokens: Count = 2_048

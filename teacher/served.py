@@ -43,9 +43,7 @@ class ServedEngine:
     ) -> list[Rollout]:
         """The same rollouts as an engine with the teacher's weights gives, but for float sums in another order."""
         step = policy_step if step is None else step
-        rollouts = model.client.rollouts(requests, seed=seed, step=step)
-        if on_progress is not None:
-            on_progress(len(rollouts), sum(len(rollout.response) for rollout in rollouts))
+        rollouts = model.client.rollouts(requests, seed=seed, step=step, on_progress=on_progress)
         return [dataclasses.replace(rollout, policy_step=policy_step) for rollout in rollouts]
 
 
@@ -58,7 +56,7 @@ class ServedScorer:
     @functools.cached_property
     def head(self) -> Float[Array, "V D"]:
         """The teacher's output matrix, fetched once."""
-        head = self._client.head()
+        head = self._client.head
         return place(head, head_sharding(head, self._mesh))
 
     def hidden(

@@ -28,12 +28,18 @@ if _COMPILED not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {_QUICK_COMPILE}"
 
+_LONGEST = ("tests/test_style.py", "tests/test_readme.py")
 _KEPT_BYTES = 1_500_000_000
 """What a worker may keep between tests; compiled programs, of which jax never lets one go, would reach four times as
 much."""
 _LEAST_GROWTH_BYTES = 200_000_000
 _left_bytes = 0
 """What a worker still held when it last let its programs go."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest come first, lest one worker waits for the other at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
 
 
 @pytest.fixture(autouse=True)

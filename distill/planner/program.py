@@ -19,7 +19,7 @@ Purpose = Literal[
     "student_prefills", "student_generates", "student_routes", "student_trains", "student_updates", "student_scores",
 ]  # fmt: skip
 """Prompts into the cache, tokens out of it, targets of rows, the load of experts in a microbatch, its gradients, the
-optimiser's update, and what an evaluation compares with targets."""
+optimiser's update, and what the student says of given tokens: in evaluations, and of older rollouts."""
 Role = Literal["student", "teacher"]
 EVALUATION = "evaluation"
 

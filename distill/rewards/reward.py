@@ -1,13 +1,14 @@
-"""The door for rewards: any function of a problem and of a response as people read it, asked so that it can't stall a
-run or poison it. Without one, the problem's own verifier says 1 or 0."""
+"""The door for rewards: any function of a problem and of a response as people read it, asked so that it neither stalls
+a run, as long as it lets go of Python's interpreter, nor poisons it. Without one, the problem's own verifier says 1 or
+0."""
 
 import dataclasses
 import functools
 import hashlib
 import inspect
-import math
 import numbers
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -62,19 +63,30 @@ class Rewards:
         time, or gives no finite number.
         """
         reward = verified if self.reward is None else self.reward
-        name = "the task's verifier" if self.reward is None else f"reward {reward_name(self.reward)}"
-        what = f"{name}, asked about sample {rollout.sample_index} of problem {problem.problem_id},"
-
-        def ask() -> tuple[RolloutSample, Any]:
-            sample = judge(rollout, problem, self.tokenizer, self.tasks)
-            return sample, reward(problem, sample)
-
-        sample, value = _within(self.timeout_seconds, ask, what)
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(f"{what} gave {value!r}; a reward must be a finite number")
+        about = f"asked about sample {rollout.sample_index} of problem {problem.problem_id},"
+        sample = _within(
+            self.timeout_seconds,
+            lambda: judge(rollout, problem, self.tokenizer, self.tasks),
+            f"the task's verifier, {about}",
+        )
+        what = f"reward {reward_name(reward)}, {about}"
+        value = _within(self.timeout_seconds, lambda: reward(problem, sample), what)
+        if not isinstance(value, numbers.Real) or not -sys.float_info.max <= value <= sys.float_info.max:
+            said = "a whole number that no float holds" if isinstance(value, int) else repr(value)
+            raise UserError(f"{what} gave {said}; a reward must be a finite number")
         over = len(rollout.response) - (max_new_tokens - self.penalty_tokens)
         penalty = min(1.0, max(0, over) / self.penalty_tokens) if self.penalty_tokens else 0.0
         return sample, float(value) - penalty
+
+
+def check_reward(reward: Reward | None) -> None:
+    """Refuses a reward whose changes a resumed run would not see. Raises UserError."""
+    instance = dataclasses.is_dataclass(reward) and not isinstance(reward, type)
+    if reward is not None and not inspect.isfunction(reward) and not instance:
+        raise UserError(
+            f"reward is {reward!r}; give a function, or an instance of a frozen dataclass with __call__, whose fields "
+            "are its settings"
+        )
 
 
 def reward_name(reward: Reward) -> str:
@@ -105,7 +117,7 @@ def _within(seconds: float, call: Callable[[], _Answer], what: str) -> _Answer:
     def run() -> None:
         try:
             answer = call()
-        except Exception as error:  # noqa: BLE001 - whatever a verifier raises, the one who asked hears of it
+        except BaseException as error:  # noqa: BLE001 - whatever a verifier raises, the one who asked hears of it
             answers.put(functools.partial(_fail, error, what))
         else:
             answers.put(lambda: answer)
@@ -116,12 +128,15 @@ def _within(seconds: float, call: Callable[[], _Answer], what: str) -> _Answer:
     except queue.Empty:
         raise UserError(
             f"{what} has not come to an end after {seconds:g} s; mend it, leave the problem out, or raise "
-            "reward_timeout_seconds"
+            "reward_timeout_seconds, and start again under another --name"
         ) from None
 
 
-def _fail(error: Exception, what: str) -> Any:
+def _fail(error: BaseException, what: str) -> Any:
     if isinstance(error, UserError):
         raise error
     said = " ".join(str(error).split())
-    raise UserError(f"{what} raised {type(error).__name__}: {said}; mend it, or leave the problem out") from error
+    raise UserError(
+        f"{what} raised {type(error).__name__}: {said}; mend it, or leave the problem out, and start again under "
+        "another --name"
+    ) from error

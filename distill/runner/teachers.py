@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from distill.experiment import Experiment
+from distill.experiment import Experiment, asks_teacher
 from distill.monitor.progress import Progress
 from distill.monitor.records import read_json, write_atomically
 from distill.runner import selftest
 from distill.runner.run_directory import SERVED_TEACHER, RunDirectory
-from distill.stages import OffPolicy, OnPolicy
+from distill.stages import OffPolicy, Sft
 from distill.stages.context import EngineSizes, TeacherModel
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.checkpoint import hf
@@ -126,7 +126,7 @@ def _asked(experiment: Experiment) -> Iterator[tuple[str, int, str]]:
                 yield f"{field}.top_k", stage.top_k, "max_top_k"
             else:
                 yield f"{field}.sampled_tokens", stage.sampled_tokens, "max_sampled_tokens"
-        if isinstance(stage, OnPolicy):
+        if not isinstance(stage, OffPolicy | Sft) and asks_teacher(stage):
             yield f"{field}: prompt and response", stage.generation.longest_tokens, "max_sequence_tokens"
     if experiment.compares:
         yield from generates("evaluation", experiment.evaluation.generation)

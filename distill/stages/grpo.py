@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 
 from distill.monitor.metrics import RolloutSample
 from distill.rewards.advantages import Advantages, advantages, have_signal
-from distill.rewards.reward import Reward, Rewards, Truncated
+from distill.rewards.reward import Reward, Rewards, Truncated, check_reward
 from distill.stages.ahead import Written
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, Training, train
 from distill.stages.own_rollouts import Asked, OwnRollouts, asked_of, check_ahead, check_asking
 from distill.tasks import Problem
+from distill.tasks.drawing import exact_decimal
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix
 from distill.training.flops import forward_flops
@@ -59,8 +60,9 @@ class Grpo:
     reward: Reward | None = None
     """What a response is worth: a function of problem and decoded response. None: 1 where the task's verifier accepts
     the answer, else 0."""
-    reward_timeout_seconds: Positive = 300.0
-    """The longest that verifier and reward may take over one response before the run ends."""
+    reward_timeout_seconds: Annotated[float, Bounds(1e-3, 1e6, "lie in 0.001..1e6")] = 300.0
+    """The longest that verifier and reward may take over one response before the run ends. Code that never lets go of
+    Python's interpreter, such as a regular expression that backtracks for ever, is not interrupted."""
     truncated: Truncated = "wrong"
     """Responses that the length limit cut off. wrong: no answer, which the verifier rewards with 0 and a reward of your
     own as it likes. masked: neither compared with nor learned from."""
@@ -112,6 +114,22 @@ class Grpo:
                 f"samples_per_prompt is {self.samples_per_prompt}: an advantage is over the others of a group; give at "
                 "least 2"
             )
+        if self.resample_factor > 1 and not self.prompts_beside:
+            raise UserError(
+                f"resample_factor is {self.resample_factor:g}, which adds no prompt to {self.prompts_per_step} "
+                "prompts_per_step; raise one of them, or set it to 1"
+            )
+        for name, params in (("thinking", self.thinking), ("non_thinking", self.non_thinking)):
+            if self.policy_weight and params.greedy:
+                raise UserError(
+                    f"{name}.temperature is 0: all responses of a group are the same, and none is better than another; "
+                    "sample at temperature 1"
+                )
+        if not self.policy_weight and (self.policy.reference_kl or self.policy.correction != "none"):
+            raise UserError(
+                "policy_weight is 0, by which policy.reference_kl and policy.correction are weighed; leave them out"
+            )
+        check_reward(self.reward)
         if self.training.steps % self.updates_per_batch:
             raise UserError(
                 f"training.steps is {self.training.steps}, which updates_per_batch, {self.updates_per_batch}, does not "
@@ -133,7 +151,7 @@ class Grpo:
     @property
     def prompts_beside(self) -> int:
         """Of every step, those that may be asked in the place of others."""
-        return int(self.prompts_per_step * (self.resample_factor - 1))
+        return int(self.prompts_per_step * (exact_decimal(self.resample_factor) - 1))
 
     @property
     def learns_from_rewards(self) -> bool:
@@ -148,7 +166,9 @@ class Grpo:
     @property
     def keeps_old_logprobs(self) -> bool:
         """Whether what the generating weights say is computed by the trainer before they are gone."""
-        return self.learns_from_rewards and self.learns_later and self.policy.correction != "none"
+        # A clip as narrow as a sequence's would act on the engine's rounding.
+        needed = self.policy.correction != "none" or self.policy.ratio == "sequence"
+        return self.learns_from_rewards and self.learns_later and needed
 
     @property
     def keeps_reference_logprobs(self) -> bool:

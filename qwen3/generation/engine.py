@@ -202,7 +202,7 @@ class Engine:
             if not 0 <= value < 2**32:
                 raise ValueError(f"{field} is {value}; it must be in 0..{2**32 - 1}")
         for request in requests:
-            self._check(request)
+            self.check(request)
         if not requests:
             return []
         plan = plan or Plan.of([request.params for request in requests], self.config.vocab_size)
@@ -302,7 +302,7 @@ class Engine:
                 f"use at least {shares * self._table_pages}"
             )
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
         where = f"prompt {request.prompt_id!r}"
         length, new = len(request.prompt_ids), request.params.max_new_tokens
         if not 1 <= length <= self.max_prompt_tokens:

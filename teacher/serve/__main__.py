@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import signal
 import socket
 import sys
@@ -21,12 +20,12 @@ from qwen3.checkpoint.quantisation import Quantisation
 from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
 from qwen3.sharding import MeshShape
-from teacher.limits import Limits
+from teacher.limits import TOKEN_VARIABLE, Limits, token_of_environment
 from teacher.serve.app import Standing, make_app
 from teacher.serve.service import Served, Service
 
-TOKEN_VARIABLE = "TEACHER_TOKEN"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_MOST_CONNECTIONS = 1_024
 _DRAIN_SECONDS = 300
 _DESCRIPTION = f"""\
 Serve a teacher over HTTP: targets for students, and text.
@@ -81,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     own = _parser().parse_args(arguments)
-    token = os.environ.get(TOKEN_VARIABLE) or None
+    token = token_of_environment()
     if own.host not in _LOOPBACK and token is None:
         raise UserError(
             f"--host is {own.host}, which others can reach; set the environment variable {TOKEN_VARIABLE} to a secret, "
@@ -109,6 +108,7 @@ def serve(served: Served, mesh: Mesh, *, host: str, port: int, token: str | None
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_DRAIN_SECONDS,
+            limit_concurrency=_MOST_CONNECTIONS,
         )
         server = uvicorn.Server(config)
 
@@ -141,7 +141,7 @@ def _listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         # The error's own text says the address once more.
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(f"{host}:{port} cannot be listened on ({reason}); choose another --port or --host") from None
 
 

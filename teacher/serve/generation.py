@@ -6,14 +6,17 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.decoder.model import Qwen3
+from qwen3.errors import UserError
 from qwen3.generation.engine import Engine, Request
 from qwen3.generation.sampling import Plan, SamplingParams, non_thinking_params, thinking_params
 from qwen3.rollout import NON_THINKING, Rollout
 from teacher.limits import Limits
 from teacher.serve.metrics import Metrics
+from teacher.wire import Refused
 
 MOST_TOP_K = 256
 """Largest top_k that is sampled from."""
@@ -37,8 +40,16 @@ class GenerationQueue:
     A batch begins when the one before it has ended: a request that comes meanwhile waits for it.
     """
 
-    def __init__(self, model: Qwen3, tokenizer: ChatTokenizer, limits: Limits, metrics: Metrics):
-        self._model, self._metrics = model, metrics
+    def __init__(
+        self,
+        model: Qwen3,
+        tokenizer: ChatTokenizer,
+        limits: Limits,
+        metrics: Metrics,
+        turn: contextlib.AbstractContextManager[Any],
+    ):
+        """`turn` is held while programs begin that must not mix with others on several devices."""
+        self._model, self._metrics, self._turn = model, metrics, turn
         self._vocab_size = model.config.vocab_size
         thinks = tokenizer.think_end_id is not None
         self._engine = Engine(
@@ -70,7 +81,13 @@ class GenerationQueue:
     ) -> "concurrent.futures.Future[list[Rollout]]":
         """The rollouts, in the order of the requests, when all of them are there.
 
-        They are those that `Engine.generate` gives for `seed` and `step`, whoever else asks meanwhile."""
+        They are those that `Engine.generate` gives for `seed` and `step`, whoever else asks meanwhile. Raises Refused
+        for a request that the engine refuses."""
+        for index, request in enumerate(requests):
+            try:
+                self._engine.check(request)
+            except UserError as error:
+                raise Refused(f"requests[{index}]", f"cannot be generated from: {error}") from None
         job = _Job(requests, (seed, step), concurrent.futures.Future())
         with self._lock:
             self._waiting.append(job)
@@ -100,11 +117,12 @@ class GenerationQueue:
                 raise _Abandoned
 
         try:
-            rollouts = iter(
-                self._engine.generate(
-                    self._model, requests, seed=seed, policy_step=0, step=step, plan=plan, on_progress=on_progress
+            with self._turn:
+                rollouts = iter(
+                    self._engine.generate(
+                        self._model, requests, seed=seed, policy_step=0, step=step, plan=plan, on_progress=on_progress
+                    )
                 )
-            )
         except _Abandoned:
             return
         except Exception as error:  # noqa: BLE001 - whatever it is, its clients must hear of it

@@ -4,7 +4,9 @@ What runs under load are these executables and nothing else, so that nothing com
 scoring takes is known from the compiler before a request is accepted.
 """
 
+import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,6 +135,11 @@ class Programs:
                 if on_compiled is not None:
                     on_compiled()
         self.temporary_bytes = max(taken, default=None)
+        self.turn: contextlib.AbstractContextManager[Any] = (
+            threading.Lock() if mesh.size > 1 else contextlib.nullcontext()
+        )
+        """Whoever begins programs from another thread takes it meanwhile: of programs that several devices run
+        together, one order must hold on all of them, or they wait for each other for ever."""
 
     def launch(self, kind: Kind, units: Sequence[Unit]) -> "Launched":
         """Begins to score sequences that a `Room` of the largest shape has taken; the devices need not have finished
@@ -143,7 +150,8 @@ class Programs:
         arrays = _Rows(kind, shape, self._entries[kind])
         for number, (unit, where) in enumerate(zip(units, places, strict=True), start=1):
             arrays.put(unit, where, number)
-        results = self._compiled[kind, shape](self._model, *place(arrays.all, self._placement))
+        with self.turn:
+            results = self._compiled[kind, shape](self._model, *place(arrays.all, self._placement))
         return Launched(kind=kind, units=units, places=places, shape=shape, results=results)
 
 

@@ -104,7 +104,7 @@ class Service:
         _check_memory(programs.temporary_bytes, mesh)
         self.scoring_bytes = programs.temporary_bytes
         self.scoring = ScoringQueue(programs, self.metrics)
-        self.generation = GenerationQueue(model, tokenizer, limits, self.metrics)
+        self.generation = GenerationQueue(model, tokenizer, limits, self.metrics, programs.turn)
         self.generation.compile()
         on_compiled()
 

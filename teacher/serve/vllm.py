@@ -8,6 +8,7 @@ import base64
 import hashlib
 import io
 import math
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,7 +146,8 @@ def requests(asked: VllmGenerate, limits: Limits, vocab_size: int) -> list[Reque
 
 
 def prompt_name(ids: Sequence[int], seed: int | None) -> str:
-    """What decides what is sampled: prompt and seed. The engine's own seed is one for all, so that all go together."""
+    """What decides what is sampled: prompt and seed, or chance without one. The engine's own seed is one for all."""
+    seed = secrets.randbits(63) if seed is None else seed
     return hashlib.blake2b(repr((seed, list(ids))).encode(), digest_size=16).hexdigest()
 
 

@@ -55,6 +55,7 @@ def _with_rivals(platform: str) -> dict[str, Case]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", _with_rivals("tpu").values(), ids=lambda case: case.operation)
 def test_rivals_on_a_tpu_give_what_the_operation_gives(case: Case) -> None:
     arguments = case.sample(jax.random.key(0))

@@ -94,6 +94,7 @@ def test_a_student_with_experts_counts_their_load_before_it_trains_on_several_mi
     assert found["qwen3_30b_a3b_student"]["programs"][trains - 1] == "on_policy: student routes"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_hours_that_a_file_names_are_those_of_its_plan(name: str) -> None:
     file = ROOT / "experiments" / f"{name}.py"

@@ -69,7 +69,7 @@ CASES = [
     ("xla", 4, 260, 1, True),
     ("tpu", 2, 512, 2, False),
     ("tpu", 4, 516, 1, False),
-    ("tpu", 2, 330, 1, True),
+    pytest.param("tpu", 2, 330, 1, True, marks=pytest.mark.long),
 ]
 
 

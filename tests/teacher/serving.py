@@ -58,9 +58,9 @@ def make_folder(folder: Path) -> str:
     return str(folder / "teacher")
 
 
-def load(folder: str, limits: Limits = LIMITS) -> Service:
-    """On one device, in float32."""
-    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+def load(folder: str, limits: Limits = LIMITS, *, devices: int = 1) -> Service:
+    """In float32, on one device if nothing else is said."""
+    mesh = make_mesh(MeshShape(fsdp=devices), jax.devices()[:devices])
     return Service.load(Served(model=folder, dtype="float32", limits=limits), mesh)
 
 

@@ -1,7 +1,9 @@
 """A client gets the same answers from one server or several, through outages, and from one teacher only."""
 
+import contextlib
 import copy
 import dataclasses
+import http.server
 import re
 import threading
 import time
@@ -15,6 +17,7 @@ from qwen3.errors import UserError
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
 from teacher.client import TeacherClient
+from teacher.limits import token_of_environment
 from teacher.serve.app import Standing
 from teacher.serve.service import Service
 from teacher.wire import TargetsRequest
@@ -115,7 +118,7 @@ def test_another_teacher_is_refused_at_the_start_and_after_a_restart(service, ot
 
 def test_the_head_and_rollouts_are_the_teachers(service, url):
     client = TeacherClient([url])
-    np.testing.assert_array_equal(client.head(), service.head)
+    np.testing.assert_array_equal(client.head, service.head)
     requests = [
         Request(
             prompt_ids=[3, 4, 5 + number],
@@ -132,6 +135,52 @@ def test_the_head_and_rollouts_are_the_teachers(service, url):
         np.testing.assert_array_equal(one.tokens, rollout.tokens)
         assert (one.prompt_id, one.prompt_length) == (rollout.prompt_id, 3)
     client.close()
+
+
+@contextlib.contextmanager
+def answering(*statuses: int) -> Iterator[str]:
+    """A server that answers so, one after the other, and then no more."""
+    left = list(statuses)
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(left.pop(0) if left else 503)
+            self.send_header("content-length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_an_outage_begins_when_no_server_is_reached_and_ends_with_any_answer():
+    # Busy for longer than an outage may last: it is there, and what it says at last counts.
+    with answering(*[429] * 8, 404) as busy, pytest.raises(UserError, match="refused with status 404"):
+        TeacherClient([busy], outage_seconds=0.1)
+    with (
+        answering(503, 408) as slow,
+        pytest.raises(UserError, match=r"given up .*; start it with a larger --deadline-se"),
+    ):
+        TeacherClient([slow], outage_seconds=30)
+
+
+def test_white_space_is_no_part_of_the_token_and_the_token_is_in_no_message(monkeypatch):
+    monkeypatch.setenv("TEACHER_TOKEN", " geheim\n")
+    assert token_of_environment() == "geheim"
+    for wrong in ("gehe\nim", "geh\u00e9im"):
+        monkeypatch.setenv("TEACHER_TOKEN", wrong)
+        with pytest.raises(UserError, match="TEACHER_TOKEN holds other characters than visible ASCII") as raised:
+            TeacherClient(["http://127.0.0.1:1"])
+        assert "geh" not in str(raised.value)
+    monkeypatch.setenv("TEACHER_TOKEN", "")
+    assert token_of_environment() is None
 
 
 def test_what_a_user_can_mend_is_said_in_one_line(service, url, request_, monkeypatch):

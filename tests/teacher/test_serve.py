@@ -24,7 +24,7 @@ from teacher.serve import queues
 from teacher.serve.app import Standing
 from teacher.serve.metrics import Metrics
 from teacher.serve.service import Service
-from teacher.wire import TargetsRequest
+from teacher.wire import Refused, TargetsRequest
 from tests.teacher.serving import LIMITS, load, make_folder, serving
 
 # float32 sums in another order.
@@ -234,6 +234,44 @@ def test_rollouts_are_the_engines_own_whoever_else_asks(client, service, sequenc
         for found, rollout in zip(answers[step], expected, strict=True):
             np.testing.assert_array_equal(found.tokens, rollout.tokens)
             np.testing.assert_allclose(found.sampler_logprobs, rollout.sampler_logprobs, **TOLERANCE)
+
+
+def test_scoring_and_generating_on_several_devices_do_not_wait_for_each_other_for_ever(folder, service, sequences):
+    """Programs that devices run together must begin in one order on all of them."""
+    spread = load(folder, devices=2)
+    request = Request(
+        prompt_ids=sequences[0].tolist(),
+        prompt_id="0",
+        sample_index=0,
+        mode="non_thinking",
+        params=SamplingParams(max_new_tokens=12),
+    )
+    targets = TargetsRequest(targets="top_k", sequences=sequences, starts=[0] * len(sequences), entries=3)
+    asked = [
+        one for step in range(6)
+        for one in (spread.generation.submit([request], seed=1, step=step), spread.scoring.submit(targets))
+    ]  # fmt: skip
+    assert not concurrent.futures.wait(asked, timeout=120).not_done
+    alone = service.generation.submit([request], seed=1, step=0).result()
+    np.testing.assert_array_equal(asked[0].result()[0].tokens, alone[0].tokens)
+    spread.close()
+
+
+def test_what_the_engine_refuses_is_refused_before_others_are_asked_with_it(service):
+    request = Request(
+        prompt_ids=[1] * 81, prompt_id="0", sample_index=0, mode="non_thinking", params=SamplingParams(max_new_tokens=1)
+    )
+    with pytest.raises(Refused, match=r"requests\[0\] cannot be generated from: prompt '0' has 81 tokens"):
+        service.generation.submit([request], seed=0)
+
+
+def test_without_a_seed_every_request_samples_anew(client, sequences):
+    def tokens(**more: int) -> list[int]:
+        body = vllm_request(sequences[0], max_tokens=12, temperature=1.0, ignore_eos=True, **more)
+        return client.post("/inference/v1/generate", json=body).json()["choices"][0]["token_ids"]
+
+    assert tokens() != tokens()
+    assert tokens(seed=3) == tokens(seed=3)
 
 
 def test_sixteen_clients_get_what_each_asked_for_and_nothing_compiles(client, service, sequences, logprobs):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,10 @@ def dying(problem: Problem, sample: RolloutSample) -> float:
     raise KeyError("no\nsuch unit")
 
 
+def leaving(problem: Problem, sample: RolloutSample) -> float:
+    sys.exit(3)
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -78,6 +83,8 @@ def dying(problem: Problem, sample: RolloutSample) -> float:
         (dying, "reward dying, asked .* raised KeyError: .*such unit.*; mend it"),
         (lambda problem, sample: math.nan, "gave nan; a reward must be a finite number"),
         (lambda problem, sample: -math.inf, "gave -inf; a reward must be"),
+        (lambda problem, sample: 10**400, "gave a whole number that no float holds; a reward must be"),
+        (leaving, "reward leaving, asked .* raised SystemExit: 3; mend it"),
         (lambda problem, sample: None, "gave None; a reward must be"),
     ],
 )

@@ -188,6 +188,7 @@ def test_sigterm_saves_and_exits_with_0(experiment_file: Path, finished: Path, t
     assert json.loads((tmp_path / "miniature" / "wall_seconds.json").read_text())["seconds"] > 0
 
 
+@pytest.mark.long
 def test_sigterm_saves_what_was_written_ahead(experiment_file: Path, finished: Path, copied: Path) -> None:
     _forget(copied, "ahead")
     stopped = launch(experiment_file, copied.parent, kill=Kill(phase="ahead", number=signal.SIGTERM))

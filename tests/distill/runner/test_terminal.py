@@ -35,6 +35,7 @@ def test_ctrl_c_says_at_once_what_happens_and_a_second_ends_with_130(experiment_
     assert shown.rpartition(cursor_shown)[2].startswith(last)
 
 
+@pytest.mark.long
 def test_one_ctrl_c_saves_in_a_terminal_of_few_means_too(experiment_file: Path, runs: Path) -> None:
     more, variables = (
         (*ENDLESS, "--description", MARKUP),

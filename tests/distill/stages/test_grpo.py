@@ -1,6 +1,7 @@
 """Reinforcement learning from the command's point of view: runs in miniature, on models of one layer."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,11 @@ def test_a_reward_that_fails_ends_the_run_in_one_line(teacher: str, tmp_path: Pa
         ({"policy_weight": 0.0}, "policy_weight and teacher_kl are 0"),
         ({"updates_per_batch": 3}, "training.steps is 2, which updates_per_batch, 3, does not divide"),
         ({"penalty_tokens": 9}, "penalty_tokens is 9, above max_new_tokens 8"),
+        ({"resample_factor": 1.1}, "resample_factor is 1.1, which adds no prompt to 2 prompts_per_step"),
+        ({"thinking": SamplingParams(max_new_tokens=36, temperature=0)}, "thinking.temperature is 0: all responses"),
+        ({"policy_weight": 0.0, "teacher_kl": 1.0, "policy": PolicyLoss(reference_kl=0.1)}, "policy_weight is 0, by"),
+        ({"reward": functools.partial(print, 2)}, "give a function, or an instance of a frozen dataclass"),
+        ({"reward_timeout_seconds": 1e10}, "reward_timeout_seconds is 10000000000.0; it must lie in 0.001..1e6"),
         ({"training": Training()}, "training.steps is None; reinforcement learning needs"),
         ({"reward": "short"}, "reward is 'short'; it must be Reward or None"),
     ],

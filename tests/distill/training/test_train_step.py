@@ -142,7 +142,7 @@ SUM_ORDER = 2e-5
     [
         ("top_k", False, False, MeshShape(fsdp=2, tensor=2, context=2)),
         ("hidden", True, False, MeshShape(expert=2, context=4)),
-        ("hidden", False, True, MeshShape(tensor=2, context=4)),
+        pytest.param("hidden", False, True, MeshShape(tensor=2, context=4), marks=pytest.mark.long),
     ],
     ids=["top_k-dense", "hidden-moe", "hidden-adapters"],
 )

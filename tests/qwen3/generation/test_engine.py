@@ -348,7 +348,7 @@ def test_other_requests_and_weights_compile_nothing(models):
     [
         ("dense", {"fsdp": 2, "tensor": 2, "context": 2}),
         ("moe", {"expert": 2, "tensor": 2, "context": 2}),
-        ("chunks", {"data": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param("chunks", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.long),
     ],
 )
 def test_sharded_weights_write_the_same(models, name, shape):
