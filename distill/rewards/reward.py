@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import math
 import numbers
 import queue
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -70,8 +70,8 @@ class Rewards:
             f"the task's verifier, {about}",
         )
         what = f"reward {reward_name(reward)}, {about}"
-        value = _within(self.timeout_seconds, lambda: reward(problem, sample), what)
-        if not isinstance(value, numbers.Real) or not -sys.float_info.max <= value <= sys.float_info.max:
+        value: object = _within(self.timeout_seconds, lambda: reward(problem, sample), what)
+        if not isinstance(value, numbers.Real) or not _is_finite(value):
             said = "a whole number that no float holds" if isinstance(value, int) else repr(value)
             raise UserError(f"{what} gave {said}; a reward must be a finite number")
         over = len(rollout.response) - (max_new_tokens - self.penalty_tokens)
@@ -79,7 +79,14 @@ class Rewards:
         return sample, float(value) - penalty
 
 
-def check_reward(reward: Reward | None) -> None:
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def check_reward(reward: object) -> None:
     """Refuses a reward whose changes a resumed run would not see. Raises UserError."""
     instance = dataclasses.is_dataclass(reward) and not isinstance(reward, type)
     if reward is not None and not inspect.isfunction(reward) and not instance:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import signal
 import socket
 import sys
@@ -139,9 +140,11 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
+    except socket.gaierror as error:
+        raise UserError(f"--host is {host!r}, which is no address ({error.strerror}); choose another") from None
     except (OSError, OverflowError) as error:
         # The error's own text says the address once more.
-        reason = (isinstance(error, OSError) and error.strerror) or error
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise UserError(f"{host}:{port} cannot be listened on ({reason}); choose another --port or --host") from None
 
 
