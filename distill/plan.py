@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.experiment import Experiment
-from distill.monitor.exit_status import reported
-from distill.monitor.terminal import make_console, spell_out
+from distill.monitor.terminal import make_console
 from distill.planner.compile import compile_all, workers_here
 from distill.planner.programs import architectures
 from distill.planner.table import show
@@ -21,6 +20,7 @@ from distill.runner.command_line import overridden, parser_of
 from distill.runner.experiment_file import load_experiment
 from kernels_pallas import topologies
 from kernels_pallas.chips import CHIPS
+from qwen3.commands import reported, spell_out
 from qwen3.errors import UserError
 
 _DESCRIPTION = """\

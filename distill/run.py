@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -12,9 +12,8 @@ from rich.text import Text
 
 from distill.experiment import Experiment
 from distill.hosts.processes import Cluster, is_first, where
-from distill.monitor.exit_status import reported
 from distill.monitor.progress import Progress
-from distill.monitor.terminal import give_up_output, make_console, spell_out
+from distill.monitor.terminal import make_console
 from distill.monitor.time_left import duration
 from distill.report.report import terminal_table
 from distill.report.results import headline
@@ -23,6 +22,7 @@ from distill.runner.execute import execute
 from distill.runner.experiment_file import listed, load_experiment
 from distill.stages.stopping import Interrupted, StopRequest
 from distill.training.host_memory import keep_freed_memory
+from qwen3.commands import give_up_output, reported, spell_out
 from qwen3.errors import UserError
 
 _DESCRIPTION = """\
@@ -48,7 +48,12 @@ for you to mend, said in one line; 1 one of several processes has died, and the 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     spell_out()
-    return reported(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)), where)
+    return _reported(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _reported(work: Callable[[], int]) -> int:
+    smaller = "lower rows, row_length, batch_size or the model's sizes, or see what fits with python -m distill.plan"
+    return reported(work, where=where, smaller=smaller)
 
 
 def _main(arguments: list[str]) -> int:
@@ -68,7 +73,7 @@ def _main(arguments: list[str]) -> int:
     cluster = Cluster.named(own.coordinator, own.processes, own.process)
     if cluster is None:
         return _run(experiment, own.runs, arguments)
-    return cluster.run(lambda: reported(lambda: _run(experiment, own.runs, arguments), where))
+    return cluster.run(lambda: _reported(lambda: _run(experiment, own.runs, arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:

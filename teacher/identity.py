@@ -28,7 +28,9 @@ class TeacherIdentity:
 
     @classmethod
     def of(cls, folder: str | Path, *, dtype: str, quantisation: Quantisation | None) -> "TeacherIdentity":
-        """Reads a Hugging Face folder; weight files by their ends only. Raises UserError where a file is missing."""
+        """Reads a Hugging Face folder; of weight files what `weights_digest` does.
+
+        Raises UserError where a file is missing."""
         tokenizer, template = tokenizer_hashes(folder)
         return cls(weights=known_as(folder, quantisation), dtype=dtype, tokenizer=tokenizer, template=template)
 

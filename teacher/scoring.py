@@ -323,9 +323,7 @@ def _at_ids(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, i
 
 @functools.partial(jax.jit, static_argnums=4)
 def _following(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, mesh: Mesh) -> AtIds:
-    ids = following_tokens(tokens)[..., None]
-    hidden, ids = to_pieces((model.hidden(tokens, positions, segment_ids, mesh), ids), mesh)
-    return to_rows(at_ids_targets(hidden, _head(model, mesh), ids, block_tokens=_block_tokens(mesh)), mesh)
+    return _at_ids(model, tokens, positions, segment_ids, following_tokens(tokens)[..., None], mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8))

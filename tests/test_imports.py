@@ -39,7 +39,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"checkpoint"},
         {"decoder", "chat"},
         {"sharding", "folder"},
-        {"json_fields", "rollout", "cores"},
+        {"json_fields", "rollout", "cores", "commands"},
         {"field_types"},
         {"errors"},
     ),

@@ -1,5 +1,6 @@
 """Where a run happens: versions, devices and commit, for environment.json and benchmark results."""
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -28,6 +29,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str | None:
     """The checkout's commit, with `+changes` where files differ from it; None outside a checkout."""
     try:

@@ -6,15 +6,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.monitor.exit_status import reported
 from distill.monitor.records import write_atomically
-from distill.monitor.terminal import make_console, spell_out
+from distill.monitor.terminal import make_console
 from distill.report.joined import read_runs, variants_of
 from distill.report.joined_page import render_joined, tables
 from distill.report.page import render_page
 from distill.report.reading import read_report
 from distill.report.report import PAGE_FILE, terminal_table
 from distill.report.results import headline
+from qwen3.commands import OneLineParser, reported, spell_out
 from qwen3.errors import UserError
 
 _DESCRIPTION = """\
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m distill.report",
         description=_DESCRIPTION,
         epilog=_EPILOGUE,

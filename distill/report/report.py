@@ -57,7 +57,7 @@ def write_report(run_dir: str | os.PathLike[str], report: Report) -> pathlib.Pat
 def terminal_table(report: Report) -> Table:
     """The measured rows, for the end of a run; fits 80 columns, so of pass@k only the largest k."""
     columns = [column for column in _columns(report) if any(column.cell(row) for row in report.rows)]
-    answers = {f"{row.problems:,} problems{_graded(row)} × {row.samples_per_problem} samples" for row in report.rows}
+    answers = {f"{row.problems:,} problems{row.graded_note} × {row.samples_per_problem} samples" for row in report.rows}
     nats = ["KL: teacher‖student, nats a token"] if any(row.forward_kl is not None for row in report.rows) else []
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -113,11 +113,6 @@ def _columns(report: Report) -> list[_Column]:
         kl,
         tokens,
     ]
-
-
-def _graded(row: EvaluationRow) -> str:
-    some = row.graded_problems and row.graded_problems < row.problems
-    return f" ({row.graded_problems:,} graded)" if some else ""
 
 
 def _pass_at_1(row: EvaluationRow) -> str:

@@ -91,6 +91,12 @@ class EvaluationRow:
     compared_tokens: int | None = None
     """Tokens of the teacher's responses over which these are means."""
 
+    @property
+    def graded_note(self) -> str:
+        """` (40 graded)` where only some of the problems have an answer, else nothing."""
+        some = self.graded_problems and self.graded_problems < self.problems
+        return f" ({self.graded_problems:,} graded)" if some else ""
+
     def __post_init__(self) -> None:
         shares = {"pass_at_1": self.pass_at_1, **{f"pass_at_k[{k}]": v for k, v in self.pass_at_k.items()}}
         shares |= {f"by_task[{name}]": score.pass_at_1 for name, score in self.by_task.items()}

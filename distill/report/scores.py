@@ -109,17 +109,11 @@ def score_table(report: Report) -> dict[str, Any]:
                     *(_or_dash(column.of(row), column.text) for column in optional),
                 ],
                 "tokens": f"{row.mean_response_tokens:,.1f}",
-                "answers": _answers(row),
+                "answers": f"{row.problems:,} × {row.samples_per_problem}{row.graded_note}",
             }
             for index, row in enumerate(rows)
         ],
     }
-
-
-def _answers(row: EvaluationRow) -> str:
-    some = row.graded_problems if row.graded_problems and row.graded_problems < row.problems else None
-    graded = f" ({some:,} graded)" if some else ""
-    return f"{row.problems:,} × {row.samples_per_problem}{graded}"
 
 
 def score_parts(report: Report) -> list[dict[str, Any]]:

@@ -62,15 +62,17 @@ class Rewards:
         Raises UserError, naming reward and problem, where a verifier or the reward fails, does not come to an end in
         time, or gives no finite number.
         """
-        reward = verified if self.reward is None else self.reward
         about = f"asked about sample {rollout.sample_index} of problem {problem.problem_id},"
         sample = _within(
             self.timeout_seconds,
             lambda: judge(rollout, problem, self.tokenizer, self.tasks),
             f"the task's verifier, {about}",
         )
-        what = f"reward {reward_name(reward)}, {about}"
-        value: object = _within(self.timeout_seconds, lambda: reward(problem, sample), what)
+        reward, what = self.reward, ""
+        value: object = verified(problem, sample)
+        if reward is not None:
+            what = f"reward {reward_name(reward)}, {about}"
+            value = _within(self.timeout_seconds, lambda: reward(problem, sample), what)
         if not isinstance(value, numbers.Real) or not _is_finite(value):
             said = "a whole number that no float holds" if isinstance(value, int) else repr(value)
             raise UserError(f"{what} gave {said}; a reward must be a finite number")

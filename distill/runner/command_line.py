@@ -8,13 +8,14 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import tyro
 from rich.text import Text
 
 from distill.experiment import Experiment
 from distill.runner.field_help import first_fields
+from qwen3.commands import OneLineParser
 from qwen3.errors import UserError
 from qwen3.field_types import shown
 
@@ -29,17 +30,10 @@ _KINDS = {
 """How tyro spells types, and what they are called."""
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Says in one line what is wrong, as the rest of the command does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def parser_of(command: str, description: str, epilogue: str, experiment: str) -> argparse.ArgumentParser:
     """Of a command that takes an experiment, explained in sentences, and changes of its fields; its own options are to
     be added. It knows no --help: with an experiment that is `overridden`'s."""
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog=command,
         description=description,
         epilog=epilogue,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from distill.hosts.processes import any_process
-from distill.monitor.exit_status import ENDED_BY_CTRL_C
+from qwen3.commands import ENDED_BY_CTRL_C
 
 
 class Interrupted(Exception):

@@ -9,7 +9,7 @@ import sys
 import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import uvicorn
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from qwen3.checkpoint.quantisation import Quantisation
+from qwen3.commands import OneLineParser, reported, spell_out
 from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
 from qwen3.sharding import MeshShape
@@ -28,6 +29,7 @@ from teacher.serve.service import Served, Service
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MOST_CONNECTIONS = 1_024
 _DRAIN_SECONDS = 300
+_SMALLER = "lower --batch-tokens, --max-sequence-tokens or --generation-batch-size, or use more devices"
 _DESCRIPTION = f"""\
 Serve a teacher over HTTP: targets for students, and text.
 
@@ -42,7 +44,8 @@ GET  /v1/models  /health  /ready  /metrics
 """
 _EPILOGUE = f"""\
 Beyond this machine (--host) a token is required: set the environment variable {TOKEN_VARIABLE}, the same for server
-and clients. /ready answers 200 once all programs are compiled. SIGTERM finishes what has been accepted and ends.
+and clients. /ready answers 200 once all programs are compiled. SIGTERM finishes what has been
+accepted, within {_DRAIN_SECONDS // 60} minutes, and ends.
 Exit status: 0 ended by a signal; 2 something for you to mend, said in one line.
 """
 _OPTIONS: Mapping[str, str] = {
@@ -63,20 +66,10 @@ _OPTIONS: Mapping[str, str] = {
 }
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Says in one line what is wrong, as the rest of the command does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    try:
-        return _main(sys.argv[1:] if arguments is None else list(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    spell_out()
+    return reported(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)), smaller=_SMALLER)
 
 
 def _main(arguments: list[str]) -> int:
@@ -169,7 +162,7 @@ def _loaded(served: Served, mesh: Mesh) -> Service:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="python -m teacher.serve",
         description=_DESCRIPTION,
         epilog=_EPILOGUE,

@@ -22,9 +22,9 @@ from teacher.identity import TeacherIdentity
 from teacher.limits import Limits
 from teacher.serve.generation import GenerationQueue
 from teacher.serve.metrics import Metrics
-from teacher.serve.programs import Programs, shapes_of
+from teacher.serve.programs import Programs, Unit, shapes_of
 from teacher.serve.queues import Admission, ScoringQueue
-from teacher.wire import KINDS
+from teacher.wire import KINDS, TargetsRequest
 
 OnStep = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""
@@ -86,7 +86,7 @@ class Service:
     ):
         """Compiles all programs, which takes seconds to minutes.
 
-        Raises UserError where scoring at these limits does not fit the devices' memory.
+        Raises UserError where scoring at these limits does not fit the devices' memory, or gives no numbers.
         """
         self.name, self.identity, self.limits, self.tokenizer = name, identity, limits, tokenizer
         self.metrics = Metrics()
@@ -102,6 +102,7 @@ class Service:
 
         programs = Programs(model, mesh, limits, on_compiled)
         _check_memory(programs.temporary_bytes, mesh)
+        _check_scores(programs, name)
         self.scoring_bytes = programs.temporary_bytes
         self.scoring = ScoringQueue(programs, self.metrics)
         self.generation = GenerationQueue(model, tokenizer, limits, self.metrics, programs.turn)
@@ -150,6 +151,14 @@ class Service:
         """Finishes what waits."""
         self.scoring.close()
         self.generation.close()
+
+
+def _check_scores(programs: Programs, name: str) -> None:
+    """Refuses a teacher whose weights give no numbers, before anybody learns from them."""
+    probe = TargetsRequest(targets="top_k", sequences=[np.arange(2, dtype=np.int32)], starts=[0], entries=1)
+    (said,) = programs.launch("top_k", [Unit(probe, 0)]).answers()
+    if not np.isfinite(said["logprobs"]).all():
+        raise UserError(f"teacher {name}: its log-probabilities are no finite numbers; check its weights")
 
 
 def _check_memory(needed: int | None, mesh: Mesh) -> None:

@@ -6,10 +6,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from qwen3.commands import OneLineParser, reported, spell_out
 from qwen3.errors import UserError
 from teacher.scored_rollout import ScoredRollout
 from teacher.store.target_store import TargetStore
@@ -27,24 +28,14 @@ in one line.
 """
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Says in one line what is wrong, as the rest of the command does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    try:
-        return _main(sys.argv[1:] if arguments is None else list(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    spell_out()
+    return reported(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
 
 
 def _main(arguments: list[str]) -> int:
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="python -m teacher.store",
         description=_DESCRIPTION,
         epilog=_EPILOGUE,

@@ -16,9 +16,11 @@ import pytest
 
 from qwen3.checkpoint import hf
 from qwen3.decoder.model import Qwen3
+from qwen3.errors import UserError
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import rollouts_from_json
+from qwen3.sharding import MeshShape, make_mesh
 from teacher import wire
 from teacher.serve import queues
 from teacher.serve.app import Standing
@@ -255,6 +257,14 @@ def test_scoring_and_generating_on_several_devices_do_not_wait_for_each_other_fo
     alone = service.generation.submit([request], seed=1, step=0).result()
     np.testing.assert_array_equal(asked[0].result()[0].tokens, alone[0].tokens)
     spread.close()
+
+
+def test_weights_that_score_no_numbers_are_never_served(folder, service):
+    model = hf.load(folder)
+    model.final_norm[...] = np.nan * model.final_norm[...]
+    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    with pytest.raises(UserError, match="teacher broken: its log-probabilities are no finite numbers; check"):
+        Service(model, mesh, service.tokenizer, service.identity, LIMITS, name="broken")
 
 
 def test_what_the_engine_refuses_is_refused_before_others_are_asked_with_it(service):

@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from distill.monitor.terminal import make_console, spell_out
+from distill.monitor.terminal import make_console
+from qwen3.commands import spell_out
 
 
 @pytest.mark.parametrize(

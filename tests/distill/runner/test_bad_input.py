@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill.monitor.exit_status import reported
-from distill.run import _parser, main
+from distill.run import _parser, _reported, main
 from distill.runner.command_line import overridden
 from distill.runner.experiment_file import load_experiment
 from distill.runner.run_directory import RunDirectory
@@ -60,7 +59,7 @@ def test_more_than_the_memory_is_said_in_one_line(capsys: pytest.CaptureFixture[
             return int(np.zeros((2**26, 2**26))[0, 0])
         return int(jnp.zeros((2**28, 2**28))[0, 0])
 
-    assert reported(allocate) == 2
+    assert _reported(allocate) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory (")
     assert "lower rows, row_length, batch_size or the model's sizes, or see what fits" in line
