@@ -46,9 +46,10 @@ class PolicyLoss:
     correction: Literal["none", "truncate", "leave_out"] = "none"
     """What is done where engine and trainer disagree on the probability of what the same weights generated. They
     are one code base here, and `sampler_mismatch` shows by how little they do. none: nothing; where several updates are
-    made of a batch, the ratio is to the engine's probabilities. truncate: each token weighs min(trainer's / engine's,
-    correction_limit). leave_out: responses whose quotient is not within 1 / correction_limit..correction_limit are not
-    learned from. Both take another forward pass over what older weights generated."""
+    made of a batch, a token's ratio is to the engine's probability (a sequence's, whose clip is narrower than rounding,
+    to the trainer's). truncate: each token weighs min(trainer's / engine's, correction_limit). leave_out: responses
+    whose quotient is not within 1 / correction_limit..correction_limit are not learned from. Both take another forward
+    pass over what older weights generated."""
     correction_limit: Annotated[float, Bounds(1, 2**20, "lie in 1..2^20")] = 2.0
     """See `correction`."""
     reference_kl: NotNegative = 0.0

@@ -108,7 +108,8 @@ def formula(of_stage: Grpo, made: Written, hidden: Any, head: Any, packed: dict[
         lp = here.gather(1, following[:, None])[:, 0]
         mask = rollout.loss_mask
         sampler = torch.tensor(rollout.sampler_logprobs[mask].astype(np.float64))
-        old = torch.tensor(made.old_logprobs[index][mask].astype(np.float64)) if loss.correction != "none" else sampler
+        by_trainer = loss.correction != "none" or loss.ratio == "sequence"
+        old = torch.tensor(made.old_logprobs[index][mask].astype(np.float64)) if by_trainer else sampler
         ratio = (lp - old).exp() if loss.ratio == "token" else (lp - old).mean().exp().expand(len(lp))
         gain = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
         if loss.correction == "truncate":
