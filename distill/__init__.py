@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from distill.tasks import Products as Products
     from distill.tasks import PromptFile as PromptFile
     from distill.tasks import ReasoningGym as ReasoningGym
+    from distill.tasks import SumOfProducts as SumOfProducts
     from distill.tasks.requests import ModeMix as ModeMix
     from distill.training.losses import Loss as Loss
     from distill.training.optimizer import Optimizer as Optimizer
@@ -61,6 +62,7 @@ _HOMES = {
     "Reward": "distill.rewards.reward",
     "SamplingParams": "qwen3.generation.sampling",
     "Sft": "distill.stages",
+    "SumOfProducts": "distill.tasks",
     "Teacher": "distill.experiment",
     "Training": "distill.stages.loop",
     "non_thinking_params": "qwen3.generation.sampling",

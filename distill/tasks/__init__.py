@@ -1,6 +1,6 @@
 """Where problems come from and how answers are judged: generated tasks and prompt files behind one interface."""
 
-from distill.tasks.arithmetic import Arithmetic, ChainSum, Products
+from distill.tasks.arithmetic import Arithmetic, ChainSum, Products, SumOfProducts
 from distill.tasks.gym import GymFamily, ReasoningGym
 from distill.tasks.problem import Problem, Split, Task, split_of
 from distill.tasks.prompt_files import PromptFile
@@ -14,6 +14,7 @@ __all__ = [
     "PromptFile",
     "ReasoningGym",
     "Split",
+    "SumOfProducts",
     "Task",
     "split_of",
 ]

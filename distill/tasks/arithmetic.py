@@ -1,17 +1,17 @@
-"""The task of the quickstart: two families that reasoning-gym asks, with worked thinking that it does not have.
+"""The task of the small experiments: families that reasoning-gym asks, with worked thinking that it does not have.
 
-Both are drawn here in its wording, because it cannot be installed without a C compiler.
+They are drawn here in its wording, because it cannot be installed without a C compiler.
 """
 
 import dataclasses
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 from distill.tasks.drawing import Weight, check_searchable, mix, stream_seed, unique_problems
-from distill.tasks.problem import Excluded, Problem, Split, plain_words, split_of
+from distill.tasks.problem import Excluded, Problem, Split, gives, plain_words, split_of
 from distill.tasks.verifiers import equal_integers
 from distill.tasks.working import (
     chain_steps,
@@ -19,17 +19,24 @@ from distill.tasks.working import (
     chain_working_is_correct,
     product_working,
     product_working_is_correct,
+    sum_of_products_working,
+    sum_of_products_working_is_correct,
 )
 from qwen3.errors import UserError
 from qwen3.field_types import Bounds, Share, check_fields
 
 CHAIN_SUM = "chain_sum"
 PRODUCTS = "products"
+SUM_OF_PRODUCTS = "basic_arithmetic"
 _CHAIN_QUESTION = "State the final answer to the following arithmetic problem: {} ="
 _CHAIN_EXPRESSION = re.compile(re.escape(_CHAIN_QUESTION).replace(r"\{\}", "([0-9]+(?: [-+] [0-9]+)+)"))
 # reasoning-gym's own generator gives all factors of a problem equally many digits.
 _PRODUCT_QUESTION = "Solve the following multiplication: {} * {}. Give only the result as your final answer."
 _PRODUCT_FACTORS = re.compile(re.escape(_PRODUCT_QUESTION).replace(r"\{\}", "([0-9]+)"))
+_SUM_QUESTION = "Calculate {}."
+_SUM_EXPRESSION = re.compile(
+    re.escape(_SUM_QUESTION).replace(r"\{\}", r"([0-9]+ \* [0-9]+(?: [-+] [0-9]+ \* [0-9]+)+)")
+)
 
 _Terms = Annotated[int, Bounds(2, 1_000, why="for the working of more fills more than a context")]
 _Digits = Annotated[int, Bounds(1, 20, why="for working with longer numbers cannot be checked")]
@@ -143,46 +150,97 @@ class Products:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SumOfProducts:
+    """Sums and differences of products, as reasoning-gym's `basic_arithmetic` words them, e.g. `47 * 6 - 3 * 5`."""
+
+    weight: Weight = 0.0
+    """Share of this family, relative to the others'."""
+    min_products: _Terms = 2
+    """Fewest products in a sum."""
+    max_products: _Terms = 2
+    """Most products in a sum."""
+    min_digits: _Digits = 1
+    """Fewest digits of a product's first factor."""
+    max_digits: _Digits = 2
+    """Most digits of a product's first factor."""
+    multiplier_digits: _Digits = 1
+    """Digits of its second factor."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "sum_of_products")
+        _check_range("sum_of_products", "products", self.min_products, self.max_products)
+        _check_range("sum_of_products", "digits", self.min_digits, self.max_digits)
+
+    def candidates(self, seed: int) -> Iterator[Problem]:
+        """Endless problems, with repeats."""
+        rng = random.Random(stream_seed(SUM_OF_PRODUCTS, seed))
+        while True:
+            parts = [self._product(rng)]
+            for _ in range(rng.randint(self.min_products, self.max_products) - 1):
+                parts += [rng.choice("+-"), self._product(rng)]
+            expression = " ".join(parts)
+            steps = sum_of_products_working(expression)
+            yield Problem(
+                prompt=_SUM_QUESTION.format(expression),
+                answer=str(steps[-1].result),
+                solution="\n".join(map(str, steps)),
+                family=SUM_OF_PRODUCTS,
+            )
+
+    def _product(self, rng: random.Random) -> str:
+        digits = rng.randint(self.min_digits, self.max_digits)
+        return f"{_number(rng, digits)} * {_number(rng, self.multiplier_digits)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """Chains of sums and products by parts, with worked thinking and exact verifiers."""
+    """Chains of sums, products by parts and sums of products, with worked thinking and exact verifiers."""
 
     chain_sum: ChainSum = dataclasses.field(default_factory=ChainSum)
     products: Products = dataclasses.field(default_factory=Products)
+    sum_of_products: SumOfProducts = dataclasses.field(default_factory=SumOfProducts)
     held_out_fraction: Share = 0.1
-    """Share of all questions that is kept from training."""
+    """Share of all questions that is kept from training; 1 keeps them all for evaluation, 0 none."""
     weight: Weight = 1.0
     """Share of this task's problems, relative to the other tasks'; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_searchable(self.held_out_fraction)
-        if self.chain_sum.weight + self.products.weight == 0:
-            raise UserError("chain_sum.weight and products.weight are both 0; give one of them a positive weight")
+        if self.chain_sum.weight + self.products.weight + self.sum_of_products.weight == 0:
+            raise UserError("the weights of chain_sum, products and sum_of_products are all 0; give one a positive one")
 
     def problems(self, split: Split, count: int, seed: int, without: Excluded | None = None) -> list[Problem]:
         """See `Task.problems`."""
-        streams = {
-            CHAIN_SUM: (self.chain_sum.weight, self.chain_sum.candidates(seed)),
-            PRODUCTS: (self.products.weight, self.products.candidates(seed)),
-        }
         return mix(
             {
-                name: (weight, unique_problems(candidates, split, self.held_out_fraction, without))
-                for name, (weight, candidates) in streams.items()
+                name: (
+                    family.weight,
+                    unique_problems(family.candidates(seed), split, self.held_out_fraction, without),
+                )
+                for name, family in self._families.items()
             },
             count=count,
             seed=seed,
             split=split,
         )
 
+    @property
+    def _families(self) -> dict[str, ChainSum | Products | SumOfProducts]:
+        return {CHAIN_SUM: self.chain_sum, PRODUCTS: self.products, SUM_OF_PRODUCTS: self.sum_of_products}
+
     def size(self, split: Split, without: Excluded | None = None) -> None:
         """None: there are as many as the options of the families allow."""
 
     def holds_out(self, question_text: str) -> bool:
-        """See `Task.holds_out`; of questions in the wording of its families, the held-out share."""
+        """See `Task.holds_out`; of questions in the wording of the families that it asks, the held-out share."""
         question = plain_words(question_text)
-        own = _CHAIN_EXPRESSION.fullmatch(question) or _PRODUCT_FACTORS.fullmatch(question)
-        return own is not None and split_of(question, self.held_out_fraction) == "held_out"
+        own = any(_WORDINGS[name].fullmatch(question) for name, family in self._families.items() if family.weight)
+        return own and split_of(question, self.held_out_fraction) == "held_out"
+
+    def gives(self, split: Split) -> bool:
+        """See `Task.gives`."""
+        return gives(split, self.held_out_fraction)
 
     def left_out(self, without: Excluded | None = None) -> list[str]:
         """Empty: what a generator does not ask is no data that anybody gave."""
@@ -194,11 +252,23 @@ class Arithmetic:
 
     def working_is_correct(self, problem: Problem, thinking_text: str) -> bool:
         """Whether every line of the working is right, follows from the question and leads to its result."""
-        if match := _CHAIN_EXPRESSION.fullmatch(problem.prompt):
-            return chain_working_is_correct(match[1], thinking_text)
-        if match := _PRODUCT_FACTORS.fullmatch(problem.prompt):
-            return product_working_is_correct(int(match[1]), int(match[2]), thinking_text)
+        for name, wording in _WORDINGS.items():
+            if match := wording.fullmatch(problem.prompt):
+                return _CHECKS[name](*match.groups(), thinking_text)
         raise ValueError(f"prompt is {problem.prompt!r}; ask the task that made the problem")
+
+
+def _product_is_correct(multiplicand: str, multiplier: str, thinking_text: str) -> bool:
+    return product_working_is_correct(int(multiplicand), int(multiplier), thinking_text)
+
+
+_WORDINGS = {CHAIN_SUM: _CHAIN_EXPRESSION, PRODUCTS: _PRODUCT_FACTORS, SUM_OF_PRODUCTS: _SUM_EXPRESSION}
+_CHECKS: dict[str, Callable[..., bool]] = {
+    CHAIN_SUM: chain_working_is_correct,
+    PRODUCTS: _product_is_correct,
+    SUM_OF_PRODUCTS: sum_of_products_working_is_correct,
+}
+"""Whether working is right: of the groups of the family's wording and the text."""
 
 
 def _number(rng: random.Random, digits: int) -> int:

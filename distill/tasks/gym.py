@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from distill.tasks.drawing import Weight, check_searchable, mix, stream_seed, unique_problems
-from distill.tasks.problem import Excluded, Problem, Split, split_of
+from distill.tasks.problem import Excluded, Problem, Split, gives, split_of
 from qwen3.errors import UserError
 from qwen3.field_types import Share, check_fields, shown
 
@@ -65,7 +65,7 @@ class ReasoningGym:
     families: dict[str, GymFamily]
     """What is asked, by the names that reasoning-gym gives its data sets."""
     held_out_fraction: Share = 0.1
-    """Share of all questions that is kept from training."""
+    """Share of all questions that is kept from training; 1 keeps them all for evaluation, 0 none."""
     weight: Weight = 1.0
     """Share of this task's problems, relative to the other tasks'; 0 leaves it out."""
 
@@ -98,6 +98,10 @@ class ReasoningGym:
     def holds_out(self, question_text: str) -> bool:
         """See `Task.holds_out`; since what a generator may ask is not known, the held-out share of all questions."""
         return split_of(question_text, self.held_out_fraction) == "held_out"
+
+    def gives(self, split: Split) -> bool:
+        """See `Task.gives`."""
+        return gives(split, self.held_out_fraction)
 
     def left_out(self, without: Excluded | None = None) -> list[str]:
         """Empty: what a generator does not ask is no data that anybody gave."""

@@ -13,7 +13,8 @@ from qwen3.errors import UserError
 class TaskMixture:
     """Problems of several tasks by their weights; what one task holds out, none of them trains on.
 
-    A task of weight 0 gives no problems, in training or evaluation, but still keeps others from what it holds out.
+    A task of weight 0 gives no problems, in training or evaluation, but still keeps others from what it holds out. One
+    that holds out everything is evaluated only, one that holds out nothing trained on only.
     Where there are several tasks, each problem names its own as `source`: the same question of two tasks is two
     problems with two verifiers.
     """
@@ -33,7 +34,9 @@ class TaskMixture:
 
         Raises UserError where a task runs out, naming it.
         """
-        turns = turns_by_weight({name: task.weight for name, task in self._tasks.items()}, count)
+        # Where no task gives any, each is asked all the same, and says so.
+        giving = {name: task for name, task in self._tasks.items() if task.weight and task.gives(split)} or self._tasks
+        turns = turns_by_weight({name: task.weight for name, task in giving.items()}, count)
         found = {name: iter(self._of_task(name, split, own, seed, repeat)) for name, own in Counter(turns).items()}
         return [next(found[name]) for name in turns]
 

@@ -113,6 +113,10 @@ class Task(Protocol):
     def size(self, split: Split, without: Excluded | None = None) -> int | None:
         """How many problems there are to ask for; None where the task makes them up as they are asked for."""
 
+    def gives(self, split: Split) -> bool:
+        """Whether it has problems of that side at all: a task that holds out everything gives none to train on, one
+        that holds out nothing none to evaluate."""
+
     def holds_out(self, question_text: str) -> bool:
         """Whether this task may ask the question of held-out problems, so that no other task trains on it."""
 
@@ -133,6 +137,11 @@ def split_of(question_text: str, held_out_fraction: float) -> Split:
     """
     position = int.from_bytes(digest(plain_words(question_text))) / 2**64
     return "held_out" if position < held_out_fraction else "train"
+
+
+def gives(split: Split, held_out_fraction: float) -> bool:
+    """Whether a side has any questions at that fraction."""
+    return held_out_fraction < 1 if split == "train" else held_out_fraction > 0
 
 
 def plain_words(question_text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from distill.tasks.conversations import checked_messages, checked_text, checked_tools
 from distill.tasks.drawing import Weight
-from distill.tasks.problem import Excluded, Problem, Split, flagged_mode, plain_words, split_of
+from distill.tasks.problem import Excluded, Problem, Split, flagged_mode, gives, plain_words, split_of
 from distill.tasks.rows import read_rows
 from distill.tasks.verifiers import VERIFIERS, Verifier, unusable_references
 from qwen3.chat.chat import MODE_FLAGS, split_response
@@ -47,7 +47,7 @@ class PromptFile:
     """A file of the same columns, but for solutions, whose problems are all held out. Its questions are then left out
     of `path`, and `held_out_fraction` is not used."""
     held_out_fraction: Share = 0.1
-    """Share of the questions in `path` that is kept from training."""
+    """Share of the questions in `path` that is kept from training; 1 keeps them all for evaluation, 0 none."""
     prompt_column: str = "prompt"
     """Column of the questions, one user turn each."""
     messages_column: str | None = None
@@ -91,6 +91,10 @@ class PromptFile:
     def holds_out(self, question_text: str) -> bool:
         """See `Task.holds_out`: whether the file holds the question out."""
         return plain_words(question_text) in self._held_out_words
+
+    def gives(self, split: Split) -> bool:
+        """See `Task.gives`."""
+        return self.held_out_path is not None or gives(split, self.held_out_fraction)
 
     def left_out(self, without: Excluded | None = None) -> list[str]:
         """See `Task.left_out`: rows that repeat a question, and questions that are held out elsewhere."""

@@ -73,6 +73,24 @@ def product_working_is_correct(multiplicand: int, multiplier: int, thinking_text
     return not missing and unadded == [multiplicand * multiplier]
 
 
+def sum_of_products_working(expression: str) -> list[Step]:
+    """The working of each product, then their running total: "47 * 6 - 3 * 5" gives 40*6=240 to 240+42=282, then 3*5=15
+    and 282-15=267."""
+    products = re.split(r" ([+-]) ", expression)
+    steps, totals = [], []
+    for product in products[::2]:
+        multiplicand, multiplier = map(int, product.split(" * "))
+        steps += read_steps(product_working(multiplicand, multiplier)) or []
+        totals.append(str(multiplicand * multiplier))
+    chain = " ".join(itertools.chain(*itertools.zip_longest(totals, products[1::2], fillvalue=""))).strip()
+    return [*steps, *chain_steps(chain)]
+
+
+def sum_of_products_working_is_correct(expression: str, thinking_text: str) -> bool:
+    """Whether the lines are exactly the products by parts and the running totals."""
+    return read_steps(thinking_text) == sum_of_products_working(expression)
+
+
 def read_steps(thinking_text: str) -> list[Step] | None:
     """The lines of a working; None where one of them is anything else."""
     steps = []

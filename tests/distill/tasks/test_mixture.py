@@ -161,3 +161,17 @@ def test_what_is_left_out_is_counted_and_said_by_task(tmp_path: Path) -> None:
         *alone.left_out(),
         f"task 'ours': {train.path}: problems not trained on because another task holds them out: 4",
     ]
+
+
+def test_a_task_that_holds_out_all_is_only_evaluated_and_one_that_holds_out_nothing_only_trained_on(
+    tmp_path: Path,
+) -> None:
+    names = {"both": 0.5, "evaluated": 1, "trained": 0}
+    mixture = TaskMixture(
+        {
+            name: prompt_file(tmp_path, name, [f"{name} {i}?" for i in range(40)], held_out_fraction=fraction)
+            for name, fraction in names.items()
+        }
+    )
+    sources = {split: {p.source for p in mixture.problems(split, 10, seed=0)} for split in ("train", "held_out")}
+    assert sources == {"train": {"both", "trained"}, "held_out": {"both", "evaluated"}}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reasoning_gym import create_dataset
 
-from distill.tasks import Arithmetic, ChainSum, Problem, Products, split_of
+from distill.tasks import Arithmetic, ChainSum, Problem, Products, SumOfProducts, split_of
 from distill.tasks.arithmetic import _CHAIN_EXPRESSION
 from distill.tasks.drawing import mix, unique_problems
 from distill.tasks.problem import plain_words
@@ -20,6 +20,8 @@ from distill.tasks.working import (
     place_values,
     product_working,
     product_working_is_correct,
+    sum_of_products_working,
+    sum_of_products_working_is_correct,
 )
 from qwen3.errors import UserError
 
@@ -271,7 +273,7 @@ def test_a_negative_count_is_refused() -> None:
         (lambda: ChainSum(max_terms=1001), "must be at most 1000, for the working of more fills more than a context"),
         (lambda: Products(max_digits=21), "must be at most 20, for working with longer numbers cannot be checked"),
         (lambda: ChainSum(weight=1e300), "chain_sum.weight is 1e+300"),
-        (lambda: Arithmetic(chain_sum=ChainSum(weight=0), products=Products(weight=0)), "both 0"),
+        (lambda: Arithmetic(chain_sum=ChainSum(weight=0), products=Products(weight=0)), "all 0"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(make, message) -> None:
@@ -349,3 +351,29 @@ def test_every_written_product_working_is_correct_and_any_changed_digit_is_not(l
 def test_a_problem_from_elsewhere_has_no_working_to_check() -> None:
     with pytest.raises(ValueError, match="ask the task that made the problem"):
         SMALL.working_is_correct(Problem(prompt="Why?", answer="1", family="chain_sum"), "1+1=2")
+
+
+def test_sums_of_products_are_worked_out_as_both_of_their_parts_are() -> None:
+    steps = sum_of_products_working("47 * 6 - 3 * 5")
+    assert "\n".join(map(str, steps)) == "40*6=240\n7*6=42\n240+42=282\n3*5=15\n282-15=267"
+    sums = SumOfProducts(weight=1, max_products=4, max_digits=3, multiplier_digits=2)
+    task = Arithmetic(chain_sum=ChainSum(weight=0), products=Products(weight=0), sum_of_products=sums)
+    problems = task.problems("train", 200, 0)
+    assert {problem.prompt.count("*") for problem in problems} == {2, 3, 4}
+    for problem in problems:
+        expression = problem.prompt.removeprefix("Calculate ").removesuffix(".")
+        assert str(eval(expression)) == problem.answer
+        assert problem.solution is not None
+        assert task.working_is_correct(problem, problem.solution)
+        assert not sum_of_products_working_is_correct(expression, problem.solution.rsplit("\n", 1)[0])
+        assert not sum_of_products_working_is_correct(expression, problem.solution.replace("=", "=1", 1))
+
+
+def test_a_family_that_is_not_asked_holds_nothing_out() -> None:
+    chain = SMALL.problems("train", 1, 0)[0]
+    sums = SumOfProducts(weight=1)
+    elsewhere = Arithmetic(
+        chain_sum=ChainSum(weight=0), products=Products(weight=0), sum_of_products=sums, held_out_fraction=1
+    )
+    assert not elsewhere.holds_out(chain.prompt)
+    assert elsewhere.holds_out(elsewhere.problems("held_out", 1, 0)[0].prompt)
