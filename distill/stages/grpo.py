@@ -71,6 +71,10 @@ class Grpo:
     advantages: Advantages = "grpo"
     """A response's reward against its group's: over mean and standard deviation (grpo), over the mean (dr_grpo), over
     the mean of the others (rloo)."""
+    unlikely_below: Annotated[float, Bounds(0, 1, "lie in 0..1")] | None = None
+    """In the place of rewards: a token to which the student gave less than this probability as it generated it has the
+    advantage -1, every other 0. Neither teacher nor reward is listened to: the control that says what they are worth
+    (arXiv 2608.31046). None: advantages by reward."""
     resample_factor: Annotated[float, Bounds(1, 64, "lie in 1..64")] = 1.0
     """Groups whose rewards are all equal teach nothing and are replaced by groups of other prompts (DAPO's dynamic
     sampling), until this many times a batch's prompts were asked; 1 replaces none. What is generated in vain is counted
@@ -109,7 +113,12 @@ class Grpo:
         assert self.training.steps is not None
         if not self.policy_weight and not self.teacher_kl:
             raise UserError("policy_weight and teacher_kl are 0: nothing would be learned; give one of them a weight")
-        if self.policy_weight and self.samples_per_prompt < 2:
+        if self.unlikely_below is not None and (self.resample_factor > 1 or not self.policy_weight):
+            raise UserError(
+                f"unlikely_below is {self.unlikely_below:g}, by which no group lacks a signal: leave resample_factor "
+                "at 1 and give policy_weight a weight"
+            )
+        if self.policy_weight and self.samples_per_prompt < 2 and self.unlikely_below is None:
             raise UserError(
                 f"samples_per_prompt is {self.samples_per_prompt}: an advantage is over the others of a group; give at "
                 "least 2"
@@ -357,8 +366,11 @@ class _FromRewards:
         found = []
         for place, rollout in enumerate(rollouts):
             index, mask = part.start + place, rollout.loss_mask
+            of_token = of_response[place]
+            if stage.unlikely_below is not None:
+                of_token = np.where(np.exp(rollout.sampler_logprobs) < stage.unlikely_below, -1.0, 0.0)
             arrays = {
-                "advantages": of_response[place] * mask,
+                "advantages": of_token * mask,
                 "weights": weights[place] * mask,
                 "sampler_logprobs": rollout.sampler_logprobs,
                 "old_logprobs": old[index],

@@ -210,6 +210,8 @@ def test_a_reward_that_fails_ends_the_run_in_one_line(teacher: str, tmp_path: Pa
     ("fields", "message"),
     [
         ({"samples_per_prompt": 1}, "samples_per_prompt is 1: an advantage is over the others of a group"),
+        ({"unlikely_below": 0.1, "resample_factor": 2.0}, "unlikely_below is 0.1, by which no group lacks a signal"),
+        ({"unlikely_below": 1.5}, "unlikely_below is 1.5"),
         ({"policy_weight": 0.0}, "policy_weight and teacher_kl are 0"),
         ({"updates_per_batch": 3}, "training.steps is 2, which updates_per_batch, 3, does not divide"),
         ({"penalty_tokens": 9}, "penalty_tokens is 9, above max_new_tokens 8"),

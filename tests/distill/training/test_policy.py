@@ -107,6 +107,8 @@ def formula(of_stage: Grpo, made: Written, hidden: Any, head: Any, packed: dict[
                 advantage = advantage / (rewards.std() + 1e-6)
         lp = here.gather(1, following[:, None])[:, 0]
         mask = rollout.loss_mask
+        if of_stage.unlikely_below is not None:
+            advantage = torch.tensor(-1.0 * (np.exp(rollout.sampler_logprobs[mask]) < of_stage.unlikely_below))
         sampler = torch.tensor(rollout.sampler_logprobs[mask].astype(np.float64))
         by_trainer = loss.correction != "none" or loss.ratio == "sequence"
         old = torch.tensor(made.old_logprobs[index][mask].astype(np.float64)) if by_trainer else sampler
@@ -145,11 +147,14 @@ VARIANTS = [
         entropy_floor=1.0,
         updates_per_batch=2,
     ),
+    stage(unlikely_below=0.15, updates_per_batch=2),
 ]
 
 
 @pytest.mark.parametrize(
-    "of_stage", VARIANTS, ids=lambda one: f"{one.advantages}-{one.policy.ratio}-{one.policy.total}"
+    "of_stage",
+    VARIANTS,
+    ids=lambda one: f"{one.unlikely_below or one.advantages}-{one.policy.ratio}-{one.policy.total}",
 )
 def test_loss_and_gradients_equal_the_formulas_in_float64(of_stage: Grpo) -> None:
     random = np.random.default_rng(0)
