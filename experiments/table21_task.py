@@ -11,26 +11,28 @@ from distill import (
     thinking_params,
 )
 
-MAX_PROMPT_TOKENS = 80
-THINKING_TOKENS = 152
+MAX_PROMPT_TOKENS = 64
+THINKING_TOKENS = 112
 ANSWER_TOKENS = 16
 
 
-def trained() -> Arithmetic:
-    """Chains of two to seven numbers of one to three digits, and products of two or three digits by one or two."""
+def trained(mistakes: float = 0.0) -> Arithmetic:
+    """Chains of two to seven digits, and products of two or three digits by one; the shortest can be told at once."""
     return Arithmetic(
-        chain_sum=ChainSum(min_terms=2, max_terms=7, min_digits=1, max_digits=3),
-        products=Products(min_digits=2, max_digits=3, min_multiplier_digits=1, max_multiplier_digits=2),
+        chain_sum=ChainSum(min_terms=2, max_terms=7, weight=0.6),
+        products=Products(weight=0.4),
+        mistakes=mistakes,
         weight=2,
     )
 
 
-def transfer(held_out_fraction: float) -> Arithmetic:
-    """Sums of two or three products: a family that needs both of the trained ones."""
+def transfer(held_out_fraction: float, mistakes: float = 0.0) -> Arithmetic:
+    """Sums of two products: a family that needs what both of the trained ones teach."""
     return Arithmetic(
+        mistakes=mistakes,
         chain_sum=ChainSum(weight=0),
         products=Products(weight=0),
-        sum_of_products=SumOfProducts(weight=1, min_products=2, max_products=3, min_digits=1, max_digits=2),
+        sum_of_products=SumOfProducts(weight=1),
         held_out_fraction=held_out_fraction,
         weight=1,
     )
@@ -42,6 +44,15 @@ def qwen3_thinking() -> SamplingParams:
 
 def qwen3_non_thinking() -> SamplingParams:
     return non_thinking_params(ANSWER_TOKENS)
+
+
+def policy_thinking() -> SamplingParams:
+    """The policy itself: temperature 1, nothing cut off."""
+    return SamplingParams(max_new_tokens=THINKING_TOKENS)
+
+
+def policy_non_thinking() -> SamplingParams:
+    return SamplingParams(max_new_tokens=ANSWER_TOKENS)
 
 
 def evaluation(problems: int = 120, samples: int = 4) -> Evaluation:

@@ -21,6 +21,7 @@ from distill.tasks.working import (
     product_working_is_correct,
     sum_of_products_working,
     sum_of_products_working_is_correct,
+    with_mistakes,
 )
 from qwen3.errors import UserError
 from qwen3.field_types import Bounds, Share, check_fields
@@ -199,6 +200,9 @@ class Arithmetic:
     chain_sum: ChainSum = dataclasses.field(default_factory=ChainSum)
     products: Products = dataclasses.field(default_factory=Products)
     sum_of_products: SumOfProducts = dataclasses.field(default_factory=SumOfProducts)
+    mistakes: Share = 0.0
+    """Share of the lines of worked thinking that come with a wrong result first and are crossed out: what a teacher
+    that hardly errs must have read to know what a student that errs should say next. Such lines are not judged."""
     held_out_fraction: Share = 0.1
     """Share of all questions that is kept from training; 1 keeps them all for evaluation, 0 none."""
     weight: Weight = 1.0
@@ -212,7 +216,7 @@ class Arithmetic:
 
     def problems(self, split: Split, count: int, seed: int, without: Excluded | None = None) -> list[Problem]:
         """See `Task.problems`."""
-        return mix(
+        problems = mix(
             {
                 name: (
                     family.weight,
@@ -224,6 +228,14 @@ class Arithmetic:
             seed=seed,
             split=split,
         )
+        if not self.mistakes:
+            return problems
+        return [dataclasses.replace(problem, solution=self._with_mistakes(problem, seed)) for problem in problems]
+
+    def _with_mistakes(self, problem: Problem, seed: int) -> str:
+        assert problem.solution is not None
+        rng = random.Random(stream_seed("mistakes", seed, problem.prompt))
+        return with_mistakes(problem.solution, self.mistakes, rng)
 
     @property
     def _families(self) -> dict[str, ChainSum | Products | SumOfProducts]:

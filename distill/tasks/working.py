@@ -4,9 +4,12 @@ An exact answer can follow wrong working, so the report shows both.
 """
 
 import itertools
+import random
 import re
 from typing import Literal, NamedTuple
 
+CROSSED_OUT = "x"
+"""A line of a working by which the line before it counts for nothing."""
 _STEP = re.compile(r"(-?[0-9]{1,40}) *([+\-*]) *([0-9]{1,40}) *= *(-?[0-9]{1,40})")
 
 
@@ -91,10 +94,31 @@ def sum_of_products_working_is_correct(expression: str, thinking_text: str) -> b
     return read_steps(thinking_text) == sum_of_products_working(expression)
 
 
+def with_mistakes(working: str, share: float, rng: random.Random) -> str:
+    """A working in which that share of the lines come first with a wrong result, which the next line crosses out:
+    "4-1=3\\n3+7=11\\nx\\n3+7=10"."""
+    lines = []
+    for line in working.split("\n"):
+        if rng.random() < share:
+            left, result = line.split("=")
+            wrong = int(result) + rng.choice((-10, -2, -1, 1, 2, 10))
+            lines += [f"{left}={wrong}", CROSSED_OUT]
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def read_steps(thinking_text: str) -> list[Step] | None:
-    """The lines of a working; None where one of them is anything else."""
-    steps = []
+    """The lines of a working, without those that are crossed out; None where one of them is anything else."""
+    lines: list[str] = []
     for line in thinking_text.strip().split("\n"):
+        if line.strip() != CROSSED_OUT:
+            lines.append(line)
+        elif not lines:
+            return None
+        else:
+            lines.pop()
+    steps = []
+    for line in lines:
         match = _STEP.fullmatch(line.strip())
         if match is None:
             return None

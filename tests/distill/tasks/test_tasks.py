@@ -20,6 +20,7 @@ from distill.tasks.working import (
     place_values,
     product_working,
     product_working_is_correct,
+    read_steps,
     sum_of_products_working,
     sum_of_products_working_is_correct,
 )
@@ -377,3 +378,24 @@ def test_a_family_that_is_not_asked_holds_nothing_out() -> None:
     )
     assert not elsewhere.holds_out(chain.prompt)
     assert elsewhere.holds_out(elsewhere.problems("held_out", 1, 0)[0].prompt)
+
+
+def test_mistakes_are_crossed_out_and_what_is_crossed_out_is_not_judged() -> None:
+    task = dataclasses.replace(SMALL, mistakes=0.5)
+    plain = SMALL.problems("train", 200, 3)
+    problems = task.problems("train", 200, 3)
+    assert [problem.problem_id for problem in problems] == [problem.problem_id for problem in plain]
+    assert problems[:50] == task.problems("train", 50, 3)
+    assert all(task.working_is_correct(problem, str(problem.solution)) for problem in problems)
+    lines = [str(problem.solution).split("\n") for problem in problems]
+    crossed = sum(of_one.count("x") for of_one in lines)
+    steps = sum(len(str(problem.solution).split("\n")) for problem in plain)
+    # Binomial: five standard deviations of some 600 lines are 0.1.
+    assert crossed / steps == pytest.approx(0.5, abs=0.11)
+    without = ["\n".join(line for line in of_one if line != "x") for of_one in lines]
+    assert not any(
+        task.working_is_correct(p, text) for p, text in zip(problems, without, strict=True) if "x" in p.solution
+    )
+    assert read_steps("x\n1+1=2") is None
+    assert read_steps("1+1=3\nx\nx\n1+1=2") is None
+    assert read_steps("what?\nx\n1+1=2") == read_steps("1+1=2")
