@@ -121,7 +121,7 @@ def _training(*, steps: int | None, learning_rate: float, schedule: Any = "cosin
     return Training(
         steps=steps,
         rows=48,
-        row_length=144,
+        row_length=176,
         optimizer=Optimizer(
             learning_rate=learning_rate, schedule=schedule, b2=0.98, warmup_fraction=0.05, final_fraction=0.05
         ),

@@ -14,12 +14,12 @@ from experiments.table21_task import evaluation, trained, transfer
 
 ARCHITECTURE = {
     "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 64,
+    "hidden_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "intermediate_size": 160,
+    "intermediate_size": 120,
     "tie_word_embeddings": True,
     "max_position_embeddings": 256,
     "rope_theta": 10000.0,
@@ -30,7 +30,7 @@ ARCHITECTURE = {
 def config() -> Experiment:
     return Experiment(
         name="table21_student",
-        description="A dense model of 0.1M parameters reads worked arithmetic, as a base for Table 21.",
+        description="A dense model of 0.06M parameters reads worked arithmetic, as a base for Table 21.",
         student=FromScratch(architecture=ARCHITECTURE, tokenizer=str(Path(__file__).parent / "quickstart_tokenizer")),
         tasks={"trained": trained(), "transfer": transfer(0.1)},
         stages={
@@ -38,9 +38,9 @@ def config() -> Experiment:
                 problems=10_000,
                 form="raw",
                 training=Training(
-                    steps=1200,
+                    steps=1000,
                     rows=32,
-                    row_length=256,
+                    row_length=144,
                     optimizer=Optimizer(learning_rate=3e-3, b2=0.98, warmup_fraction=0.05, final_fraction=0.05),
                     rematerialise=False,
                 ),
