@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from distill.stages import OnPolicy as OnPolicy
     from distill.stages import Sft as Sft
     from distill.stages.loop import Training as Training
+    from distill.stages.rollout_schedule import RolloutSchedule as RolloutSchedule
     from distill.tasks import Arithmetic as Arithmetic
     from distill.tasks import ChainSum as ChainSum
     from distill.tasks import GymFamily as GymFamily
@@ -59,6 +60,7 @@ _HOMES = {
     "Quantisation": "qwen3.checkpoint.quantisation",
     "ReasoningGym": "distill.tasks",
     "Reward": "distill.rewards.reward",
+    "RolloutSchedule": "distill.stages.rollout_schedule",
     "SamplingParams": "qwen3.generation.sampling",
     "Sft": "distill.stages",
     "Teacher": "distill.experiment",

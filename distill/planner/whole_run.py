@@ -100,7 +100,7 @@ class _Run:
         if stage.targets_of is None:
             response = self._response(stage.modes, stage.thinking, stage.non_thinking)
             prompt = self._assumed.prompt_share * stage.max_prompt_tokens
-            calls |= self._generation(name, "teacher", stage.prompts, response, refilled=True)
+            calls |= self._generation(name, "teacher", stage.prompts, response)
             calls["teacher_scores"] = stage.prompts * (prompt + response) / self._row_tokens(name, "teacher_scores")
             moved = stage.prompts * response
         steps = stage.training.steps or self._affordable(name, stage, moved)
@@ -115,31 +115,52 @@ class _Run:
     def _on_policy(self, name: str, stage: OnPolicy | Grpo) -> StagePlan:
         assert stage.training.steps is not None
         steps, sequences = stage.training.steps, stage.generation.batch_size
-        batches = steps / stage.updates_per_batch
-        response = self._response(stage.modes, stage.thinking, stage.non_thinking)
-        length = self._assumed.prompt_share * stage.max_prompt_tokens + response
-        tokens = sequences / stage.updates_per_batch * length
-        microbatches = max(1, math.ceil(tokens / self._row_tokens(name, "student_trains")))
-        one_batch = self._generation(name, "student", sequences, response, refilled=False)
-        calls: dict[Purpose, float] = {purpose: count * batches for purpose, count in one_batch.items()}
-        if isinstance(stage, Grpo) and stage.scoring_passes:
-            packed = math.ceil(sequences * length / self._row_tokens(name, "student_scores"))
-            calls["student_scores"] = batches * stage.scoring_passes * packed
-        calls |= self._updates(name, steps, microbatches)
+        batches, prompt = steps // stage.updates_per_batch, self._assumed.prompt_share * stage.max_prompt_tokens
+        calls: dict[Purpose, float] = {}
+        tokens = 0.0
+        for batch in range(batches):
+            response, longest = self._own_responses(stage, batch, batches)
+            written = sequences * (prompt + response)
+            of_update = written / stage.updates_per_batch
+            microbatches = max(1, math.ceil(of_update / self._row_tokens(name, "student_trains")))
+            tokens += written
+            _add(calls, self._generation(name, "student", sequences, response, longest=longest))
+            if isinstance(stage, Grpo) and stage.scoring_passes:
+                packed = math.ceil(written / self._row_tokens(name, "student_scores"))
+                _add(calls, {"student_scores": float(stage.scoring_passes * packed)})
+            _add(calls, self._updates(name, stage.updates_per_batch, microbatches))
+            if asks_teacher(stage):
+                _add(calls, {"teacher_scores": float(stage.updates_per_batch * microbatches)})
         if not asks_teacher(stage):
             return StagePlan(stage=name, calls=calls)
         scores = self._programs[name, "teacher_scores"]
-        positions = steps * microbatches * stage.training.rows * stage.training.row_length
+        positions = calls["teacher_scores"] * stage.training.rows * stage.training.row_length
         width = 2 if self._experiment.teacher and self._experiment.teacher.dtype == "bfloat16" else 4
         return StagePlan(
             stage=name,
-            calls=calls | {"teacher_scores": float(steps * microbatches)},
-            tokens_moved=steps * tokens,
+            calls=calls,
+            tokens_moved=tokens,
             bytes_moved=float(positions * scores.model.hidden_size * width),
             pipeline=None
             if scores.mesh == self._programs[name, "student_trains"].mesh
-            else Pipeline(steps=steps, microbatches=microbatches, ahead=stage.max_staleness > 0),
+            else Pipeline(steps=steps, microbatches=calls["student_trains"] / steps, ahead=stage.max_staleness > 0),
         )
+
+    def _own_responses(self, stage: OnPolicy | Grpo, batch: int, batches: int) -> tuple[float, float]:
+        """The mean response of a batch of a student's own rollouts, and the longest: prefixes are as long as the mean
+        of whole responses, or as their limit where that is less."""
+        whole = self._response(stage.modes, stage.thinking, stage.non_thinking)
+        budget = max(stage.thinking.max_new_tokens, stage.non_thinking.max_new_tokens)
+        schedule = stage.rollout_tokens
+        if schedule is None:
+            return whole, budget
+        in_full, share, assumed = schedule.share_in_full(batch), stage.modes.thinking_fraction, self._assumed
+        limit = schedule.limit(batch, batches, budget)
+        prefix = sum(
+            part * min(assumed.response_share * params.max_new_tokens, limit)
+            for part, params in ((share, stage.thinking), (1 - share, stage.non_thinking))
+        )
+        return in_full * whole + (1 - in_full) * prefix, budget if in_full else min(limit, budget)
 
     def evaluation(self) -> StagePlan:
         asked = self._experiment.evaluation
@@ -152,25 +173,22 @@ class _Run:
             for role, times in (("student", students), ("teacher", 1)):
                 if role == "teacher" and self._experiment.teacher is None:
                     continue
-                for purpose, calls_once in self._generation(EVALUATION, role, count, response, refilled=True).items():
-                    calls[purpose] = calls.get(purpose, 0.0) + times * calls_once
+                _add(calls, self._generation(EVALUATION, role, count, response), times)
             if self._experiment.compares:
                 # Of every problem the teacher's response and the student's first one, by both models.
                 tokens = 2 * asked.problems * (self._assumed.prompt_share * asked.max_prompt_tokens + response)
-                for purpose in _COMPARING:
-                    batches = tokens / self._row_tokens(EVALUATION, purpose)
-                    calls[purpose] = calls.get(purpose, 0.0) + students * batches
+                _add(calls, {one: tokens / self._row_tokens(EVALUATION, one) for one in _COMPARING}, students)
         return StagePlan(stage=EVALUATION, calls=calls)
 
     def _generation(
-        self, stage: str, role: str, sequences: float, response: float, *, refilled: bool
+        self, stage: str, role: str, sequences: float, response: float, *, longest: float | None = None
     ) -> dict[Purpose, float]:
-        """Calls that generate so many sequences: slots that are refilled stay full, others wait for the longest."""
+        """Calls that generate so many sequences: slots that are refilled stay full; others, which all begin at once,
+        wait for the longest response."""
         prefills: Purpose = "teacher_prefills" if role == "teacher" else "student_prefills"
         generates: Purpose = "teacher_generates" if role == "teacher" else "student_generates"
         reader, writer = self._programs[stage, prefills], self._programs[stage, generates]
-        longest = writer.length - reader.length
-        tokens = max(sequences * response / writer.rows, response) if refilled else longest
+        tokens = max(sequences * response / writer.rows, response) if longest is None else longest
         return {prefills: math.ceil(sequences / reader.rows), generates: tokens}
 
     def _updates(self, name: str, steps: float, microbatches: float) -> dict[Purpose, float]:
@@ -206,3 +224,8 @@ class _Run:
         student = self._programs[name, "student_trains"]
         flops = training_flops(student.model, student.adapter_parameters, microbatches=math.ceil(microbatches))
         return flops.per_token * self._row_tokens(name, "student_trains")
+
+
+def _add(calls: dict[Purpose, float], more: Mapping[Purpose, float], times: float = 1) -> None:
+    for purpose, count in more.items():
+        calls[purpose] = calls.get(purpose, 0.0) + times * count

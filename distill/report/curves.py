@@ -70,6 +70,12 @@ _TEXTS = {
     "accuracy": _Texts(title="Accuracy of the training rollouts", unit=_SHARE, note="Of right answers."),
     "response_tokens": _Texts(title="Length of the training rollouts", unit=_TOKENS),
     "finished": _Texts(title="Finished training rollouts", unit=_SHARE, note="The length limit cut the others off."),
+    "rollouts_in_full": _Texts(
+        title="Rollouts that run in full", unit=_SHARE, note="The others are prefixes, which grow step by step."
+    ),
+    "never_stopped": _Texts(
+        title="Rollouts that never stop", unit=_SHARE, note="Of those that run in full, cut off by the budget."
+    ),
     "staleness": _Texts(
         title="Lag of the rollouts", unit="updates", note="By which the weights that generated them are older."
     ),

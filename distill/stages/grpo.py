@@ -140,6 +140,11 @@ class Grpo:
             raise UserError(f"penalty_tokens is {self.penalty_tokens}, above max_new_tokens {shortest}; lower it")
 
     @property
+    def rollout_tokens(self) -> None:
+        """A reward is for whole responses."""
+        return None
+
+    @property
     def generation(self) -> EngineSizes:
         """Of the engine with which the student generates."""
         return EngineSizes(

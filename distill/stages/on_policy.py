@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, Training, train
 from distill.stages.own_rollouts import OwnRollouts, asked_of, check_ahead, check_asking
+from distill.stages.rollout_schedule import RolloutSchedule
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix
@@ -47,6 +48,9 @@ class OnPolicy:
     """How the student samples in non-thinking mode."""
     max_prompt_tokens: Count = 2_048
     """Most tokens of a prompt, the chat template's own included; a longer one is refused, not cut."""
+    rollout_tokens: RolloutSchedule | None = None
+    """Short prefixes first, and longer ones step by step; None: every rollout runs to its end. Accuracy and share of
+    finished responses are then of the rollouts that run in full."""
     loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=32_768))
     """How it learns; a step has as many microbatches as its packed rollouts fill."""

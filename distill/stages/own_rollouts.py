@@ -19,6 +19,7 @@ from distill.monitor.metrics import RolloutSample
 from distill.stages.ahead import Scored, Written, WrittenAhead
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, StepData, Training
+from distill.stages.rollout_schedule import RolloutSchedule
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix, prompt_ids
@@ -62,6 +63,8 @@ class Asking(Protocol):
     def max_staleness(self) -> int: ...
     @property
     def samples_every_steps(self) -> int: ...
+    @property
+    def rollout_tokens(self) -> RolloutSchedule | None: ...
     @property
     def updates_per_batch(self) -> int: ...
     @property
@@ -122,6 +125,8 @@ def check_asking(stage: Asking, what: str, *, beside: int = 0) -> None:
     drawn = {"prompts_per_step": stage.prompts_per_step + beside, "training.steps": stage.training.steps}
     check_product(drawn, "for the problems of all steps are kept in memory", MOST_PROBLEMS)
     stage.generation.check("prompts_per_step × samples_per_prompt")
+    if stage.rollout_tokens is not None:
+        stage.rollout_tokens.check(stage.thinking, stage.non_thinking)
     longest = stage.generation.longest_tokens
     if longest > stage.training.row_length:
         raise UserError(
@@ -171,9 +176,9 @@ class OwnRollouts:
         self._teacher_flops = None if scorer is None else forward_flops(context.load_teacher().model.config)
         self._updates = stage.updates_per_batch
         threads = context.mesh.size == 1
-        batches = stage.training.steps // self._updates
+        self._batches = stage.training.steps // self._updates
         self._ahead = (
-            WrittenAhead(stage.max_staleness, batches, self._write, self._score_all, threads=threads)
+            WrittenAhead(stage.max_staleness, self._batches, self._write, self._score_all, threads=threads)
             if stage.max_staleness
             else None
         )
@@ -252,7 +257,7 @@ class OwnRollouts:
         def generate(asked: Asked) -> list[Rollout]:
             return self._engine.generate(
                 model,
-                self._requests(asked, numbers),
+                self._requests(asked, numbers, batch),
                 seed=self._seed,
                 policy_step=policy_batch * self._updates,
                 step=batch,
@@ -264,19 +269,32 @@ class OwnRollouts:
         written = Written(rollouts=rollouts, seconds=time.monotonic() - started)
         return self._lesson.complete(written, asked, model, batch, generate) if self._lesson else written
 
-    def _requests(self, asked: Asked, numbers: Mapping[str, Iterator[int]]) -> list[Request]:
+    def _requests(self, asked: Asked, numbers: Mapping[str, Iterator[int]], batch: int) -> list[Request]:
         stage = self._stage
         return [
             Request(
                 prompt_ids=prompt_ids(problem, mode, self._context.tokenizer, flag_fraction=stage.modes.flag_fraction),
                 prompt_id=problem.problem_id,
-                sample_index=next(numbers[problem.problem_id]),
+                sample_index=(number := next(numbers[problem.problem_id])),
                 mode=mode,
-                params=stage.thinking if mode == THINKING else stage.non_thinking,
+                params=self._params(batch, problem.problem_id, number, mode),
             )
             for problem, mode in asked
             for _ in range(stage.samples_per_prompt)
         ]
+
+    def _params(self, batch: int, prompt_id: str, sample_index: int, mode: Mode) -> SamplingParams:
+        stage = self._stage
+        whole = stage.thinking if mode == THINKING else stage.non_thinking
+        schedule, budget = stage.rollout_tokens, max(stage.thinking.max_new_tokens, stage.non_thinking.max_new_tokens)
+        if schedule is None or schedule.runs_in_full(self._seed, batch, prompt_id, sample_index):
+            return whole
+        return schedule.cut(whole, batch, self._batches, budget)
+
+    def _may_end(self, batch: int, one: RolloutSample) -> bool:
+        """Whether a rollout of the batch had its mode's whole budget, and was no prefix."""
+        whole = self._stage.thinking if one.mode == THINKING else self._stage.non_thinking
+        return self._params(batch, one.prompt_id, one.sample_index, one.mode) == whole
 
     def _score_all(self, written: Written) -> Scored:
         return [self._score(written, update) for update in range(self._updates)]
@@ -318,20 +336,27 @@ class OwnRollouts:
         return targets
 
     def _judged(self, step: int, batch: int, written: Written, part: slice) -> dict[str, float]:
-        """By mode: accuracy where there are answers, length and share of finished responses; and what rewards say.
-        Every now and then a rollout for people."""
+        """By mode: length, and of those that were no prefixes accuracy where there are answers and share of finished
+        responses; and what rewards say. Every now and then a rollout for people."""
         samples = written.samples[part] or self._samples(batch, written.rollouts[part])
+        whole = [sample for sample in samples if self._may_end(batch, sample)]
         metrics: dict[str, float] = {}
         shown = []
         for mode in MODES:
             of_mode = [sample for sample in samples if sample.mode == mode]
+            ended = [sample for sample in whole if sample.mode == mode]
             if of_mode:
-                graded = [sample.correct for sample in of_mode if sample.correct is not None]
+                graded = [sample.correct for sample in ended if sample.correct is not None]
                 if graded:
                     metrics[f"accuracy/{mode}"] = _mean(graded)
                 metrics[f"response_tokens/{mode}"] = _mean(sample.response_tokens for sample in of_mode)
-                metrics[f"finished/{mode}"] = _mean(sample.finished for sample in of_mode)
-                shown.append(of_mode[0])
+                if ended:
+                    metrics[f"finished/{mode}"] = _mean(sample.finished for sample in ended)
+                shown.append((ended or of_mode)[0])
+        if self._stage.rollout_tokens is not None:
+            metrics["rollouts_in_full"] = len(whole) / len(samples)
+            if whole:
+                metrics["never_stopped"] = _mean(not sample.finished for sample in whole)
         if step % self._stage.samples_every_steps == 0:
             self._context.metrics.samples(step + 1, shown, stage=self._name)
         return metrics | (self._lesson.told(written, part) if self._lesson else {})

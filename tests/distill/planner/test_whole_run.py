@@ -1,7 +1,10 @@
 """How often a run calls each of its programs, against sums done by hand."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -11,6 +14,7 @@ from distill.planner.programs import programs
 from distill.planner.topology_plan import plan_on
 from distill.planner.whole_run import Assumptions, Pipeline, StagePlan, stage_plans
 from distill.runner.experiment_file import load_experiment
+from distill.stages.rollout_schedule import RolloutSchedule
 from kernels_pallas.chips import CHIPS
 from qwen3.sharding import MeshShape
 
@@ -69,6 +73,37 @@ def test_a_comparison_of_larger_rows_takes_fewer_steps_for_the_same_flops(quicks
 
     rows = quickstart.stages["same_outputs"].training.rows
     assert steps(2 * rows) == pytest.approx(steps(rows) / 2, abs=1)
+
+
+def on_policy_calls(quickstart: Experiment, assumed: Assumptions, **fields: Any) -> Mapping[str, float]:
+    stage = dataclasses.replace(quickstart.stages["on_policy"], **fields)
+    alone = dataclasses.replace(
+        quickstart, stages={"on_policy": dataclasses.replace(stage, start_from=None)}, export_stage=None
+    )
+    (plan, _) = stage_plans(alone, programs(alone, jax.devices()[:1]), assumed)
+    return plan.calls
+
+
+def test_a_schedule_saves_generating_scoring_and_training(quickstart: Experiment) -> None:
+    assumed = Assumptions(response_share=1.0, prompt_share=0.5, filled_share=1.0)
+    stage = quickstart.stages["on_policy"]
+    schedule = RolloutSchedule(first=4, last=4, full_share=0.1, full_every_batches=4)
+    plain, cut = (on_policy_calls(quickstart, assumed, rollout_tokens=one) for one in (None, schedule))
+    longest = max(stage.thinking.max_new_tokens, stage.non_thinking.max_new_tokens)
+    full = -(-stage.training.steps // 4)
+    # A step with rollouts in full, 0.4 of them, takes as long as these; the others end after four tokens.
+    assert cut["student_generates"] == full * longest + (stage.training.steps - full) * 4
+    share, responses = stage.modes.thinking_fraction, stage.prompts_per_step * stage.samples_per_prompt
+    whole = share * stage.thinking.max_new_tokens + (1 - share) * stage.non_thinking.max_new_tokens
+    rows = stage.training.rows * stage.training.row_length
+    microbatches = [
+        math.ceil(responses * (0.5 * stage.max_prompt_tokens + response) / rows)
+        for response in (0.4 * whole + 0.6 * 4, 4)
+    ]
+    trained = full * microbatches[0] + (stage.training.steps - full) * microbatches[1]
+    assert cut["student_trains"] == cut["teacher_scores"] == trained < plain["student_trains"]
+    assert cut["student_updates"] == plain["student_updates"] == stage.training.steps
+    assert cut["student_prefills"] == plain["student_prefills"]
 
 
 def test_a_run_that_evaluates_nothing_has_no_evaluation_in_its_plan(quickstart: Experiment) -> None:
