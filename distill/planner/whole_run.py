@@ -115,7 +115,8 @@ class _Run:
     def _on_policy(self, name: str, stage: OnPolicy | Grpo) -> StagePlan:
         assert stage.training.steps is not None
         steps, sequences = stage.training.steps, stage.generation.batch_size
-        batches, prompt = steps // stage.updates_per_batch, self._assumed.prompt_share * stage.max_prompt_tokens
+        updates, prompt = stage.updates_per_batch * stage.passes, self._assumed.prompt_share * stage.max_prompt_tokens
+        batches = steps // updates
         calls: dict[Purpose, float] = {}
         tokens = 0.0
         for batch in range(batches):
@@ -128,7 +129,7 @@ class _Run:
             if isinstance(stage, Grpo) and stage.scoring_passes:
                 packed = math.ceil(written / self._row_tokens(name, "student_scores"))
                 _add(calls, {"student_scores": float(stage.scoring_passes * packed)})
-            _add(calls, self._updates(name, stage.updates_per_batch, microbatches))
+            _add(calls, self._updates(name, updates, microbatches))
             if asks_teacher(stage):
                 _add(calls, {"teacher_scores": float(stage.updates_per_batch * microbatches)})
         if not asks_teacher(stage):

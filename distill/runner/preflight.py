@@ -16,6 +16,7 @@ from distill.monitor.progress import Task as Bar
 from distill.runner.chat_format import check_chat_format
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.context import stage_seed
+from distill.stages.own_rollouts import fresh_steps
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import asked_in, prompt_ids, raw_document, worked_document
@@ -183,8 +184,7 @@ def _of_stage(field: str, stage: Stage, seed: int, tasks: TaskMixture) -> _Asked
             documents=stage.form,
         )
     if isinstance(stage, OnPolicy | Grpo):
-        assert stage.training.steps is not None
-        count = stage.prompts_per_step * stage.training.steps
+        count = stage.prompts_per_step * fresh_steps(stage)
         asked = _drawn(f"{field}.prompts_per_step × steps", count, lambda: stage.asked(tasks, seed))
     else:
         asked = _drawn(f"{field}.prompts", stage.prompts, lambda: stage.asked(tasks, seed))

@@ -86,7 +86,7 @@ _LOGPROBS = ("old_logprobs", "reference_logprobs")
 
 
 Scored = Sequence[Sequence[Batch]]
-"""Packed rows in microbatches, by the update that learns from them."""
+"""Packed rows in microbatches, by the part of the batch that an update learns from."""
 
 
 class Closed(Exception):

@@ -22,7 +22,7 @@ from distill.rewards.reward import Reward, Rewards, Truncated, check_reward
 from distill.stages.ahead import Written
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, Training, train
-from distill.stages.own_rollouts import Asked, OwnRollouts, asked_of, check_ahead, check_asking
+from distill.stages.own_rollouts import Asked, OwnRollouts, asked_of, check_ahead, check_asking, fresh_steps
 from distill.tasks import Problem
 from distill.tasks.drawing import exact_decimal
 from distill.tasks.mixture import TaskMixture
@@ -93,11 +93,14 @@ class Grpo:
     updates_per_batch: Count = 1
     """Updates that one batch of rollouts is divided among, each with prompts_per_step prompts: the student generates so
     many at once, and the later updates learn from what older weights generated."""
+    passes: Count = 1
+    """Times that each batch of rollouts is learned from, with the ratio against the weights that generated; as in
+    OnPolicy."""
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=32_768))
     """How it learns; a step has as many microbatches as its packed rollouts fill."""
     max_staleness: Natural = 0
-    """Batches of rollouts by which the weights that generate lag behind, beside what updates_per_batch brings; as in
-    OnPolicy, where a batch is a step."""
+    """Batches of rollouts by which the weights that generate lag behind, beside what updates_per_batch and passes
+    bring; as in OnPolicy."""
     samples_every_steps: Count = 25
     """Steps between rollouts that are kept for people to read."""
     start_from: str | None = None
@@ -106,7 +109,6 @@ class Grpo:
     def __post_init__(self) -> None:
         check_fields(self)
         check_asking(self, "reinforcement learning", beside=self.prompts_beside)
-        assert self.training.steps is not None
         if not self.policy_weight and not self.teacher_kl:
             raise UserError("policy_weight and teacher_kl are 0: nothing would be learned; give one of them a weight")
         if self.policy_weight and self.samples_per_prompt < 2:
@@ -130,11 +132,6 @@ class Grpo:
                 "policy_weight is 0, by which policy.reference_kl and policy.correction are weighed; leave them out"
             )
         check_reward(self.reward)
-        if self.training.steps % self.updates_per_batch:
-            raise UserError(
-                f"training.steps is {self.training.steps}, which updates_per_batch, {self.updates_per_batch}, does not "
-                "divide: the last rollouts would be for nothing; make it a multiple"
-            )
         shortest = min(self.thinking.max_new_tokens, self.non_thinking.max_new_tokens)
         if self.penalty_tokens > shortest:
             raise UserError(f"penalty_tokens is {self.penalty_tokens}, above max_new_tokens {shortest}; lower it")
@@ -166,7 +163,7 @@ class Grpo:
     @property
     def learns_later(self) -> bool:
         """Whether some updates learn from what older weights generated."""
-        return self.updates_per_batch > 1 or self.max_staleness > 0
+        return self.updates_per_batch > 1 or self.passes > 1 or self.max_staleness > 0
 
     @property
     def keeps_old_logprobs(self) -> bool:
@@ -230,7 +227,7 @@ class Grpo:
             self.check_meshes(name, context.mesh, teacher.mesh)
             scorer = teacher.scorer(context.mesh)
         asked = self.asked(context.tasks, context.stage_seed(name))
-        lesson = _FromRewards(self, model, context, asked[self.prompts_per_step * self.training.steps :])
+        lesson = _FromRewards(self, model, context, asked[self.prompts_per_step * fresh_steps(self) :])
         with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorer=scorer, lesson=lesson)) as data:
             return train(
                 name, model, self.training, self.loss, data, context, steps=self.training.steps,

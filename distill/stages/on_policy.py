@@ -8,7 +8,11 @@ that the older weights computed, and targets other than `Hidden` are refused.
 There is no importance weight min(π/π_old, C). A weight for the next token would correct an estimate from the
 sampled token, where here the sum over the vocabulary is exact, and would favour the positions at which the student has
 become surer. What is stale is how often a prefix occurs; the weight for that is the product over all tokens of the
-prefix, whose variance grows with every token, and which would be clipped away. The lag is kept small instead."""
+prefix, whose variance grows with every token, and which would be clipped away. The lag is kept small instead.
+
+The same holds for a batch of rollouts that is learned from several times (`passes`): the teacher's targets belong to
+the text and stay what they are, and the divergence is the current student's at every pass. Nothing is left of the
+weights that generated but the choice of the text."""
 
 import contextlib
 import dataclasses
@@ -54,11 +58,19 @@ class OnPolicy:
     loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=32_768))
     """How it learns; a step has as many microbatches as its packed rollouts fill."""
+    updates_per_batch: Count = 1
+    """Updates that one batch of rollouts is divided among, each with prompts_per_step prompts: the student generates so
+    many at once."""
+    passes: Count = 1
+    """Times that each batch of rollouts is learned from: generating and scoring are paid once, and training.steps
+    counts the updates of all passes. The divergence is the current student's at each, over the whole vocabulary of the
+    same text, which takes no importance ratio; what grows is the lag of the text, `staleness` in the metrics. The
+    teacher's targets of a batch stay on the devices meanwhile."""
     max_staleness: Natural = 0
-    """Updates by which the weights that generate a step's rollouts lag behind those that learn from them: step n learns
-    from what the weights after max(0, n - max_staleness) updates have written. 0 is strictly on-policy; above it,
-    a student on one device trains while the next rollouts are written and scored, and a teacher on devices of its own
-    scores while the student generates and trains."""
+    """Batches of rollouts by which the weights that generate lag behind those that learn: batch n is what the weights
+    before the updates of batch max(0, n - max_staleness) have written. 0 is strictly on-policy, where a batch is a
+    step; above it, a student on one device trains while the next rollouts are written and scored, and a teacher on
+    devices of its own scores while the student generates and trains."""
     samples_every_steps: Count = 25
     """Steps between rollouts that are kept for people to read."""
     start_from: str | None = None
@@ -69,15 +81,10 @@ class OnPolicy:
         check_asking(self, "on-policy distillation")
 
     @property
-    def updates_per_batch(self) -> int:
-        """Every update has rollouts of its own."""
-        return 1
-
-    @property
     def generation(self) -> EngineSizes:
         """Of the engine with which the student generates."""
         return EngineSizes(
-            batch_size=self.prompts_per_step * self.samples_per_prompt,
+            batch_size=self.prompts_per_step * self.samples_per_prompt * self.updates_per_batch,
             max_prompt_tokens=self.max_prompt_tokens,
             sampling=(self.thinking, self.non_thinking),
         )

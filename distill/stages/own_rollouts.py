@@ -7,6 +7,7 @@ the whole response, or both. All else is here.
 import collections
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -68,6 +69,8 @@ class Asking(Protocol):
     @property
     def updates_per_batch(self) -> int: ...
     @property
+    def passes(self) -> int: ...
+    @property
     def generation(self) -> EngineSizes: ...
 
 
@@ -87,7 +90,7 @@ class Lesson(Protocol):
         """That `complete` may have asked beside those that it was given."""
 
     def per_token(self, written: Written, part: slice) -> list[dict[str, np.ndarray]]:
-        """Of each rollout of a part, those of one update, arrays [T] by the names of `PolicyData`."""
+        """Of each rollout of a part, those of an update, arrays [T] by the names of `PolicyData`."""
 
     def told(self, written: Written, part: slice) -> dict[str, float]:
         """Metrics of the part."""
@@ -106,11 +109,16 @@ class Lesson(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
-def asked_of(stage: Asking, tasks: TaskMixture, seed: int, *, beside: int = 0) -> list[tuple[Problem, Mode]]:
-    """The prompts of all steps, one step's after the other's, each with its mode; then `beside` more for a step,
-    likewise. Raises UserError where there are none."""
+def fresh_steps(stage: Asking) -> int:
+    """The steps that have prompts of their own; those of later passes have theirs again."""
     assert stage.training.steps is not None
-    steps = stage.training.steps
+    return stage.training.steps // stage.passes
+
+
+def asked_of(stage: Asking, tasks: TaskMixture, seed: int, *, beside: int = 0) -> list[tuple[Problem, Mode]]:
+    """The prompts of all fresh steps, one step's after the other's, each with its mode; then `beside` more for a step,
+    likewise. Raises UserError where there are none."""
+    steps = fresh_steps(stage)
     usual = steps * stage.prompts_per_step
     problems = tasks.problems("train", usual + steps * beside, seed, repeat=True)
     asked = stage.modes.assign(problems[:usual], seed, prompts_per_step=stage.prompts_per_step)
@@ -122,7 +130,15 @@ def check_asking(stage: Asking, what: str, *, beside: int = 0) -> None:
     """Refuses sizes of a stage, called `what`, that do not fit together. Raises UserError."""
     if stage.training.steps is None:
         raise UserError(f"training.steps is None; {what} needs a number of steps")
-    drawn = {"prompts_per_step": stage.prompts_per_step + beside, "training.steps": stage.training.steps}
+    updates = {"updates_per_batch": stage.updates_per_batch, "passes": stage.passes}
+    if stage.training.steps % math.prod(updates.values()):
+        several = {name: count for name, count in updates.items() if count > 1}
+        raise UserError(
+            f"training.steps is {stage.training.steps}, which {' × '.join(several)}, "
+            f"{' × '.join(map(str, several.values()))}, does not divide: the last rollouts would be for nothing; make "
+            "it a multiple"
+        )
+    drawn = {"prompts_per_step": stage.prompts_per_step + beside, "training.steps": fresh_steps(stage)}
     check_product(drawn, "for the problems of all steps are kept in memory", MOST_PROBLEMS)
     stage.generation.check("prompts_per_step × samples_per_prompt")
     if stage.rollout_tokens is not None:
@@ -150,8 +166,9 @@ def check_ahead(stage: Asking, name: str, mesh: Mesh, teacher_mesh: Mesh | None)
 
 
 class OwnRollouts:
-    """Every `updates_per_batch` steps: sample from the student, as it is or was `max_staleness` batches ago; at every
-    step: score its part of them with the teacher, if there is one, and pack it."""
+    """Every `updates_per_batch` × `passes` steps: sample a batch from the student, as it is or was `max_staleness`
+    batches ago. At every step: take the next part of it, in the first pass scored by the teacher, if there is one, and
+    packed; later passes have the same rows and targets again."""
 
     def __init__(
         self,
@@ -174,7 +191,8 @@ class OwnRollouts:
         self._adapter_parameters = adapter_parameters(model)
         self._sample_flops = forward_flops(model.config, self._adapter_parameters)
         self._teacher_flops = None if scorer is None else forward_flops(context.load_teacher().model.config)
-        self._updates = stage.updates_per_batch
+        self._parts = stage.updates_per_batch
+        self._updates = self._parts * stage.passes
         threads = context.mesh.size == 1
         self._batches = stage.training.steps // self._updates
         self._ahead = (
@@ -184,6 +202,7 @@ class OwnRollouts:
         )
         self._written: Written | None = None
         self._scored: Callable[[int], Sequence[Batch]] = self._nothing_scored
+        """The packed rows of a part of the present batch."""
         self._next = 0
         """The update of the present batch that comes next; 0 where the next batch does."""
 
@@ -196,13 +215,13 @@ class OwnRollouts:
         written = self._written
         assert written is not None
         sampled = time.monotonic()
-        batches = self._scored(update)
+        batches = self._scored(update % self._parts)
         scored = time.monotonic()
 
-        part = self._part(update)
+        part, first_pass = self._part(update % self._parts), update < self._parts
         rollouts = written.rollouts[part]
         lengths = [len(rollout.tokens) for rollout in rollouts]
-        metrics = self._judged(step, batch, written, part)
+        metrics = self._judged(step, batch, written, part) if first_pass else {}
         if update == 0:
             generated = [*(len(rollout.tokens) for rollout in written.rollouts), *written.replaced_lengths]
             spent.tokens_sampled += written.tokens
@@ -210,7 +229,7 @@ class OwnRollouts:
             spent.student_sample_flops += self._lesson.flops(written) if self._lesson else 0.0
             speed = written.tokens / written.seconds / self._context.mesh.size
             metrics["tokens_per_second_per_device/generation"] = speed
-        if self._teacher_flops is not None:
+        if self._teacher_flops is not None and first_pass:
             spent.teacher_flops += self._teacher_flops.of(lengths)
         spent.student_sample_seconds += sampled - started
         spent.teacher_score_seconds += scored - sampled
@@ -229,24 +248,31 @@ class OwnRollouts:
 
     def _take(self, batch: int, model: Qwen3) -> None:
         """The rollouts of a batch, which begins with `model`."""
+        # What the batch before has left on the devices is not needed while this one is generated.
+        self._scored = self._nothing_scored
         if self._ahead:
             self._written = self._ahead.rollouts(batch, model)
             ahead = self._ahead
-            self._scored = lambda update: ahead.batches()[update]
+            self._scored = lambda part: ahead.batches()[part]
         else:
             self._written = self._write(batch, batch, model)
-            self._scored = functools.partial(self._score, self._written)
+            self._scored = self._scoring(self._written)
 
-    def _nothing_scored(self, update: int) -> Sequence[Batch]:
-        raise AssertionError(f"update {update} before any rollouts")
+    def _scoring(self, written: Written) -> Callable[[int], Sequence[Batch]]:
+        """Scores a part when it is first asked for; where there are further passes, it is kept for them."""
+        score = functools.partial(self._score, written)
+        return functools.cache(score) if self._stage.passes > 1 else score
 
-    def _part(self, update: int) -> slice:
-        """Of a batch's rollouts, those that an update learns from."""
+    def _nothing_scored(self, part: int) -> Sequence[Batch]:
+        raise AssertionError(f"part {part} before any rollouts")
+
+    def _part(self, number: int) -> slice:
+        """Of a batch's rollouts, those that one update learns from."""
         count = self._stage.prompts_per_step * self._stage.samples_per_prompt
-        return slice(update * count, (update + 1) * count)
+        return slice(number * count, (number + 1) * count)
 
     def _asked_in(self, batch: int) -> Asked:
-        count = self._updates * self._stage.prompts_per_step
+        count = self._parts * self._stage.prompts_per_step
         return self._asked[batch * count : (batch + 1) * count]
 
     def _write(self, batch: int, policy_batch: int, model: Qwen3) -> Written:
@@ -297,12 +323,12 @@ class OwnRollouts:
         return self._params(batch, one.prompt_id, one.sample_index, one.mode) == whole
 
     def _score_all(self, written: Written) -> Scored:
-        return [self._score(written, update) for update in range(self._updates)]
+        return [self._score(written, number) for number in range(self._parts)]
 
-    def _score(self, written: Written, update: int) -> Sequence[Batch]:
-        """An update's packed rows, with the teacher's hidden states: computed, or where the teacher has devices of its
+    def _score(self, written: Written, number: int) -> Sequence[Batch]:
+        """A part's packed rows, with the teacher's hidden states: computed, or where the teacher has devices of its
         own, being computed there while the student trains on the rows before them."""
-        part = self._part(update)
+        part = self._part(number)
         rollouts = written.rollouts[part]
         more = self._lesson.per_token(written, part) if self._lesson and self._lesson.learns else [{}] * len(rollouts)
         rows, length = self._stage.training.rows, self._stage.training.row_length
@@ -383,7 +409,7 @@ class OwnRollouts:
             self._ahead.restore(state)
         if "batch" in state:
             self._written = Written.from_json(state["batch"])
-            self._scored = functools.partial(self._score, self._written)
+            self._scored = self._scoring(self._written)
         if self._lesson and "lesson" in state:
             self._lesson.restore(state["lesson"])
 

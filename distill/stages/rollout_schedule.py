@@ -1,8 +1,8 @@
 """How long rollouts get over a stage: short prefixes first, for that is where most of what a teacher teaches stands.
 
-What a student has yet to learn it gets wrong early, and text that follows a mistake teaches little: training on prefixes
-costs a fraction of training on whole rollouts and reaches as far (arXiv 2602.15260, 2605.27028). What stands at the end,
-stopping above all, is learned from the share of rollouts that run to their end whatever the step.
+What a student has yet to learn it gets wrong early, and text that follows a mistake teaches little. Training on
+prefixes costs a fraction of training on whole rollouts and reaches as far (arXiv 2602.15260, 2605.27028). What stands
+at the end, stopping above all, is learned from the share of rollouts that run to their end whatever the step.
 
 A prefix is what the whole rollout would have begun with, token by token, and its last position, which nothing follows,
 is not trained.

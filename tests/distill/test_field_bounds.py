@@ -36,17 +36,8 @@ ODD: tuple[Any, ...] = (
 
 def instances() -> dict[type, Any]:
     """One of every class that an experiment may consist of."""
-    others = (
-        Loss(),
-        Lora(),
-        PromptFile(path="p"),
-        FromCheckpoint(path="p"),
-        GymFamily(),
-        Grpo(),
-        PolicyLoss(),
-        RolloutSchedule(),
-    )
-    found: dict[type, Any] = {type(one): one for one in others}
+    others = (Loss(), Lora(), PromptFile(path="p"), FromCheckpoint(path="p"), GymFamily(), Grpo(), PolicyLoss())
+    found: dict[type, Any] = {type(one): one for one in (*others, RolloutSchedule())}
     found[ReasoningGym] = ReasoningGym(families={"chain_sum": GymFamily()})
     whole = miniature.experiment("somewhere")
     held: list[Any] = [whole, *whole.stages.values(), *whole.tasks.values()]

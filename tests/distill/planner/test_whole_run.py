@@ -106,6 +106,19 @@ def test_a_schedule_saves_generating_scoring_and_training(quickstart: Experiment
     assert cut["student_prefills"] == plain["student_prefills"]
 
 
+def test_further_passes_cost_training_alone(quickstart: Experiment) -> None:
+    plain, thrice = (on_policy_calls(quickstart, Assumptions(), passes=passes) for passes in (1, 3))
+    for purpose in ("student_trains", "student_updates"):
+        assert thrice[purpose] == plain[purpose]
+    for purpose in ("student_prefills", "student_generates", "teacher_scores"):
+        assert thrice[purpose] == plain[purpose] / 3
+    # Several updates' prompts at once take as many steps of the loop as one's, and are prefilled one after the other.
+    together = on_policy_calls(quickstart, Assumptions(), updates_per_batch=3)
+    assert together["student_generates"] == plain["student_generates"] / 3
+    for purpose in ("student_trains", "student_updates", "teacher_scores"):
+        assert together[purpose] == plain[purpose]
+
+
 def test_a_run_that_evaluates_nothing_has_no_evaluation_in_its_plan(quickstart: Experiment) -> None:
     off = dataclasses.replace(quickstart, evaluation=dataclasses.replace(quickstart.evaluation, problems=0))
     made = programs(off, jax.devices()[:1])
