@@ -89,7 +89,7 @@ def encode(record: ScoredRollout) -> bytes:
     scalars = {
         field.name: getattr(rollout, field.name)
         for field in dataclasses.fields(Rollout)
-        if field.name not in ("tokens", "loss_mask", "sampler_logprobs")
+        if field.name not in ("tokens", "loss_mask", "sampler_logprobs", "sampler_entropies")
     }
     # safetensors writes the memory as it lies, whatever the strides are.
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}

@@ -18,6 +18,7 @@ from qwen3.decoder.model import Qwen3
 from qwen3.rollout import Rollout, first_fit_rows
 from qwen3.sharding import (
     TOKENS,
+    at_places,
     batch_sharding,
     batch_shares,
     fetch,
@@ -77,14 +78,18 @@ class Scorer:
         positions: Int[np.ndarray, "B T"],
         segment_ids: Int[np.ndarray, "B T"],
         wanted: Bool[np.ndarray, "B T"] | None = None,
+        places: Int[np.ndarray, "B K"] | None = None,
     ) -> Hidden:
         """Final hidden states: with `head` they are the exact distribution at every position.
 
         `wanted` are the positions that will be looked at, None for all; a teacher that must send them sends no
-        others, this one computes all of them alike.
+        others, this one computes all of them alike. With `places` only what is there is handed out, [B, K, D], zeros
+        where a place is T.
         """
         del wanted
-        return self._moved(_hidden(self._model, *self._placed(tokens, positions, segment_ids), self._mesh))
+        placed = self._placed(tokens, positions, segment_ids)
+        at = () if places is None else self._placed(places)
+        return self._moved(_hidden(self._model, *placed, self._mesh, *at))
 
     def top_k(
         self,
@@ -235,9 +240,10 @@ class ScoringProgram(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def hidden_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int) -> ScoringProgram:
-    """What `Scorer.hidden` runs on rows of this shape; `model` may be abstract."""
-    return ScoringProgram(_hidden, (model, *_row_shapes(mesh, rows, length), mesh))
+def hidden_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, places: int | None = None) -> ScoringProgram:
+    """What `Scorer.hidden` runs on rows of this shape, and so many places of each; `model` may be abstract."""
+    at = () if places is None else (row_shapes(jax.ShapeDtypeStruct((rows, places), np.int32), mesh, TOKENS),)
+    return ScoringProgram(_hidden, (model, *_row_shapes(mesh, rows, length), mesh, *at))
 
 
 def top_k_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, k: int) -> ScoringProgram:
@@ -296,8 +302,11 @@ def _block_tokens(mesh: Mesh) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _hidden(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, mesh: Mesh) -> Hidden:
-    return Hidden(hidden=model.hidden(tokens, positions, segment_ids, mesh))
+def _hidden(
+    model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, mesh: Mesh, places: Array | None = None
+) -> Hidden:
+    hidden = model.hidden(tokens, positions, segment_ids, mesh)
+    return Hidden(hidden=hidden if places is None else at_places(hidden, places, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

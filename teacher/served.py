@@ -65,8 +65,10 @@ class ServedScorer:
         positions: Int[np.ndarray, "B T"],
         segment_ids: Int[np.ndarray, "B T"],
         wanted: Bool[np.ndarray, "B T"] | None = None,
+        places: Int[np.ndarray, "B K"] | None = None,
     ) -> Hidden:
-        """Final hidden states of the packed documents, each from its first `wanted` position on; 0 elsewhere.
+        """Final hidden states of the packed documents, each from its first `wanted` position on; 0 elsewhere. With
+        `places` as `Scorer.hidden`.
 
         That is where a position carries a target: prompts, which carry none, are not sent back."""
         del positions  # 0, 1, … in each document, as servers count them too
@@ -88,6 +90,8 @@ class ServedScorer:
                 hidden[row, span.start + start : span.stop] = answer["hidden"]
         else:
             hidden = np.zeros((*tokens.shape, self.head.shape[1]), self.head.dtype)
+        if places is not None:
+            hidden = np.take_along_axis(np.pad(hidden, ((0, 0), (0, 1), (0, 0))), places[:, :, None], axis=1)
         return Hidden(hidden=place(hidden, batch_sharding(self._mesh)))
 
     def score_rollouts(

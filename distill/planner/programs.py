@@ -21,6 +21,7 @@ from distill.planner.program import EVALUATION, Program, Purpose, Role
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.context import EngineSizes, make_engine
 from distill.stages.loop import Training
+from distill.stages.own_rollouts import places_of_stage
 from distill.training.losses import Loss
 from distill.training.policy import PolicyData
 from distill.training.train_state import TrainState
@@ -78,17 +79,18 @@ def _fresh(config: ModelConfig, quantisation: Quantisation | None = None, **dtyp
     return jax.eval_shape(make)
 
 
-def _batch_shapes(rows: int, length: int, targets: Targets | None) -> Batch:
-    def array(dtype: DTypeLike) -> Any:
-        return jax.ShapeDtypeStruct((rows, length), dtype)
+def _batch_shapes(rows: int, length: int, targets: Targets | None, places: int | None = None) -> Batch:
+    def array(dtype: DTypeLike, columns: int = length) -> Any:
+        return jax.ShapeDtypeStruct((rows, columns), dtype)
 
     return Batch(
         tokens=array(np.int32),
         positions=array(np.int32),
         segment_ids=array(np.int32),
-        loss_mask=array(np.bool_),
-        mode=array(np.uint8),
+        loss_mask=array(np.bool_, places or length),
+        mode=array(np.uint8, places or length),
         targets=targets,
+        places=None if places is None else array(np.int32, places),
     )
 
 
@@ -218,7 +220,7 @@ class _Planned:
         model, mesh = self._model("teacher")
         if isinstance(stage, OnPolicy | Grpo):
             rows, length = stage.training.rows, stage.training.row_length
-            program = hidden_program(model, mesh, rows=rows, length=length)
+            program = hidden_program(model, mesh, rows=rows, length=length, places=self._places(stage))
         else:
             rows, length = packed_shape(mesh, stage.batch_size, stage.longest_tokens)
             if stage.sampled_tokens is None:
@@ -316,13 +318,15 @@ class _Planned:
 
         targets: Any
         policy: Any = None
+        places: int | None = None
         if isinstance(stage, Grpo):
             arrays: dict[str, Any] = {name: rows(np.float32) for name in stage.policy_arrays}
             policy = PolicyData(**arrays) if arrays else None
         if isinstance(stage, Grpo) and not asks_teacher(stage):
             targets = None
         elif isinstance(stage, OnPolicy | Grpo):
-            targets = self._hidden_targets(stage.training.rows, stage.training.row_length)
+            places = self._places(stage)
+            targets = self._hidden_targets(stage.training.rows, places or stage.training.row_length)
         elif isinstance(stage, Sft):
             targets = jax.eval_shape(one_hot, rows(np.int32))
         else:
@@ -336,8 +340,11 @@ class _Planned:
                 targets = TopK(ids=several[0], logprobs=several[1], log_tail=rows(np.float32))
             else:
                 targets = Sampled(ids=several[0], log_shares=several[1], entropy=rows(np.float32))
-        batch = _batch_shapes(stage.training.rows, stage.training.row_length, targets)
+        batch = _batch_shapes(stage.training.rows, stage.training.row_length, targets, places)
         return dataclasses.replace(batch, policy=policy)
+
+    def _places(self, stage: OnPolicy | Grpo) -> int | None:
+        return places_of_stage(stage, self._mesh, self._teacher_mesh)
 
     def _state(self, training: Training) -> TrainState:
         # The schedule is no part of the state, and any number of steps gives the same program.

@@ -126,9 +126,11 @@ def work_of(program: Program, experiment: Experiment) -> Work:
             # Forward and once for each operand's gradient; a frozen weight's is not needed.
             passes = (2 if adapters else 3) + training.rematerialise
             # Gradients are added to those of the microbatches before: read, read and written.
-            moved = traffic.weights(passes) + traffic.activations(3 + training.rematerialise) + traffic.logits(2)
+            heads = _heads(program)
+            moved = traffic.weights(passes) + traffic.activations(3 + training.rematerialise)
+            moved += traffic.logits(2) * heads / length
             return Work(
-                flops=rows * (step.executed(length, _row_pairs(program)) + length * again * head),
+                flops=rows * (step.executed(length, _row_pairs(program), heads) + heads * again * head),
                 device_bytes=moved + 3 * 4 * (adapters or parameters(config)) / program.mesh.size,
                 tokens=rows * length,
             )
@@ -137,6 +139,11 @@ def work_of(program: Program, experiment: Experiment) -> Work:
 def _teacher_width(program: Program) -> int:
     """Of its hidden states, which are the targets of the one argument that has some."""
     return next(a.targets.hidden.shape[-1] for a in program.arguments if hasattr(a, "targets"))
+
+
+def _heads(program: Program) -> int:
+    """Positions of a row at which a training program multiplies heads out."""
+    return next(a.loss_mask.shape[1] for a in program.arguments if hasattr(a, "loss_mask"))
 
 
 def _row_pairs(program: Program) -> int:

@@ -134,8 +134,9 @@ class _Run:
                 _add(calls, {"teacher_scores": float(stage.updates_per_batch * microbatches)})
         if not asks_teacher(stage):
             return StagePlan(stage=name, calls=calls)
-        scores = self._programs[name, "teacher_scores"]
-        positions = calls["teacher_scores"] * stage.training.rows * stage.training.row_length
+        scores, trains = self._programs[name, "teacher_scores"], self._programs[name, "student_trains"]
+        places = next(a.targets.hidden.shape[1] for a in trains.arguments if hasattr(a, "targets"))
+        positions = calls["teacher_scores"] * stage.training.rows * places
         width = 2 if self._experiment.teacher and self._experiment.teacher.dtype == "bfloat16" else 4
         return StagePlan(
             stage=name,
@@ -143,7 +144,7 @@ class _Run:
             tokens_moved=tokens,
             bytes_moved=float(positions * scores.model.hidden_size * width),
             pipeline=None
-            if scores.mesh == self._programs[name, "student_trains"].mesh
+            if scores.mesh == trains.mesh
             else Pipeline(steps=steps, microbatches=calls["student_trains"] / steps, ahead=stage.max_staleness > 0),
         )
 

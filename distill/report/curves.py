@@ -70,6 +70,9 @@ _TEXTS = {
     "accuracy": _Texts(title="Accuracy of the training rollouts", unit=_SHARE, note="Of right answers."),
     "response_tokens": _Texts(title="Length of the training rollouts", unit=_TOKENS),
     "finished": _Texts(title="Finished training rollouts", unit=_SHARE, note="The length limit cut the others off."),
+    "chosen_tokens": _Texts(
+        title="Tokens that are learned from", unit=_SHARE, note="Those at which the student was least sure."
+    ),
     "rollouts_in_full": _Texts(
         title="Rollouts that run in full", unit=_SHARE, note="The others are prefixes, which grow step by step."
     ),

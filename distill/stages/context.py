@@ -58,6 +58,8 @@ class EngineSizes:
     """Longest prompt."""
     sampling: tuple[SamplingParams, ...]
     """The ways in which sequences are sampled; the longest of them says how long they get."""
+    record_entropies: bool = False
+    """Whether the entropy of each distribution that a token is drawn from is wanted."""
 
     @property
     def longest_tokens(self) -> int:
@@ -151,6 +153,7 @@ def make_engine(config: ModelConfig, tokens: EndTokens, sizes: EngineSizes) -> E
         pad_id=tokens.pad_id,
         stop_thinking_ids=tokens.stop_thinking_ids if budgeted else (),
         think_end_id=tokens.think_end_id,
+        record_entropies=sizes.record_entropies,
     )
 
 

@@ -142,6 +142,11 @@ class Grpo:
         return None
 
     @property
+    def token_share(self) -> float:
+        """An advantage is every token's."""
+        return 1.0
+
+    @property
     def generation(self) -> EngineSizes:
         """Of the engine with which the student generates."""
         return EngineSizes(

@@ -16,7 +16,7 @@ weights that generated but the choice of the text."""
 
 import contextlib
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from jax.sharding import Mesh
 
@@ -29,7 +29,7 @@ from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix
 from distill.training.losses import Loss
 from qwen3.decoder.model import Qwen3
-from qwen3.field_types import Count, Natural, Problems, check_fields
+from qwen3.field_types import Bounds, Count, Natural, Problems, check_fields
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import Mode
 
@@ -55,6 +55,10 @@ class OnPolicy:
     rollout_tokens: RolloutSchedule | None = None
     """Short prefixes first, and longer ones step by step; None: every rollout runs to its end. Accuracy and share of
     finished responses are then of the rollouts that run in full."""
+    token_share: Annotated[float, Bounds(2**-10, 1, "lie in 0.001..1")] = 1.0
+    """Share of each response's tokens that are learned from: those at which the entropy of the student that generated
+    was highest. Heads of student and teacher are multiplied out at these alone; the loss, and every metric by token, is
+    a mean over them. 1: all."""
     loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=32_768))
     """How it learns; a step has as many microbatches as its packed rollouts fill."""
@@ -87,6 +91,7 @@ class OnPolicy:
             batch_size=self.prompts_per_step * self.samples_per_prompt * self.updates_per_batch,
             max_prompt_tokens=self.max_prompt_tokens,
             sampling=(self.thinking, self.non_thinking),
+            record_entropies=self.token_share < 1,
         )
 
     def check_meshes(self, name: str, mesh: Mesh, teacher_mesh: Mesh) -> None:

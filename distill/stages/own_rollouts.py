@@ -5,6 +5,7 @@ the whole response, or both. All else is here.
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 import math
@@ -28,6 +29,7 @@ from distill.tasks.samples import judge
 from distill.training.flops import forward_flops, training_flops
 from distill.training.packing import pack_rollouts, rollout_example, rows_needed
 from distill.training.policy import PolicyData
+from distill.training.token_choice import at_places, chosen, places_in_row, places_of, room
 from distill.training.train_step import Batch
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.model import Qwen3
@@ -66,6 +68,8 @@ class Asking(Protocol):
     def samples_every_steps(self) -> int: ...
     @property
     def rollout_tokens(self) -> RolloutSchedule | None: ...
+    @property
+    def token_share(self) -> float: ...
     @property
     def updates_per_batch(self) -> int: ...
     @property
@@ -124,6 +128,13 @@ def asked_of(stage: Asking, tasks: TaskMixture, seed: int, *, beside: int = 0) -
     asked = stage.modes.assign(problems[:usual], seed, prompts_per_step=stage.prompts_per_step)
     more = problems[usual:]
     return asked + (stage.modes.assign(more, seed + 1, prompts_per_step=beside) if more else [])
+
+
+def places_of_stage(stage: Asking, mesh: Mesh, teacher_mesh: Mesh) -> int | None:
+    """How many positions of each row heads are multiplied out at; None: all."""
+    if stage.token_share == 1:
+        return None
+    return places_in_row(stage.token_share, stage.training.row_length, (mesh, teacher_mesh))
 
 
 def check_asking(stage: Asking, what: str, *, beside: int = 0) -> None:
@@ -193,6 +204,7 @@ class OwnRollouts:
         self._teacher_flops = None if scorer is None else forward_flops(context.load_teacher().model.config)
         self._parts = stage.updates_per_batch
         self._updates = self._parts * stage.passes
+        self._places = places_of_stage(stage, context.mesh, context.load_teacher().mesh) if scorer else None
         threads = context.mesh.size == 1
         self._batches = stage.training.steps // self._updates
         self._ahead = (
@@ -221,6 +233,7 @@ class OwnRollouts:
         part, first_pass = self._part(update % self._parts), update < self._parts
         rollouts = written.rollouts[part]
         lengths = [len(rollout.tokens) for rollout in rollouts]
+        heads = None if self._places is None else float(sum(np.sum(batch.loss_mask) for batch in batches))
         metrics = self._judged(step, batch, written, part) if first_pass else {}
         if update == 0:
             generated = [*(len(rollout.tokens) for rollout in written.rollouts), *written.replaced_lengths]
@@ -230,18 +243,20 @@ class OwnRollouts:
             speed = written.tokens / written.seconds / self._context.mesh.size
             metrics["tokens_per_second_per_device/generation"] = speed
         if self._teacher_flops is not None and first_pass:
-            spent.teacher_flops += self._teacher_flops.of(lengths)
+            spent.teacher_flops += self._teacher_flops.of(lengths, heads)
         spent.student_sample_seconds += sampled - started
         spent.teacher_score_seconds += scored - sampled
         if self._ahead or self._updates > 1:
             metrics["staleness"] = step - rollouts[0].policy_step
+        if heads is not None:
+            metrics["chosen_tokens"] = heads / sum(rollout.loss_mask.sum() for rollout in rollouts)
         if self._ahead:
             metrics["rollout_wait_seconds"] = scored - started
         flops = training_flops(model.config, self._adapter_parameters, microbatches=len(batches))
         self._next = (update + 1) % self._updates
         return StepData(
             batches=self._lesson.before(batches) if self._lesson else batches,
-            train_flops=flops.of(lengths),
+            train_flops=flops.of(lengths, heads),
             metrics=metrics,
             learned=self._lesson.after if self._lesson else None,
         )
@@ -332,28 +347,37 @@ class OwnRollouts:
         rollouts = written.rollouts[part]
         more = self._lesson.per_token(written, part) if self._lesson and self._lesson.learns else [{}] * len(rollouts)
         rows, length = self._stage.training.rows, self._stage.training.row_length
-        needed = -(-rows_needed([len(rollout.tokens) for rollout in rollouts], length) // rows) * rows
+        rooms = [len(rollout.tokens) for rollout in rollouts]
+        if self._places is not None:
+            masks = [chosen(rollout, self._stage.token_share) for rollout in rollouts]
+            rooms = [room(own, int(mask.sum()), self._places, length) for own, mask in zip(rooms, masks, strict=True)]
+            rollouts = [dataclasses.replace(one, loss_mask=mask) for one, mask in zip(rollouts, masks, strict=True)]
+        needed = -(-rows_needed(rooms, length) // rows) * rows
         packed = pack_rollouts(
             [*zip(rollouts, more, strict=True)],
             rows=needed,
             length=length,
             one_per_row=False,
             to_example=lambda record: rollout_example(record[0], **record[1]),
+            rooms=rooms,
         )
         batches = []
         for first in range(0, needed, rows):
             arrays = {name: array[first : first + rows] for name, array in packed.items()}
+            places = None if self._places is None else places_of(arrays["loss_mask"], self._places)
+            targets = self._targets(arrays, places)
             policy = _policy_data({name: arrays[name] for name in more[0]}) if more[0] else None
-            batches.append(Batch.of(arrays, self._targets(arrays), policy))
+            batches.append(Batch.of(arrays if places is None else at_places(arrays, places), targets, policy))
         if self._scorer is not None and self._context.load_teacher().mesh == self._context.mesh:
             # Without waiting, the teacher's time would be counted as the student's.
             jax.block_until_ready([batch.targets for batch in batches])
         return batches
 
-    def _targets(self, arrays: Mapping[str, np.ndarray]) -> Hidden | None:
+    def _targets(self, arrays: Mapping[str, np.ndarray], places: np.ndarray | None) -> Hidden | None:
         if self._scorer is None:
             return None
-        targets = self._scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"], arrays["loss_mask"])
+        rows = arrays["tokens"], arrays["positions"], arrays["segment_ids"]
+        targets = self._scorer.hidden(*rows, arrays["loss_mask"], places)
         if not isinstance(targets, Hidden):
             raise ValueError(
                 f"targets are {type(targets).__name__}; an on-policy divergence is computed under the current "

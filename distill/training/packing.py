@@ -137,11 +137,13 @@ def pack_rollouts(
     length: int,
     one_per_row: bool = True,
     to_example: Callable[[Any], Example] = record_example,
+    rooms: Sequence[int] | None = None,
 ) -> Batch:
     """One batch [rows, length] of all `records`, in the same form as `packed_batches`.
 
     With `one_per_row` record i is row i, and rows beyond the records are empty. Otherwise the longest documents are
-    placed first, each into the first row with room; `rows_needed` says how many rows that takes.
+    placed first, each into the first row with room; `rows_needed` says how many rows that takes. `rooms` are what
+    documents take of a row where that is more than their tokens.
     Raises UserError for a document longer than `length`, ValueError for no records or more than fit.
     """
     if not records:
@@ -150,7 +152,7 @@ def pack_rollouts(
     lengths = [len(example["tokens"]) for example in examples]
     for record, document_length in zip(records, lengths, strict=True):
         _check_length(record, document_length, length)
-    row_of = list(range(len(examples))) if one_per_row else first_fit_rows(lengths, length)
+    row_of = list(range(len(examples))) if one_per_row else first_fit_rows(rooms or lengths, length)
     if max(row_of) >= rows:
         raise ValueError(f"rows is {rows}, but {len(records)} records need {max(row_of) + 1} rows of length {length}")
     padding = _padding(examples[0])

@@ -28,7 +28,7 @@ from qwen3.decoder.adapter import joined
 from qwen3.decoder.model import Qwen3
 from qwen3.decoder.moe import RouterStats, balances_load, load_balancing_loss
 from qwen3.rollout import NON_THINKING, THINKING
-from qwen3.sharding import TOKENS, batch_sharding, place, placed_shapes, row_shapes, shardings, to_pieces
+from qwen3.sharding import TOKENS, at_places, batch_sharding, place, placed_shapes, row_shapes, shardings, to_pieces
 from teacher.targets import following_tokens
 
 MODE_CODES = {THINKING: 1, NON_THINKING: 0}
@@ -37,23 +37,27 @@ MODE_CODES = {THINKING: 1, NON_THINKING: 0}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Packed rows and what the teacher says about them, at the predicting positions."""
+    """Packed rows and what the teacher says about them, at the predicting positions: at all of them, K = T, or at the
+    `places` that were chosen."""
 
     tokens: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
-    loss_mask: Bool[Array, "B T"]
-    mode: UInt8[Array, "B T"]
+    loss_mask: Bool[Array, "B K"]
+    mode: UInt8[Array, "B K"]
     targets: Any
     """None where only rewards are learned from."""
     policy: PolicyData | None = None
-    """What the rewards say; None where none are learned from."""
+    """What the rewards say; None where none are learned from, and where places were chosen."""
+    places: Int[Array, "B K"] | None = None
+    """The positions of each row that heads are multiplied out at, T in places that are left; None: all."""
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any], targets: Any, policy: PolicyData | None = None) -> "Batch":
         """From the arrays that packing makes; other entries are left where they are."""
         names = ("tokens", "positions", "segment_ids", "loss_mask", "mode")
-        return cls(**{name: arrays[name] for name in names}, targets=targets, policy=policy)
+        known = {name: arrays[name] for name in names}
+        return cls(**known, targets=targets, policy=policy, places=arrays.get("places"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,7 +216,8 @@ def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool, policy: Polic
         model = joined(trained, frozen)
         out = model(*_rows(batch), rematerialise=rematerialise, mesh=mesh)
         numbers = None if policy is None else (following_tokens(batch.tokens), _sequences(batch))
-        hidden, batch, numbers = to_pieces((out.hidden, batch, numbers), mesh)
+        hidden = out.hidden if batch.places is None else at_places(out.hidden, batch.places, mesh)
+        hidden, batch, numbers = to_pieces((hidden, batch, numbers), mesh)
         total, stats, parts = jnp.zeros(()), {}, {}
         if divergence_weight:
             total, stats = divergence(model, hidden, batch, denominator, head)
