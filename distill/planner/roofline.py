@@ -14,7 +14,7 @@ import jax
 
 from distill.experiment import Experiment, asks_teacher
 from distill.planner.collectives import Traffic
-from distill.planner.program import EVALUATION, Program
+from distill.planner.program import EVALUATION, Program, trained_places
 from distill.stages import Grpo
 from distill.training.flops import executed_training_flops, forward_flops
 from kernels_pallas.attention import attended_pairs, backward_products
@@ -126,7 +126,7 @@ def work_of(program: Program, experiment: Experiment) -> Work:
             # Forward and once for each operand's gradient; a frozen weight's is not needed.
             passes = (2 if adapters else 3) + training.rematerialise
             # Gradients are added to those of the microbatches before: read, read and written.
-            heads = _heads(program)
+            heads = trained_places(program)
             moved = traffic.weights(passes) + traffic.activations(3 + training.rematerialise)
             moved += traffic.logits(2) * heads / length
             return Work(
@@ -139,11 +139,6 @@ def work_of(program: Program, experiment: Experiment) -> Work:
 def _teacher_width(program: Program) -> int:
     """Of its hidden states, which are the targets of the one argument that has some."""
     return next(a.targets.hidden.shape[-1] for a in program.arguments if hasattr(a, "targets"))
-
-
-def _heads(program: Program) -> int:
-    """Positions of a row at which a training program multiplies heads out."""
-    return next(a.loss_mask.shape[1] for a in program.arguments if hasattr(a, "loss_mask"))
 
 
 def _row_pairs(program: Program) -> int:

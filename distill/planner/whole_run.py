@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from distill.experiment import Experiment, asks_teacher
-from distill.planner.program import EVALUATION, Program, Purpose
+from distill.planner.program import EVALUATION, Program, Purpose, trained_places
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft
 from distill.tasks.requests import ModeMix
 from distill.training.flops import forward_flops, training_flops
@@ -52,6 +52,8 @@ class StagePlan:
     calls: Mapping[Purpose, float]
     tokens_moved: float = 0.0
     """That the student learns from and the teacher has scored."""
+    student_tokens: float = 0.0
+    """That went through the student, prompts included, while it generated and, of older rollouts, scored."""
     bytes_moved: float = 0.0
     """Of the targets, from teacher to student."""
     pipeline: Pipeline | None = None
@@ -117,6 +119,9 @@ class _Run:
         steps, sequences = stage.training.steps, stage.generation.batch_size
         updates, prompt = stage.updates_per_batch * stage.passes, self._assumed.prompt_share * stage.max_prompt_tokens
         batches = steps // updates
+        # All that may be asked in the place of groups without signal, so many at a time as there are.
+        asked = 1 + stage.prompts_beside / stage.prompts_per_step if isinstance(stage, Grpo) else 1.0
+        scoring_passes = stage.scoring_passes if isinstance(stage, Grpo) else 0
         calls: dict[Purpose, float] = {}
         tokens = 0.0
         for batch in range(batches):
@@ -125,23 +130,25 @@ class _Run:
             of_update = written / stage.updates_per_batch
             microbatches = max(1, math.ceil(of_update / self._row_tokens(name, "student_trains")))
             tokens += written
-            _add(calls, self._generation(name, "student", sequences, response, longest=longest))
-            if isinstance(stage, Grpo) and stage.scoring_passes:
+            in_turns = math.ceil(asked) * longest
+            _add(calls, self._generation(name, "student", asked * sequences, response, longest=in_turns))
+            if scoring_passes:
                 packed = math.ceil(written / self._row_tokens(name, "student_scores"))
-                _add(calls, {"student_scores": float(stage.scoring_passes * packed)})
+                _add(calls, {"student_scores": float(scoring_passes * packed)})
             _add(calls, self._updates(name, updates, microbatches))
             if asks_teacher(stage):
                 _add(calls, {"teacher_scores": float(stage.updates_per_batch * microbatches)})
+        student_tokens = (asked + scoring_passes) * tokens
         if not asks_teacher(stage):
-            return StagePlan(stage=name, calls=calls)
+            return StagePlan(stage=name, calls=calls, student_tokens=student_tokens)
         scores, trains = self._programs[name, "teacher_scores"], self._programs[name, "student_trains"]
-        places = next(a.targets.hidden.shape[1] for a in trains.arguments if hasattr(a, "targets"))
-        positions = calls["teacher_scores"] * stage.training.rows * places
+        positions = calls["teacher_scores"] * stage.training.rows * trained_places(trains)
         width = 2 if self._experiment.teacher and self._experiment.teacher.dtype == "bfloat16" else 4
         return StagePlan(
             stage=name,
             calls=calls,
             tokens_moved=tokens,
+            student_tokens=student_tokens,
             bytes_moved=float(positions * scores.model.hidden_size * width),
             pipeline=None
             if scores.mesh == trains.mesh
@@ -216,8 +223,12 @@ class _Run:
         microbatches = other.calls["student_trains"] / other.calls["student_updates"]
         trained = other.calls["student_trains"] * self._microbatch_flops(stage.flops_of, microbatches)
         teacher = next((p.model for p in self._programs.values() if p.purpose.startswith("teacher")), student.model)
-        written = forward_flops(teacher).per_token + forward_flops(student.model, student.adapter_parameters).per_token
-        budget = trained + other.tokens_moved * written - 2 * generated_tokens * forward_flops(teacher).per_token
+        by_student, by_teacher = forward_flops(student.model, student.adapter_parameters), forward_flops(teacher)
+        budget = trained + other.student_tokens * by_student.per_token
+        # What a teacher has generated it scores, too.
+        read = other.tokens_moved * (2 if isinstance(self._experiment.stages[stage.flops_of], OffPolicy) else 1)
+        budget += by_teacher.executed(read, 0, read * self._head_share(stage.flops_of))
+        budget -= 2 * generated_tokens * by_teacher.per_token
         step = stage.microbatches_per_step * self._microbatch_flops(name, stage.microbatches_per_step)
         return max(1.0, budget // step)
 
@@ -225,7 +236,13 @@ class _Run:
         """Training FLOPs of one of a stage's microbatches, of which a step has so many."""
         student = self._programs[name, "student_trains"]
         flops = training_flops(student.model, student.adapter_parameters, microbatches=math.ceil(microbatches))
-        return flops.per_token * self._row_tokens(name, "student_trains")
+        tokens = self._row_tokens(name, "student_trains")
+        return flops.executed(tokens, 0, tokens * self._head_share(name))
+
+    def _head_share(self, name: str) -> float:
+        """Of the positions of a stage's rows, at which heads are multiplied out."""
+        student = self._programs[name, "student_trains"]
+        return trained_places(student) / student.length
 
 
 def _add(calls: dict[Purpose, float], more: Mapping[Purpose, float], times: float = 1) -> None:

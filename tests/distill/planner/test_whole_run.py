@@ -14,6 +14,7 @@ from distill.planner.programs import programs
 from distill.planner.topology_plan import plan_on
 from distill.planner.whole_run import Assumptions, Pipeline, StagePlan, stage_plans
 from distill.runner.experiment_file import load_experiment
+from distill.stages import Grpo
 from distill.stages.rollout_schedule import RolloutSchedule
 from kernels_pallas.chips import CHIPS
 from qwen3.sharding import MeshShape
@@ -117,6 +118,33 @@ def test_further_passes_cost_training_alone(quickstart: Experiment) -> None:
     assert together["student_generates"] == plain["student_generates"] / 3
     for purpose in ("student_trains", "student_updates", "teacher_scores"):
         assert together[purpose] == plain[purpose]
+
+
+def test_groups_that_are_replaced_and_rewards_without_a_teacher_cost_what_they_generate(quickstart: Experiment) -> None:
+    on_policy = quickstart.stages["on_policy"]
+    sizes = {name: getattr(on_policy, name) for name in ("thinking", "non_thinking", "max_prompt_tokens", "training")}
+
+    def plans(factor: float) -> dict[str, StagePlan]:
+        rewarded = Grpo(prompts_per_step=10, samples_per_prompt=8, resample_factor=factor, **sizes)
+        stages = {**quickstart.stages, "on_policy": dataclasses.replace(rewarded, start_from="off_policy")}
+        experiment = dataclasses.replace(quickstart, stages=stages)
+        return {plan.stage: plan for plan in stage_plans(experiment, programs(experiment, jax.devices()[:1]), assumed)}
+
+    assumed = Assumptions(response_share=0.5, prompt_share=0.5, filled_share=1.0)
+    once, thrice = plans(1.0), plans(2.5)
+    steps = on_policy.training.steps
+    share = on_policy.modes.thinking_fraction
+    mean = share * on_policy.thinking.max_new_tokens + (1 - share) * on_policy.non_thinking.max_new_tokens
+    tokens = steps * 80 * (0.5 * on_policy.max_prompt_tokens + 0.5 * mean)
+    assert once["on_policy"].student_tokens == pytest.approx(tokens)
+    assert thrice["on_policy"].student_tokens == pytest.approx(2.5 * tokens)
+    # 15 prompts in the place of others, ten of them at once.
+    calls = [one["on_policy"].calls for one in (once, thrice)]
+    assert calls[1]["student_generates"] == 3 * calls[0]["student_generates"]
+    assert calls[1]["student_trains"] == calls[0]["student_trains"]
+    # A comparison of as many FLOPs may spend that, too.
+    affordable = [one["same_outputs"].calls["student_updates"] for one in (once, thrice)]
+    assert affordable[1] > 1.2 * affordable[0] > 0
 
 
 def test_a_run_that_evaluates_nothing_has_no_evaluation_in_its_plan(quickstart: Experiment) -> None:
