@@ -48,10 +48,13 @@ _TEXTS = {
         note="Of the tokens that the loss sees one by one.",
     ),
     "reward": _Texts(title="Reward of the training rollouts", note="Before it is set against its group's."),
+    "reward_failures": _Texts(
+        title="Rewards that could not be had", unit=_SHARE, note="Verifier or reward raised, or did not come to an end."
+    ),
     "group_outcomes": _Texts(
         title="Outcomes of groups",
         unit=_SHARE,
-        note="Equal rewards for all responses to a prompt teach nothing.",
+        note="Equal rewards for all responses to a prompt teach nothing. Groups that were replaced count as well.",
     ),
     "kept_tokens": _Texts(
         title="Generated tokens that are learned from", unit=_SHARE, note="The others' groups had no signal."

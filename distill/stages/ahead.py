@@ -23,7 +23,25 @@ from distill.monitor.metrics import RolloutSample
 from distill.training.train_step import Batch
 from qwen3.decoder.adapter import joined, trained_and_frozen
 from qwen3.decoder.model import Qwen3
-from qwen3.rollout import Rollout, rollouts_from_json, rollouts_to_json
+from qwen3.rollout import Mode, Rollout, rollouts_from_json, rollouts_to_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a rollout that nothing is learned from, for one of another group has taken its place."""
+
+    part: int
+    """Of its batch, the part that it was generated for."""
+    mode: Mode
+    tokens: int
+    """Prompt included."""
+    response_tokens: int
+    finished: bool
+    correct: bool | None
+    reward: float
+    failed: bool
+    known: bool
+    """Whether its reward was compared with others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +56,10 @@ class Written:
     """Of each rollout's tokens [T] under the weights that generated them, as a trainer computes them; else none."""
     reference_logprobs: Sequence[np.ndarray] = ()
     """The same under the student at the stage's start."""
-    replaced_lengths: Sequence[int] = ()
-    """Tokens, prompts included, of rollouts that were generated for the step and are not among `rollouts`."""
-    replaced_tokens: int = 0
-    """Tokens of their responses."""
+    failed: Sequence[bool] = ()
+    """Of each rollout whether its verifier or reward has failed; none where none has, or nobody rewards."""
+    replaced: Sequence[Outcome] = ()
+    """Of rollouts that were generated for the step and are not among `rollouts`, group by group."""
     samples: Sequence[RolloutSample] = ()
     """The rollouts as people read them, where they have been judged already. Not kept."""
 
@@ -49,6 +67,11 @@ class Written:
     def tokens(self) -> int:
         """Tokens of all responses that were generated."""
         return sum(len(rollout.response) for rollout in self.rollouts) + self.replaced_tokens
+
+    @property
+    def replaced_tokens(self) -> int:
+        """Tokens of responses that nothing is learned from."""
+        return sum(one.response_tokens for one in self.replaced)
 
     def to_json(self) -> dict[str, Any]:
         """JSON data from which `from_json` makes the same, bit for bit."""
@@ -59,8 +82,10 @@ class Written:
             if arrays := getattr(self, name):
                 joined_up = np.concatenate(arrays).astype(np.float32).tobytes()
                 kept |= {name: base64.b64encode(joined_up).decode()}
-        if self.replaced_lengths:
-            kept |= {"replaced_lengths": list(self.replaced_lengths), "replaced_tokens": self.replaced_tokens}
+        if any(self.failed):
+            kept |= {"failed": list(self.failed)}
+        if self.replaced:
+            kept |= {"replaced": [dataclasses.asdict(one) for one in self.replaced]}
         return kept
 
     @classmethod
@@ -75,8 +100,8 @@ class Written:
             rollouts=rollouts,
             seconds=kept["seconds"],
             rewards=kept.get("rewards", ()),
-            replaced_lengths=kept.get("replaced_lengths", ()),
-            replaced_tokens=kept.get("replaced_tokens", 0),
+            failed=kept.get("failed", ()),
+            replaced=[Outcome(**one) for one in kept.get("replaced", ())],
             old_logprobs=logprobs("old_logprobs"),
             reference_logprobs=logprobs("reference_logprobs"),
         )

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from distill.monitor.metrics import RolloutSample
 from distill.rewards.advantages import Advantages, advantages, have_signal
-from distill.rewards.reward import Reward, Rewards, Truncated, check_reward
-from distill.stages.ahead import Written
+from distill.rewards.reward import Failed, Reward, RewardFailed, Rewards, Truncated, check_reward
+from distill.stages.ahead import Outcome, Written
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, Training, train
 from distill.stages.own_rollouts import Asked, OwnRollouts, asked_of, check_ahead, check_asking, fresh_steps
@@ -34,7 +34,7 @@ from distill.training.train_step import Batch
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.field_types import Bounds, Count, Natural, NotNegative, Positive, Problems, check_fields
+from qwen3.field_types import Bounds, Count, Natural, NotNegative, Positive, Problems, Share, check_fields
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import THINKING, Mode, Rollout
 from teacher.scoring import Scorer
@@ -61,8 +61,13 @@ class Grpo:
     """What a response is worth: a function of problem and decoded response. None: 1 where the task's verifier accepts
     the answer, else 0."""
     reward_timeout_seconds: Annotated[float, Bounds(1e-3, 1e6, "lie in 0.001..1e6")] = 300.0
-    """The longest that verifier and reward may take over one response before the run ends. Code that never lets go of
-    Python's interpreter, such as a regular expression that backtracks for ever, is not interrupted."""
+    """The longest that verifier and reward may take over one response before they have failed. Code that never lets go
+    of Python's interpreter, such as a regular expression that backtracks for ever, is not interrupted."""
+    failed: Failed = "left_out"
+    """Responses over which verifier or reward raise or do not come to an end in time; `reward_failures` in the metrics
+    counts them. left_out: neither compared with nor learned from. wrong: 0, which a verifier gives wrong answers."""
+    most_failed: Share = 0.1
+    """Share of a batch's responses that may fail so before the run ends."""
     truncated: Truncated = "wrong"
     """Responses that the length limit cut off. wrong: no answer, which the verifier rewards with 0 and a reward of your
     own as it likes. masked: neither compared with nor learned from."""
@@ -247,6 +252,7 @@ class _Group:
     rollouts: Sequence[Rollout]
     samples: Sequence[RolloutSample]
     rewards: Sequence[float]
+    failed: Sequence[bool]
     has_signal: bool
 
 
@@ -270,8 +276,7 @@ class _FromRewards:
     def complete(
         self, written: Written, asked: Asked, model: Qwen3, batch: int, generate: Callable[[Asked], list[Rollout]]
     ) -> Written:
-        samples, rewards = self._rewarded(written.rollouts, asked)
-        written = dataclasses.replace(written, samples=samples, rewards=rewards)
+        written = self._rewarded(written, asked)
         if self._stage.resample_factor > 1:
             written = self._with_signal(written, batch, generate)
         return dataclasses.replace(
@@ -282,45 +287,61 @@ class _FromRewards:
 
     def _with_signal(self, written: Written, batch: int, generate: Callable[[Asked], list[Rollout]]) -> Written:
         """Groups of other prompts in the place of those without signal, as far as prompts and signals go."""
-        size, others = self._stage.samples_per_prompt, iter(self._beside_of(batch))
-        groups, seconds, lengths, tokens = self._groups(written), written.seconds, [], 0
+        stage, others = self._stage, iter(self._beside_of(batch))
+        groups, seconds, replaced = self._groups(written), written.seconds, list[Outcome]()
         while more := list(itertools.islice(others, sum(not group.has_signal for group in groups))):
             started = time.monotonic()
             rollouts = generate(more)
             seconds += time.monotonic() - started
-            samples, rewards = self._rewarded(rollouts, more)
-            places = (place for place, group in enumerate(groups) if not group.has_signal)
-            for group in self._groups(Written(rollouts=rollouts, seconds=0, samples=samples, rewards=rewards)):
+            places = [place for place, group in enumerate(groups) if not group.has_signal]
+            free = iter(places)
+            found = self._groups(self._rewarded(Written(rollouts=rollouts, seconds=0), more))
+            for place, group in zip(places[: len(found)], found, strict=True):
                 dropped = group
                 if group.has_signal:
-                    place = next(places)
+                    place = next(free)
                     dropped, groups[place] = groups[place], group
-                lengths += [len(rollout.tokens) for rollout in dropped.rollouts]
-                tokens += sum(len(rollout.response) for rollout in dropped.rollouts)
-        assert all(len(group.rollouts) == size for group in groups)
+                replaced += self._outcomes(dropped, place // stage.prompts_per_step)
+        assert all(len(group.rollouts) == stage.samples_per_prompt for group in groups)
         return dataclasses.replace(
             written,
             seconds=seconds,
             rollouts=[one for group in groups for one in group.rollouts],
             samples=[one for group in groups for one in group.samples],
             rewards=[one for group in groups for one in group.rewards],
-            replaced_lengths=lengths,
-            replaced_tokens=tokens,
+            failed=[one for group in groups for one in group.failed],
+            replaced=replaced,
         )
+
+    def _outcomes(self, group: "_Group", part: int) -> list[Outcome]:
+        known = self._known(group.rollouts, group.failed)
+        judged = zip(group.rollouts, group.samples, group.rewards, group.failed, strict=True)
+        return [
+            Outcome(
+                part=part,
+                mode=rollout.mode,
+                tokens=len(rollout.tokens),
+                response_tokens=len(rollout.response),
+                finished=rollout.finished,
+                correct=sample.correct,
+                reward=reward,
+                failed=failed,
+                known=bool(known[index]),
+            )
+            for index, (rollout, sample, reward, failed) in enumerate(judged)
+        ]
 
     def _groups(self, written: Written) -> list["_Group"]:
         size = self._stage.samples_per_prompt
-        known = self._known(written.rollouts)
+        known = self._known(written.rollouts, written.failed)
+        signal = have_signal(self._grouped(written.rewards), self._grouped(known))
         return [
             _Group(
                 rollouts=written.rollouts[first : first + size],
                 samples=written.samples[first : first + size],
                 rewards=written.rewards[first : first + size],
-                has_signal=bool(
-                    have_signal(
-                        np.array([written.rewards[first : first + size]]), np.array([known[first : first + size]])
-                    )[0]
-                ),
+                failed=written.failed[first : first + size],
+                has_signal=bool(signal[first // size]),
             )
             for first in range(0, len(written.rollouts), size)
         ]
@@ -329,14 +350,25 @@ class _FromRewards:
         count = self._stage.prompts_beside * self._stage.updates_per_batch
         return self._beside[batch * count : (batch + 1) * count]
 
-    def _rewarded(self, rollouts: Sequence[Rollout], asked: Asked) -> tuple[list[RolloutSample], list[float]]:
-        """Of each prompt's rollouts, one prompt's after the other's."""
-        size = self._stage.samples_per_prompt
-        judged = [
-            self._rewards.of(rollout, asked[index // size][0], self._most_tokens(rollout.mode))
-            for index, rollout in enumerate(rollouts)
-        ]
-        return [sample for sample, _ in judged], [reward for _, reward in judged]
+    def _rewarded(self, written: Written, asked: Asked) -> Written:
+        """With samples and rewards of each prompt's rollouts, one prompt's after the other's. Raises UserError where
+        more fail than may."""
+        stage, size, count = self._stage, self._stage.samples_per_prompt, len(written.rollouts)
+        samples, rewards, failed = list[RolloutSample](), list[float](), list[bool]()
+        for index, rollout in enumerate(written.rollouts):
+            problem = asked[index // size][0]
+            try:
+                sample, reward = self._rewards.of(rollout, problem, self._most_tokens(rollout.mode))
+                failed.append(False)
+            except RewardFailed as error:
+                failed.append(True)
+                if sum(failed) > stage.most_failed * count:
+                    share = f"{sum(failed)} of {count} responses failed, and most_failed is {stage.most_failed:g}"
+                    raise UserError(f"{error} ({share})") from error
+                sample, reward = self._rewards.unjudged(rollout, problem), 0.0
+            samples.append(sample)
+            rewards.append(reward)
+        return dataclasses.replace(written, samples=samples, rewards=rewards, failed=failed)
 
     def _most_tokens(self, mode: Mode) -> int:
         stage = self._stage
@@ -354,7 +386,7 @@ class _FromRewards:
 
     def per_token(self, written: Written, part: slice) -> list[dict[str, np.ndarray]]:
         stage, rollouts = self._stage, written.rollouts[part]
-        known = self._known(rollouts)
+        known = self._known(rollouts, written.failed[part])
         of_response = advantages(self._grouped(written.rewards[part]), self._grouped(known), stage.advantages).reshape(
             -1
         )
@@ -377,9 +409,10 @@ class _FromRewards:
             found.append({name: np.asarray(arrays[name], np.float32) for name in stage.policy_arrays})
         return found
 
-    def _known(self, rollouts: Sequence[Rollout]) -> np.ndarray:
+    def _known(self, rollouts: Sequence[Rollout], failed: Sequence[bool]) -> np.ndarray:
         """Which of the rollouts are compared and learned from."""
-        return np.array([rollout.finished or self._stage.truncated == "wrong" for rollout in rollouts])
+        known = np.array([rollout.finished or self._stage.truncated == "wrong" for rollout in rollouts])
+        return known & ~np.array(failed, bool) if failed and self._stage.failed == "left_out" else known
 
     def _grouped(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
         return np.asarray(values).reshape(-1, self._stage.samples_per_prompt)
@@ -399,18 +432,27 @@ class _FromRewards:
         return np.where(known, stage.policy_weight * weights, 0)
 
     def told(self, written: Written, part: slice) -> dict[str, float]:
-        """Rewards by mode, and how many groups were all right, all wrong or mixed."""
-        rollouts, rewards = written.rollouts[part], np.asarray(written.rewards[part], np.float64)
-        metrics = {"reward": float(rewards.mean())}
-        for mode in dict.fromkeys(rollout.mode for rollout in rollouts):
-            metrics[f"reward/{mode}"] = float(rewards[[rollout.mode == mode for rollout in rollouts]].mean())
-        grouped, known = self._grouped(rewards), self._grouped(self._known(rollouts))
+        """Of all that was generated for the part: rewards by mode, how many could not be had, and how many groups were
+        all right, all wrong or mixed."""
+        stage, rollouts = self._stage, written.rollouts[part]
+        number = part.start // (part.stop - part.start)
+        replaced = [one for one in written.replaced if one.part == number]
+        rewards = np.array([*written.rewards[part], *(one.reward for one in replaced)], np.float64)
+        modes = np.array([one.mode for one in (*rollouts, *replaced)])
+        failed = np.array([*(written.failed[part] or [False] * len(rollouts)), *(one.failed for one in replaced)])
+        known = np.array([*self._known(rollouts, written.failed[part]), *(one.known for one in replaced)])
+        metrics = {"reward_failures": float(failed.mean())}
+        given = np.full(len(rewards), True) if stage.failed == "wrong" else ~failed
+        for name, which in {"reward": given, **{f"reward/{m}": given & (modes == m) for m in sorted({*modes})}}.items():
+            if which.any():
+                metrics[name] = float(rewards[which].mean())
+        grouped, known = self._grouped(rewards), self._grouped(known)
         signal = have_signal(grouped, known)
         metrics["group_outcomes/mixed"] = float(signal.mean())
         best = np.where(known, grouped, -np.inf).max(1) > 0
         metrics["group_outcomes/all_right"] = float((~signal & best).mean())
         metrics["group_outcomes/all_wrong"] = float((~signal & ~best).mean())
-        if self._stage.resample_factor > 1:
+        if stage.resample_factor > 1:
             metrics["kept_tokens"] = 1 - written.replaced_tokens / written.tokens
         return metrics
 

@@ -236,7 +236,8 @@ class OwnRollouts:
         heads = None if self._places is None else float(sum(np.sum(batch.loss_mask) for batch in batches))
         metrics = self._judged(step, batch, written, part) if first_pass else {}
         if update == 0:
-            generated = [*(len(rollout.tokens) for rollout in written.rollouts), *written.replaced_lengths]
+            generated = [len(rollout.tokens) for rollout in written.rollouts]
+            generated += [one.tokens for one in written.replaced]
             spent.tokens_sampled += written.tokens
             spent.student_sample_flops += self._sample_flops.of(generated)
             spent.student_sample_flops += self._lesson.flops(written) if self._lesson else 0.0
@@ -386,15 +387,19 @@ class OwnRollouts:
         return targets
 
     def _judged(self, step: int, batch: int, written: Written, part: slice) -> dict[str, float]:
-        """By mode: length, and of those that were no prefixes accuracy where there are answers and share of finished
-        responses; and what rewards say. Every now and then a rollout for people."""
+        """Of all that was generated for a part, by mode: length, and of those that were no prefixes accuracy where
+        there are answers and share of finished responses; and what rewards say. Every now and then a rollout for
+        people."""
         samples = written.samples[part] or self._samples(batch, written.rollouts[part])
+        number = part.start // (part.stop - part.start)
+        replaced = [one for one in written.replaced if one.part == number]
         whole = [sample for sample in samples if self._may_end(batch, sample)]
         metrics: dict[str, float] = {}
         shown = []
         for mode in MODES:
-            of_mode = [sample for sample in samples if sample.mode == mode]
-            ended = [sample for sample in whole if sample.mode == mode]
+            kept = [sample for sample in samples if sample.mode == mode]
+            of_mode = [*kept, *(one for one in replaced if one.mode == mode)]
+            ended = [one for one in (*whole, *replaced) if one.mode == mode]
             if of_mode:
                 graded = [sample.correct for sample in ended if sample.correct is not None]
                 if graded:
@@ -402,7 +407,7 @@ class OwnRollouts:
                 metrics[f"response_tokens/{mode}"] = _mean(sample.response_tokens for sample in of_mode)
                 if ended:
                     metrics[f"finished/{mode}"] = _mean(sample.finished for sample in ended)
-                shown.append((ended or of_mode)[0])
+            shown += next(([one] for one in (*whole, *kept) if one.mode == mode), [])
         if self._stage.rollout_tokens is not None:
             metrics["rollouts_in_full"] = len(whole) / len(samples)
             if whole:
