@@ -1,4 +1,4 @@
-"""Batches of rollouts that several updates learn from: what is paid once, what is the current student's, going on."""
+"""What makes rollouts cheaper, in runs: several passes over them, a share of their tokens, and going on amid it all."""
 
 import dataclasses
 import json
@@ -119,13 +119,15 @@ def test_later_passes_are_free_but_for_training_and_see_the_current_student(teac
 
 
 def test_all_of_it_goes_on_bit_for_bit_where_it_stopped(teacher: str, tmp_path: Path) -> None:
-    """Growing prefixes, two parts a batch, two passes, batches ahead: stopped in either pass and between batches."""
+    """Growing prefixes, a share of their tokens, two parts a batch, two passes, batches ahead: stopped in either pass
+    and between batches."""
     stage = on_policy(
         rollout_tokens=RolloutSchedule(first=6, full_share=0.3),
         prompts_per_step=2,
         updates_per_batch=2,
         passes=2,
         max_staleness=2,
+        token_share=0.4,
         training=dataclasses.replace(on_policy().training, steps=12),
     )
     experiment = with_stage(teacher, stage, needs_teacher=True)
@@ -147,11 +149,35 @@ def test_all_of_it_goes_on_bit_for_bit_where_it_stopped(teacher: str, tmp_path: 
             assert 0 <= metrics["never_stopped"] <= 1
 
 
+def test_tokens_are_chosen_whatever_rows_they_are_packed_in(teacher: str, tmp_path: Path) -> None:
+    found, costs = {}, {}
+    for share, rows in ((1.0, 4), (0.3, 4), (0.3, 1)):
+        training = dataclasses.replace(on_policy().training, steps=1, rows=rows)
+        stage = on_policy(token_share=share, training=training)
+        directory = tmp_path / f"{share}-{rows}"
+        found[share, rows] = run(with_stage(teacher, stage, needs_teacher=True), directory)["rl", 1]
+        costs[share, rows] = cost(directory)
+    whole, wide, narrow = found.values()
+    assert "chosen_tokens" not in whole
+    assert 0.3 <= wide["chosen_tokens"] < 0.45, "a share of each response, rounded up"
+    for name in ("loss", "chosen_tokens", "student_entropy", "gradient_norm", "divergence/thinking"):
+        # float32 sums in another order
+        assert narrow[name] == pytest.approx(wide[name], rel=1e-4), name
+    assert wide["student_entropy"] > whole["student_entropy"]
+    assert {_place(name)[0] for name in wide} <= _TEXTS.keys()
+    first, second = costs[1.0, 4], costs[0.3, 4]
+    assert second["tokens_trained"] == round(wide["chosen_tokens"] * first["tokens_trained"])
+    for name in ("teacher_flops", "student_train_flops"):
+        assert second[name] < first[name], name
+    assert second["student_sample_flops"] == first["student_sample_flops"]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"passes": 4}, "training.steps is 6, which passes, 4, does not divide"),
         ({"passes": 2, "updates_per_batch": 2}, "which updates_per_batch × passes, 2 × 2, does not divide"),
+        ({"token_share": 0.0}, "token_share is 0.0; it must lie in 0.001..1"),
         ({"passes": 0}, "passes is 0; it must be at least 1"),
     ],
 )
