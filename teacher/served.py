@@ -72,21 +72,21 @@ class ServedScorer:
 
         That is where a position carries a target: prompts, which carry none, are not sent back."""
         del positions  # 0, 1, … in each document, as servers count them too
-        places, starts = [], []
+        spans, starts = [], []
         for row, segments in enumerate(segment_ids):
             for segment in range(1, int(segments.max(initial=0)) + 1):
                 (where,) = np.nonzero(segments == segment)
                 used = where if wanted is None else where[wanted[row, where]]
                 if len(used):
-                    places.append((row, slice(int(where[0]), int(where[-1]) + 1)))
+                    spans.append((row, slice(int(where[0]), int(where[-1]) + 1)))
                     starts.append(int(used[0] - where[0]))
-        if places:
+        if spans:
             answers = self._client.targets(
-                TargetsRequest(targets="hidden", sequences=[tokens[where] for where in places], starts=starts)
+                TargetsRequest(targets="hidden", sequences=[tokens[where] for where in spans], starts=starts)
             )
             first = answers[0]["hidden"]
             hidden = np.zeros((*tokens.shape, first.shape[1]), first.dtype)
-            for (row, span), start, answer in zip(places, starts, answers, strict=True):
+            for (row, span), start, answer in zip(spans, starts, answers, strict=True):
                 hidden[row, span.start + start : span.stop] = answer["hidden"]
         else:
             hidden = np.zeros((*tokens.shape, self.head.shape[1]), self.head.dtype)

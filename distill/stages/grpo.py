@@ -438,7 +438,7 @@ class _FromRewards:
         number = part.start // (part.stop - part.start)
         replaced = [one for one in written.replaced if one.part == number]
         rewards = np.array([*written.rewards[part], *(one.reward for one in replaced)], np.float64)
-        modes = np.array([one.mode for one in (*rollouts, *replaced)])
+        modes = np.array([*(rollout.mode for rollout in rollouts), *(one.mode for one in replaced)])
         failed = np.array([*(written.failed[part] or [False] * len(rollouts)), *(one.failed for one in replaced)])
         known = np.array([*self._known(rollouts, written.failed[part]), *(one.known for one in replaced)])
         metrics = {"reward_failures": float(failed.mean())}

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill.monitor.metrics import RolloutSample
-from distill.stages.ahead import Scored, Written, WrittenAhead
+from distill.stages.ahead import Outcome, Scored, Written, WrittenAhead
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, StepData, Training
 from distill.stages.rollout_schedule import RolloutSchedule
@@ -394,12 +394,13 @@ class OwnRollouts:
         number = part.start // (part.stop - part.start)
         replaced = [one for one in written.replaced if one.part == number]
         whole = [sample for sample in samples if self._may_end(batch, sample)]
+        generated: list[RolloutSample | Outcome] = [*samples, *replaced]
+        could_end: list[RolloutSample | Outcome] = [*whole, *replaced]
         metrics: dict[str, float] = {}
         shown = []
         for mode in MODES:
-            kept = [sample for sample in samples if sample.mode == mode]
-            of_mode = [*kept, *(one for one in replaced if one.mode == mode)]
-            ended = [one for one in (*whole, *replaced) if one.mode == mode]
+            of_mode = [one for one in generated if one.mode == mode]
+            ended = [one for one in could_end if one.mode == mode]
             if of_mode:
                 graded = [sample.correct for sample in ended if sample.correct is not None]
                 if graded:
@@ -407,7 +408,7 @@ class OwnRollouts:
                 metrics[f"response_tokens/{mode}"] = _mean(sample.response_tokens for sample in of_mode)
                 if ended:
                     metrics[f"finished/{mode}"] = _mean(sample.finished for sample in ended)
-            shown += next(([one] for one in (*whole, *kept) if one.mode == mode), [])
+            shown += [one for one in (*whole, *samples) if one.mode == mode][:1]
         if self._stage.rollout_tokens is not None:
             metrics["rollouts_in_full"] = len(whole) / len(samples)
             if whole:
