@@ -141,19 +141,21 @@ def check_asking(stage: Asking, what: str, *, beside: int = 0) -> None:
     """Refuses sizes of a stage, called `what`, that do not fit together. Raises UserError."""
     if stage.training.steps is None:
         raise UserError(f"training.steps is None; {what} needs a number of steps")
+    steps = "training.steps" if stage.passes == 1 else "training.steps / passes"
+    drawn = {"prompts_per_step": stage.prompts_per_step + beside, steps: fresh_steps(stage)}
+    check_product(drawn, "for the problems of all steps are kept in memory", MOST_PROBLEMS)
+    stage.generation.check("prompts_per_step × samples_per_prompt")
     updates = {"updates_per_batch": stage.updates_per_batch, "passes": stage.passes}
-    if stage.training.steps % math.prod(updates.values()):
+    batches, left = divmod(stage.training.steps, math.prod(updates.values()))
+    if left:
         several = {name: count for name, count in updates.items() if count > 1}
         raise UserError(
             f"training.steps is {stage.training.steps}, which {' × '.join(several)}, "
             f"{' × '.join(map(str, several.values()))}, does not divide: the last rollouts would be for nothing; make "
             "it a multiple"
         )
-    drawn = {"prompts_per_step": stage.prompts_per_step + beside, "training.steps": fresh_steps(stage)}
-    check_product(drawn, "for the problems of all steps are kept in memory", MOST_PROBLEMS)
-    stage.generation.check("prompts_per_step × samples_per_prompt")
     if stage.rollout_tokens is not None:
-        stage.rollout_tokens.check(stage.thinking, stage.non_thinking)
+        stage.rollout_tokens.check(stage.thinking, stage.non_thinking, batches)
     longest = stage.generation.longest_tokens
     if longest > stage.training.row_length:
         raise UserError(

@@ -53,8 +53,8 @@ class RolloutSchedule:
                 "batch has no more rollouts than all; lower one of them"
             )
 
-    def check(self, thinking: SamplingParams, non_thinking: SamplingParams) -> None:
-        """Refuses a schedule that these budgets do not fit. Raises UserError."""
+    def check(self, thinking: SamplingParams, non_thinking: SamplingParams, batches: int) -> None:
+        """Refuses a schedule that these budgets, or so many batches of rollouts, do not fit. Raises UserError."""
         budget = max(thinking.max_new_tokens, non_thinking.max_new_tokens)
         if self.first >= budget:
             raise UserError(
@@ -64,6 +64,11 @@ class RolloutSchedule:
         if self.last is not None and self.last > budget:
             raise UserError(
                 f"rollout_tokens.last is {self.last}, above max_new_tokens {budget}; lower it, or give None for all"
+            )
+        if self.full_every_batches > batches:
+            raise UserError(
+                f"rollout_tokens.full_every_batches is {self.full_every_batches}, and the stage generates {batches} "
+                "batches: far more than full_share would run in full; lower it"
             )
         if thinking.thinking_budget == 0:
             raise UserError(

@@ -57,6 +57,7 @@ def test_a_share_of_all_rollouts_runs_in_full_and_which_ones_is_their_own_matter
         ({"first": 8, "last": 4}, "rollout_tokens.last is 4, below first 8; rollouts grow"),
         ({"full_share": 1.0}, "rollout_tokens.full_share is 1: no rollout would be cut"),
         ({"full_share": 0.3, "full_every_batches": 4}, "full_share × full_every_batches is 0.3 × 4: a batch has"),
+        ({"full_share": 0.001, "full_every_batches": 300}, "is 300, and the stage generates 200 batches: far more"),
         ({"first": 64}, r"rollout_tokens.first is 64, and no max_new_tokens is above it \(64\)"),
         ({"last": 65}, "rollout_tokens.last is 65, above max_new_tokens 64"),
     ],
