@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from distill.stages import OnPolicy as OnPolicy
     from distill.stages import Sft as Sft
     from distill.stages.loop import Training as Training
+    from distill.stages.rollout_schedule import RolloutSchedule as RolloutSchedule
+    from distill.stages.student_top_k import StudentTopK as StudentTopK
     from distill.tasks import Arithmetic as Arithmetic
     from distill.tasks import ChainSum as ChainSum
     from distill.tasks import GymFamily as GymFamily
@@ -60,8 +62,10 @@ _HOMES = {
     "Quantisation": "qwen3.checkpoint.quantisation",
     "ReasoningGym": "distill.tasks",
     "Reward": "distill.rewards.reward",
+    "RolloutSchedule": "distill.stages.rollout_schedule",
     "SamplingParams": "qwen3.generation.sampling",
     "Sft": "distill.stages",
+    "StudentTopK": "distill.stages.student_top_k",
     "SumOfProducts": "distill.tasks",
     "Teacher": "distill.experiment",
     "Training": "distill.stages.loop",

@@ -6,6 +6,7 @@ import json
 import numbers
 import re
 from collections.abc import Iterator, Mapping
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 import jax
@@ -15,10 +16,12 @@ from distill.evaluation.evaluate import Evaluation
 from distill.rewards.reward import Reward, reward_name, reward_source
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.tasks import Arithmetic, PromptFile, ReasoningGym
+from distill.tasks.mixture import TaskMixture
 from qwen3.checkpoint.quantisation import Quantisation
 from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
 from qwen3.field_types import MOST, Bounds, Positive, check_fields
+from qwen3.rollout import MODES
 from qwen3.sharding import MeshShape, check_batch, check_rows, make_mesh
 from student.init import FromCheckpoint, FromScratch
 from teacher.placement import own_mesh
@@ -45,6 +48,11 @@ class Teacher:
     has not, scoring the next rows while the student trains on those before; of several processes each gives both
     equally many. service: behind servers, python -m teacher.serve; of its folder only config.json and the tokenizer
     need be here."""
+    prompt: str | None = None
+    """What this teacher alone reads in place of a problem's question, with {prompt}, {solution} and {answer} of the
+    problem in it, where the data has no teacher_prompt of its own. The student's response is scored behind it; prompts
+    are never trained. `<think>{solution}</think>` at its end is the teacher's own thinking before a non-thinking
+    answer. None: what the student reads."""
     urls: tuple[str, ...] = ()
     """With service the addresses of the servers, http://HOST:PORT, all of the same teacher. Beyond this machine the
     environment variable TEACHER_TOKEN is their token."""
@@ -57,6 +65,12 @@ class Teacher:
         check_fields(self, "teacher")
         if not self.path:
             raise UserError("teacher.path is empty; name a folder in Hugging Face format")
+        fields = {field for _, field, _, _ in _parsed(self.prompt or "") if field is not None}
+        if unknown := sorted(fields - {"prompt", "solution", "answer"}):
+            raise UserError(
+                f"teacher.prompt names {{{unknown[0]}}}; use {{prompt}}, {{solution}} and {{answer}}, and write braces "
+                "twice that stand for themselves"
+            )
         if self.placement != "own_mesh" and self.mesh != MeshShape():
             where = "on the student's mesh" if self.placement == "colocated" else "on the servers' devices"
             raise UserError(
@@ -86,7 +100,10 @@ class Experiment:
     student: FromCheckpoint | FromScratch
     """Who learns: a checkpoint's weights, or fresh ones of a stated architecture."""
     teacher: Teacher | None = None
-    """None where no stage learns from one."""
+    """None where no stage learns from one, or where there are several."""
+    teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
+    """Several teachers in place of one, by name. Each is asked about the problems of the task of its name, or about
+    those whose `teacher_column` names it. They share one tokenizer; equal ones are loaded once."""
     tasks: Mapping[str, Arithmetic | ReasoningGym | PromptFile]
     """Where problems come from, by a name of your choice; each task gives its share by weight."""
     stages: Mapping[str, Stage]
@@ -121,19 +138,32 @@ class Experiment:
         for name in self.tasks:
             if not re.fullmatch(r"\S(.*\S)?", name):
                 yield f"tasks has {name!r}; give every task a name of one line, without white space around it"
+        yield from self._wrong_teachers()
         names = list(self.stages)
         for index, (name, stage) in enumerate(self.stages.items()):
             if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in _RESERVED:
                 yield f"stages has {name!r}; use letters, digits and '_', and none of {', '.join(_RESERVED)}"
             yield from self._wrong_references(name, stage, names[:index])
-            if self.teacher is None and isinstance(stage, Grpo) and stage.teacher_kl:
+            if not self.all_teachers and isinstance(stage, Grpo) and stage.teacher_kl:
                 yield f"stages.{name}.teacher_kl is {stage.teacher_kl:g} and needs a teacher; give the experiment one"
-            elif self.teacher is None and not isinstance(stage, Sft | Grpo):
+            elif not self.all_teachers and not isinstance(stage, Sft | Grpo):
                 yield f"stages.{name} needs a teacher; give the experiment one"
         if self.export_adapter and self.adapted_base is None:
             yield "export_adapter is True, but the student has no adapters; give student.lora, or leave it"
         if self.export_stage is not None and self.export_stage not in self.stages:
             yield _unknown_stage("export_stage", self.export_stage, names)
+
+    def _wrong_teachers(self) -> Iterator[str]:
+        if self.teacher is not None and self.teachers:
+            yield "teacher and teachers are both given; leave one of them"
+        for name, teacher in self.teachers.items():
+            if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in (*MODES, "all"):
+                yield f"teachers has {name!r}; use letters, digits and '_', and neither a mode's name nor 'all'"
+            if teacher.placement == "own_mesh":
+                yield (
+                    f"teachers.{name}.placement is own_mesh, which one teacher alone can have: devices are given to "
+                    "one; use colocated or service"
+                )
 
     def _wrong_references(self, name: str, stage: Stage, earlier: list[str]) -> Iterator[str]:
         fields = ("start_from", "targets_of", "flops_of")
@@ -159,16 +189,28 @@ class Experiment:
 
     @property
     def tokens_per_target(self) -> int:
-        """The most that targets name at a position: those of a store, or the one that follows, for the cross-entropy of
-        supervised stages and for perplexity; 0 where neither is needed."""
-        writing = [s for s in self.stages.values() if isinstance(s, OffPolicy) and s.targets_of is None]
-        one = any(stage.kind == "Sft" for stage in self.stages.values()) or self.compares
-        return max((stage.sampled_tokens or stage.top_k for stage in writing), default=int(one))
+        """The most that targets name at a position: those of a store or of a student's likeliest, or the one that
+        follows, for the cross-entropy of supervised stages and for perplexity; 0 where none is needed."""
+        stages = self.stages.values()
+        writing = [stage for stage in stages if isinstance(stage, OffPolicy) and stage.targets_of is None]
+        named = [stage.sampled_tokens or stage.top_k for stage in writing]
+        named += [stage.targets.entries for stage in stages if isinstance(stage, OnPolicy | Grpo) and stage.targets]
+        one = any(stage.kind == "Sft" for stage in stages) or self.compares
+        return max(named, default=int(one))
+
+    @property
+    def all_teachers(self) -> Mapping[str, Teacher]:
+        """All teachers by name, an only one by the empty name; none where no stage learns from one."""
+        return self.teachers if self.teacher is None else {"": self.teacher}
+
+    def mixture(self) -> TaskMixture:
+        """The tasks as one source of problems, each with the teacher that is asked about it and what that one reads."""
+        return TaskMixture(self.tasks, {name: teacher.prompt for name, teacher in self.all_teachers.items()})
 
     @property
     def compares(self) -> bool:
         """Whether evaluations compare students with the teacher."""
-        return self.teacher is not None and self.evaluation.problems > 0
+        return bool(self.all_teachers) and self.evaluation.problems > 0
 
     @property
     def adapted_base(self) -> str | None:
@@ -188,7 +230,7 @@ class Experiment:
 
     def check_meshes(self, mesh: Mesh, teacher_mesh: Mesh) -> None:
         """Refuses whatever the devices of student or teacher cannot share."""
-        evaluated_on = (mesh,) if self.teacher is None else (mesh, teacher_mesh)
+        evaluated_on = (mesh, teacher_mesh) if self.all_teachers else (mesh,)
         for its_mesh in evaluated_on if self.evaluation.problems else ():
             check_rows("evaluation.batch_size", self.evaluation.batch_size, its_mesh)
         for name, stage in self.stages.items():
@@ -224,9 +266,35 @@ class Experiment:
         return raw
 
 
+def _parsed(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        return list(Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(
+            f"teacher.prompt is {template!r}: {error}; write braces that stand for themselves twice"
+        ) from None
+
+
+def teacher_field(name: str) -> str:
+    """How the experiment calls the teacher of this name, which is empty for an only one."""
+    return f"teachers.{name}" if name else "teacher"
+
+
 def asks_teacher(stage: Stage) -> bool:
     """Whether a teacher scores the student's own rollouts."""
     return isinstance(stage, OnPolicy) or (isinstance(stage, Grpo) and stage.teacher_kl > 0)
+
+
+def asks_for_hidden(stage: Stage) -> bool:
+    """Whether that teacher is asked for hidden states, from which the student's devices make logits."""
+    return asks_teacher(stage) and isinstance(stage, OnPolicy | Grpo) and stage.targets is None
+
+
+def scoring_passes(stage: Stage) -> int:
+    """Forward passes of the student over its rollouts, beside those of training, that a batch of them takes."""
+    if not isinstance(stage, OnPolicy | Grpo):
+        return 0
+    return (stage.targets is not None) + (stage.scoring_passes if isinstance(stage, Grpo) else 0)
 
 
 def differing_fields(before: Any, after: Any, path: str = "") -> list[str]:

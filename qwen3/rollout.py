@@ -18,8 +18,8 @@ MODES: Final[tuple[Mode, ...]] = (THINKING, NON_THINKING)
 class Rollout:
     """Prompt and continuation of one sequence of T tokens, with who generated each token.
 
-    Entry t of `loss_mask` and `sampler_logprobs` is about token t + 1, as everywhere in this project; the last
-    entry of a sequence is therefore False and 0.
+    Entry t of `loss_mask`, `sampler_logprobs` and `sampler_entropies` is about token t + 1, as everywhere in this
+    project; the last entry of a sequence is therefore False and 0.
     """
 
     tokens: Int32[np.ndarray, "T"]
@@ -35,6 +35,11 @@ class Rollout:
     """Optimiser step of the weights that generated this."""
     finished: bool
     """Whether a stop token ended it (otherwise the length limit did)."""
+    sampler_entropies: Float32[np.ndarray, "T"] | None = None
+    """Entropy in nats of the distribution that the next token was drawn from, at temperature 1 and without truncation;
+    0 where masked. None where the engine did not record it."""
+    teacher: str = ""
+    """Which of several teachers judges it, by name; empty where there is one."""
 
     @property
     def response(self) -> Int32[np.ndarray, "R"]:
@@ -42,11 +47,35 @@ class Rollout:
         return self.tokens[self.prompt_length :]
 
 
-_ARRAYS: Final = {"tokens": np.int32, "loss_mask": np.bool_, "sampler_logprobs": np.float32}
+def with_prompt(rollout: Rollout, prompt_ids: Sequence[int]) -> Rollout:
+    """The same response after another prompt, with what is known of its tokens: prompts have no part in that."""
+    first, last = rollout.prompt_length - 1, len(prompt_ids) - 1
+
+    def moved(array: np.ndarray) -> np.ndarray:
+        return np.concatenate((np.zeros(last, array.dtype), array[first:]))
+
+    entropies = rollout.sampler_entropies
+    return dataclasses.replace(
+        rollout,
+        tokens=np.concatenate((np.asarray(prompt_ids, np.int32), rollout.response)),
+        prompt_length=len(prompt_ids),
+        loss_mask=moved(rollout.loss_mask),
+        sampler_logprobs=moved(rollout.sampler_logprobs),
+        sampler_entropies=None if entropies is None else moved(entropies),
+    )
+
+
+_ARRAYS: Final = {
+    "tokens": np.int32,
+    "loss_mask": np.bool_,
+    "sampler_logprobs": np.float32,
+    "sampler_entropies": np.float32,
+}
 
 
 def rollouts_to_json(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """JSON data from which `rollouts_from_json` makes the same rollouts, bit for bit; 12 bytes a token."""
+    """JSON data from which `rollouts_from_json` makes the same rollouts, bit for bit; 12 bytes a token, 17 with
+    entropies."""
     records = []
     for rollout in rollouts:
         fields = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(Rollout)}
@@ -57,6 +86,7 @@ def rollouts_to_json(rollouts: Sequence[Rollout]) -> dict[str, Any]:
             b"".join(np.asarray(getattr(rollout, name), dtype).tobytes() for rollout in rollouts)
         ).decode()
         for name, dtype in _ARRAYS.items()
+        if all(getattr(rollout, name) is not None for rollout in rollouts)
     }
     return {"records": records, **arrays}
 
@@ -64,7 +94,7 @@ def rollouts_to_json(rollouts: Sequence[Rollout]) -> dict[str, Any]:
 def rollouts_from_json(data: Mapping[str, Any]) -> list[Rollout]:
     """The inverse of `rollouts_to_json`."""
     arrays: dict[str, Any] = {
-        name: np.frombuffer(base64.b64decode(data[name]), dtype) for name, dtype in _ARRAYS.items()
+        name: np.frombuffer(base64.b64decode(data[name]), dtype) for name, dtype in _ARRAYS.items() if name in data
     }
     rollouts, start = [], 0
     for record in data["records"]:

@@ -7,11 +7,12 @@ from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from kernels_pallas.attention import from_zigzag, to_zigzag
 from qwen3.errors import UserError
@@ -184,6 +185,32 @@ def _on_context(
         return tree if move is None else jax.tree.map(lambda leaf: move(leaf, "context"), tree)
 
     return jax.shard_map(local, mesh=mesh, in_specs=before, out_specs=after)(tree)
+
+
+def at_places(array: Float[Array, "B T D"], places: Int[Array, "B K"], mesh: Mesh | None) -> Float[Array, "B K D"]:
+    """What an array on `batch_sharding` has at some places of each row, laid out likewise; zeros where a place is T.
+
+    Devices that share a row each take what their piece of it has, and hand it to the one that is to have it. Raises
+    ValueError where they do not divide K.
+    """
+    pieces = 1 if mesh is None else mesh.shape["context"]
+    if places.shape[1] % pieces:
+        raise ValueError(f"places are {places.shape}; the mesh splits each row's in {pieces}")
+
+    def local(piece: Array, places: Array) -> Array:
+        own = places
+        if pieces > 1:
+            own = places - jax.lax.axis_index("context") * piece.shape[1]
+        # What is before the piece would count from its end.
+        own = jnp.where(own < 0, piece.shape[1], own)
+        found = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(piece, own)
+        if pieces == 1:
+            return found
+        return jax.lax.psum_scatter(found, "context", scatter_dimension=1, tiled=True)
+
+    if mesh is None or mesh.size == 1:
+        return local(array, places)
+    return jax.shard_map(local, mesh=mesh, in_specs=(TOKENS, PartitionSpec(TOKENS[0])), out_specs=TOKENS)(array, places)
 
 
 def place(tree: PyTree, sharding: NamedSharding) -> Any:

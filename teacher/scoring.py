@@ -18,6 +18,7 @@ from qwen3.decoder.model import Qwen3
 from qwen3.rollout import Rollout, first_fit_rows
 from qwen3.sharding import (
     TOKENS,
+    at_places,
     batch_sharding,
     batch_shares,
     fetch,
@@ -77,14 +78,18 @@ class Scorer:
         positions: Int[np.ndarray, "B T"],
         segment_ids: Int[np.ndarray, "B T"],
         wanted: Bool[np.ndarray, "B T"] | None = None,
+        places: Int[np.ndarray, "B K"] | None = None,
     ) -> Hidden:
         """Final hidden states: with `head` they are the exact distribution at every position.
 
         `wanted` are the positions that will be looked at, None for all; a teacher that must send them sends no
-        others, this one computes all of them alike.
+        others, this one computes all of them alike. With `places` only what is there is handed out, [B, K, D], zeros
+        where a place is T.
         """
         del wanted
-        return self._moved(_hidden(self._model, *self._placed(tokens, positions, segment_ids), self._mesh))
+        placed = self._placed(tokens, positions, segment_ids)
+        at = () if places is None else self._placed(places)
+        return self._moved(_hidden(self._model, *placed, self._mesh, *at))
 
     def top_k(
         self,
@@ -101,10 +106,18 @@ class Scorer:
         tokens: Int[np.ndarray, "B T"],
         positions: Int[np.ndarray, "B T"],
         segment_ids: Int[np.ndarray, "B T"],
-        ids: Int[np.ndarray | Array, "B T J"],
+        ids: Int[np.ndarray | Array, "B K J"],
+        wanted: Bool[np.ndarray, "B T"] | None = None,
+        places: Int[np.ndarray, "B K"] | None = None,
+        *,
+        top_k: int = 0,
     ) -> AtIds:
-        """Log-probabilities at the tokens that the student asks for, such as its own most likely ones."""
-        return self._moved(_at_ids(self._model, *self._placed(tokens, positions, segment_ids, ids), self._mesh))
+        """Log-probabilities at the tokens that the student asks for, such as its own most likely ones, and after them
+        at the teacher's `top_k` likeliest. `wanted` and `places` as in `hidden`; without places K is T."""
+        del wanted
+        placed = self._placed(tokens, positions, segment_ids, ids)
+        at = () if places is None else self._placed(places)
+        return self._moved(_at_ids(self._model, *placed, top_k, self._mesh, *at))
 
     def score_rollouts(
         self, rollouts: list[Rollout], *, k: int, rows: int, length: int, pad_id: int
@@ -235,9 +248,10 @@ class ScoringProgram(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def hidden_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int) -> ScoringProgram:
-    """What `Scorer.hidden` runs on rows of this shape; `model` may be abstract."""
-    return ScoringProgram(_hidden, (model, *_row_shapes(mesh, rows, length), mesh))
+def hidden_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, places: int | None = None) -> ScoringProgram:
+    """What `Scorer.hidden` runs on rows of this shape, and so many places of each; `model` may be abstract."""
+    at = () if places is None else (row_shapes(jax.ShapeDtypeStruct((rows, places), np.int32), mesh, TOKENS),)
+    return ScoringProgram(_hidden, (model, *_row_shapes(mesh, rows, length), mesh, *at))
 
 
 def top_k_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, k: int) -> ScoringProgram:
@@ -265,10 +279,13 @@ def top_k_and_following_program(model: Qwen3, mesh: Mesh, *, rows: int, length: 
     return ScoringProgram(_top_k_and_following, (model, *shapes, shapes[0], k, mesh))
 
 
-def at_ids_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, entries: int) -> ScoringProgram:
-    """What `Scorer.at_ids` runs on rows of this shape for `entries` ids at a position."""
-    ids = row_shapes(jax.ShapeDtypeStruct((rows, length, entries), np.int32), mesh, TOKENS)
-    return ScoringProgram(_at_ids, (model, *_row_shapes(mesh, rows, length), ids, mesh))
+def at_ids_program(
+    model: Qwen3, mesh: Mesh, *, rows: int, length: int, entries: int, top_k: int = 0, places: int | None = None
+) -> ScoringProgram:
+    """What `Scorer.at_ids` runs on rows of this shape for `entries` ids at a position and the `top_k` likeliest."""
+    ids = row_shapes(jax.ShapeDtypeStruct((rows, places or length, entries), np.int32), mesh, TOKENS)
+    at = () if places is None else (row_shapes(jax.ShapeDtypeStruct((rows, places), np.int32), mesh, TOKENS),)
+    return ScoringProgram(_at_ids, (model, *_row_shapes(mesh, rows, length), ids, top_k, mesh, *at))
 
 
 def by_uniform_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, sampled_tokens: int) -> ScoringProgram:
@@ -296,8 +313,11 @@ def _block_tokens(mesh: Mesh) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _hidden(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, mesh: Mesh) -> Hidden:
-    return Hidden(hidden=model.hidden(tokens, positions, segment_ids, mesh))
+def _hidden(
+    model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, mesh: Mesh, places: Array | None = None
+) -> Hidden:
+    hidden = model.hidden(tokens, positions, segment_ids, mesh)
+    return Hidden(hidden=hidden if places is None else at_places(hidden, places, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -315,15 +335,26 @@ def _top_k_and_following(
     return to_rows(found, mesh)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _at_ids(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, ids: Array, mesh: Mesh) -> AtIds:
-    hidden, ids = to_pieces((model.hidden(tokens, positions, segment_ids, mesh), ids), mesh)
-    return to_rows(at_ids_targets(hidden, _head(model, mesh), ids, block_tokens=_block_tokens(mesh)), mesh)
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _at_ids(
+    model: Qwen3,
+    tokens: Array,
+    positions: Array,
+    segment_ids: Array,
+    ids: Array,
+    top_k: int,
+    mesh: Mesh,
+    places: Array | None = None,
+) -> AtIds:
+    hidden = model.hidden(tokens, positions, segment_ids, mesh)
+    hidden, ids = to_pieces((hidden if places is None else at_places(hidden, places, mesh), ids), mesh)
+    found = at_ids_targets(hidden, _head(model, mesh), ids, top_k=top_k, block_tokens=_block_tokens(mesh))
+    return to_rows(found, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _following(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, mesh: Mesh) -> AtIds:
-    return _at_ids(model, tokens, positions, segment_ids, following_tokens(tokens)[..., None], mesh)
+    return _at_ids(model, tokens, positions, segment_ids, following_tokens(tokens)[..., None], 0, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8))

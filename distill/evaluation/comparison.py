@@ -8,7 +8,7 @@ scores it, as on-policy distillation does. Both models' distributions are whole;
 import collections
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
@@ -20,13 +20,15 @@ from jaxtyping import Array, Float
 from distill.monitor.progress import Task as Bar
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.stopping import Interrupted
+from distill.tasks import Problem
+from distill.tasks.requests import teacher_prompt_ids
 from distill.training.losses import Loss, distillation_loss
-from distill.training.packing import pack_rollouts, rollout_example, rows_needed
+from distill.training.packing import Example, pack_rollouts, places_read, read_at, rollout_example, rows_needed
 from distill.training.train_step import Batch
 from kernels_pallas.linear_kl import DivergenceName
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.rollout import Mode, Rollout
+from qwen3.rollout import Mode, Rollout, with_prompt
 from qwen3.sharding import TOKENS, batch_sharding, batch_shares, place, row_shapes, to_pieces
 from teacher.scoring import Scorer
 from teacher.served import ServedScorer
@@ -39,6 +41,7 @@ TOKENS_AT_ONCE = 4_096
 class Figures(TypedDict, total=False):
     """The fields of an `EvaluationRow` that compare a student with its teacher, less those that no token tells."""
 
+    forward_kl_by_teacher: Mapping[str, float]
     forward_kl: float
     reverse_kl: float
     reverse_kl_own: float
@@ -50,27 +53,40 @@ class Figures(TypedDict, total=False):
 class Comparison:
     """Compares students of one architecture with the teacher; the programs are compiled once and serve all of them."""
 
-    def __init__(self, sizes: EngineSizes, context: RunContext, responses: Sequence[Rollout]):
-        """`responses` are the teacher's, of every mode; `sizes` bound them and the students'."""
+    def __init__(
+        self,
+        sizes: EngineSizes,
+        context: RunContext,
+        responses: Sequence[Rollout],
+        problems: Sequence[Problem] = (),
+    ):
+        """`responses` are the teacher's, of every mode; `sizes` bound them and the students'. Of `problems` with a
+        prompt for the teacher alone it reads that."""
+        self._hinted = {one.problem_id: one for one in problems if one.teacher_prompt is not None}
         self._context, self._responses = context, responses
-        self._rows, self._length = scoring_shape(sizes, context.mesh, context.load_teacher().mesh)
+        of_teacher = context.load_teacher(context.teachers[0])
+        self._rows, self._length = scoring_shape(sizes, context.mesh, of_teacher.mesh)
 
     def figures(self, name: str, model: Qwen3, mode: Mode, own: Sequence[Rollout]) -> Figures:
         """Of `model`, which has given the responses `own`.
 
         Raises Interrupted between batches where the run was asked to stop, UserError where a figure is not finite.
         """
-        teacher = self._context.load_teacher()
-        # Not kept: between two meshes it holds a copy of the teacher's head.
-        scorer = teacher.scorer(self._context.mesh)
         of_teacher = [rollout for rollout in self._responses if rollout.mode == mode]
         title = f"scoring {name}, {mode.replace('_', '-')}"
+        on_teachers, on_own = collections.Counter[str](), collections.Counter[str]()
+        by_teacher: dict[str, float] = {}
         with self._context.progress.task(title, len(of_teacher) + len(own), unit="responses") as bar:
-            on_teachers = self._sums(name, model, scorer, of_teacher, bar)
-            on_own = self._sums(name, model, scorer, own, bar)
-        figures = Figures()
+            # Not kept: between two meshes they hold copies of the teachers' heads.
+            for teacher, scorer in self._context.scorers().items():
+                sums = self._sums(name, model, scorer, [one for one in of_teacher if one.teacher == teacher], bar)
+                if sums.get("tokens") and teacher:
+                    by_teacher[teacher] = sums["forward_kl"] / sums["tokens"]
+                on_teachers.update(sums)
+                on_own.update(self._sums(name, model, scorer, [one for one in own if one.teacher == teacher], bar))
+        figures = Figures(forward_kl_by_teacher=by_teacher)
         if tokens := on_teachers["tokens"]:
-            figures = Figures(
+            figures |= Figures(
                 forward_kl=on_teachers["forward_kl"] / tokens,
                 reverse_kl=on_teachers["reverse_kl"] / tokens,
                 perplexity=perplexity(on_teachers["cross_entropy"] / tokens),
@@ -79,8 +95,8 @@ class Comparison:
             )
         if on_own["tokens"]:
             figures["reverse_kl_own"] = on_own["reverse_kl"] / on_own["tokens"]
-        for field, value in cast("dict[str, float]", figures).items():
-            if not math.isfinite(value):
+        for field, value in cast("dict[str, Any]", figures).items():
+            if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(
                     f"evaluation of {name}: {field} is {value}; look for weights that are not finite or far too large "
                     "in the student's and the teacher's checkpoints"
@@ -91,8 +107,10 @@ class Comparison:
         self, name: str, model: Qwen3, scorer: Scorer | ServedScorer, rollouts: Sequence[Rollout], bar: Bar
     ) -> Mapping[str, float]:
         sums: collections.Counter[str] = collections.Counter()
-        for arrays in self._batches(rollouts):
-            targets = scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"], arrays["loss_mask"])
+        for arrays, read in self._batches(rollouts):
+            rows = read["tokens"], read["positions"], read["segment_ids"]
+            places = None if read is arrays else places_read(arrays, read)
+            targets = scorer.hidden(*rows, read["loss_mask"], places)
             batch = place(Batch.of(arrays, targets), batch_sharding(self._context.mesh))
             measured = jax.device_get(_sums(model, batch, scorer.head, self._context.mesh))
             sums.update({what: float(value) for what, value in measured.items()})
@@ -101,15 +119,38 @@ class Comparison:
                 raise Interrupted(f"evaluation of {name}: it starts again with the next run")
         return sums
 
-    def _batches(self, rollouts: Sequence[Rollout]) -> Iterator[dict[str, np.ndarray]]:
-        """Packed rows, all of one shape."""
+    def _batches(self, rollouts: Sequence[Rollout]) -> Iterator[tuple[Example, Example]]:
+        """Packed rows, all of one shape, as the student reads them and as the teacher does."""
         if not rollouts:
             return
-        needed = rows_needed([len(rollout.tokens) for rollout in rollouts], self._length)
-        whole = -(-needed // self._rows) * self._rows
-        arrays = pack_rollouts(rollouts, rows=whole, length=self._length, one_per_row=False, to_example=rollout_example)
+        views = [self._as_read(rollout) for rollout in rollouts] if self._hinted else rollouts
+        rooms = [max(len(rollout.tokens), len(view.tokens)) for rollout, view in zip(rollouts, views, strict=True)]
+        whole = -(-rows_needed(rooms, self._length) // self._rows) * self._rows
+
+        def packed(records: Sequence[Any], to_example: Callable[[Any], Example]) -> Example:
+            return pack_rollouts(
+                records, rows=whole, length=self._length, one_per_row=False, to_example=to_example, rooms=rooms
+            )
+
+        if views is rollouts:
+            arrays = read = packed(rollouts, rollout_example)
+        else:
+            pairs = [*zip(rollouts, views, strict=True)]
+            arrays = packed(pairs, lambda pair: rollout_example(pair[0], read_at=read_at(*pair)))
+            read = packed(views, rollout_example)
         for first in range(0, whole, self._rows):
-            yield {name: array[first : first + self._rows] for name, array in arrays.items()}
+            part = {name: array[first : first + self._rows] for name, array in arrays.items()}
+            yield (
+                part,
+                part if read is arrays else {name: array[first : first + self._rows] for name, array in read.items()},
+            )
+
+    def _as_read(self, rollout: Rollout) -> Rollout:
+        """After the prompt that the teacher reads."""
+        problem = self._hinted.get(rollout.prompt_id)
+        if problem is None:
+            return rollout
+        return with_prompt(rollout, teacher_prompt_ids(problem, rollout.mode, self._context.tokenizer))
 
 
 def perplexity(nats: float) -> float:

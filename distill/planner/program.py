@@ -76,6 +76,11 @@ class Program:
         return topologies.compile_for(self.mesh, self.function, *self.arguments, **self.options)
 
 
+def trained_places(program: Program) -> int:
+    """Positions of a row at which a training program multiplies heads out."""
+    return next(int(one.loss_mask.shape[1]) for one in program.arguments if hasattr(one, "loss_mask"))
+
+
 def device_bytes(tree: PyTree) -> int:
     """What an abstract, placed tree takes on each device."""
     return sum(

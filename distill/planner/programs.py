@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from distill.evaluation.comparison import SumsProgram, scoring_shape, sums_program
-from distill.experiment import Experiment, asks_teacher
+from distill.experiment import Experiment, Teacher, asks_for_hidden, asks_teacher, scoring_passes, teacher_field
 from distill.planner.program import EVALUATION, Program, Purpose, Role
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.context import EngineSizes, make_engine
 from distill.stages.loop import Training
+from distill.stages.own_rollouts import places_of_stage
 from distill.training.losses import Loss
 from distill.training.policy import PolicyData
 from distill.training.train_state import TrainState
@@ -32,6 +33,7 @@ from qwen3.sharding import placed_shapes
 from student.init import FromCheckpoint
 from teacher.scoring import (
     ScoringProgram,
+    at_ids_program,
     following_program,
     head_sharding,
     hidden_program,
@@ -53,15 +55,15 @@ def programs(experiment: Experiment, devices: list[jax.Device]) -> list[Program]
 
 
 def architectures(experiment: Experiment) -> dict[str, tuple[ModelConfig, str]]:
-    """By role, the architecture and the folder that says so: the checkpoint's, or `planned_as` as long as it lacks a
+    """By field, the architecture and the folder that says so: the checkpoint's, or `planned_as` as long as it lacks a
     config.json. Raises UserError where there is neither."""
     student = experiment.student
     if isinstance(student, FromCheckpoint):
         found = {"student": _architecture(student.path, student.planned_as)}
     else:
         found = {"student": (student.model_config(), student.tokenizer)}
-    if experiment.teacher is not None:
-        found["teacher"] = _architecture(experiment.teacher.path, experiment.teacher.planned_as)
+    for name, teacher in experiment.all_teachers.items():
+        found[teacher_field(name)] = _architecture(teacher.path, teacher.planned_as)
     return found
 
 
@@ -78,17 +80,18 @@ def _fresh(config: ModelConfig, quantisation: Quantisation | None = None, **dtyp
     return jax.eval_shape(make)
 
 
-def _batch_shapes(rows: int, length: int, targets: Targets | None) -> Batch:
-    def array(dtype: DTypeLike) -> Any:
-        return jax.ShapeDtypeStruct((rows, length), dtype)
+def _batch_shapes(rows: int, length: int, targets: Targets | None, places: int | None = None) -> Batch:
+    def array(dtype: DTypeLike, columns: int = length) -> Any:
+        return jax.ShapeDtypeStruct((rows, columns), dtype)
 
     return Batch(
         tokens=array(np.int32),
         positions=array(np.int32),
         segment_ids=array(np.int32),
-        loss_mask=array(np.bool_),
-        mode=array(np.uint8),
+        loss_mask=array(np.bool_, places or length),
+        mode=array(np.uint8, places or length),
         targets=targets,
+        places=None if places is None else array(np.int32, places),
     )
 
 
@@ -116,13 +119,14 @@ class _Planned:
         known = architectures(experiment)
         named = experiment.tokens_per_target
         self._student = self._placed(self._fresh_student(known["student"][0]), self._mesh, tokens_per_target=named)
-        self._teacher: Qwen3 | None = None
-        if experiment.teacher is not None:
-            dtype = jnp.dtype(experiment.teacher.dtype)
-            teacher = _fresh(
-                known["teacher"][0], experiment.teacher.quantisation, param_dtype=dtype, compute_dtype=dtype
-            )
-            self._teacher = self._placed(teacher, self._teacher_mesh)
+        # Equal ones are one. Of several the largest is taken to answer all; the others lie in memory.
+        teachers = [
+            self._placed(self._fresh_teacher(teacher, known[field][0]), self._teacher_mesh)
+            for teacher, field in {one: teacher_field(name) for name, one in experiment.all_teachers.items()}.items()
+        ]
+        teachers.sort(key=lambda model: sum(leaf.size for leaf in jax.tree.leaves(model)))
+        self._teacher: Qwen3 | None = teachers.pop() if teachers else None
+        self._other_teachers = teachers
 
     def _placed(self, model: Qwen3, mesh: Mesh, *, tokens_per_target: int = 0) -> Qwen3:
         kernels = self._experiment.kernels
@@ -130,6 +134,10 @@ class _Planned:
             kernels.check(model.config, model.compute_dtype, mesh, tokens_per_target=tokens_per_target)
         model.kernels = kernels
         return placed_shapes(model, mesh)
+
+    def _fresh_teacher(self, teacher: Teacher, config: ModelConfig) -> Qwen3:
+        dtype = jnp.dtype(teacher.dtype)
+        return _fresh(config, teacher.quantisation, param_dtype=dtype, compute_dtype=dtype)
 
     def _fresh_student(self, config: ModelConfig) -> Qwen3:
         student, dtype = self._experiment.student, jnp.dtype(self._experiment.compute_dtype)
@@ -151,7 +159,7 @@ class _Planned:
                 yield from self._generates(name, "student", stage.generation)
                 if asks_teacher(stage):
                     yield self._scores(name, stage)
-                if isinstance(stage, Grpo) and stage.scoring_passes:
+                if scoring_passes(stage):
                     yield self._scores_itself(name, stage)
             elif isinstance(stage, OffPolicy) and stage.targets_of is None:
                 yield from self._generates(name, "teacher", stage.generation)
@@ -198,10 +206,14 @@ class _Planned:
             length=sizes.longest_tokens,
         )
 
-    def _scores_itself(self, name: str, stage: Grpo) -> Program:
-        """What the student says of its own tokens where older weights generated them, and what it said at the start."""
+    def _scores_itself(self, name: str, stage: OnPolicy | Grpo) -> Program:
+        """What the student says of its own tokens where older weights generated them, and what it said at the start;
+        which tokens are its likeliest."""
         rows, length = packed_shape(self._mesh, stage.training.rows, stage.training.row_length)
-        program = following_program(self._student, self._mesh, rows=rows, length=length)
+        if stage.targets is None:
+            program = following_program(self._student, self._mesh, rows=rows, length=length)
+        else:
+            program = top_k_program(self._student, self._mesh, rows=rows, length=length, k=stage.targets.k)
         return Program(
             stage=name,
             purpose="student_scores",
@@ -218,7 +230,11 @@ class _Planned:
         model, mesh = self._model("teacher")
         if isinstance(stage, OnPolicy | Grpo):
             rows, length = stage.training.rows, stage.training.row_length
-            program = hidden_program(model, mesh, rows=rows, length=length)
+            if stage.targets is None:
+                program = hidden_program(model, mesh, rows=rows, length=length, places=self._places(stage))
+            else:
+                asked, k, places = stage.targets.asked, stage.targets.k, self._places(stage)
+                program = at_ids_program(model, mesh, rows=rows, length=length, entries=asked, top_k=k, places=places)
         else:
             rows, length = packed_shape(mesh, stage.batch_size, stage.longest_tokens)
             if stage.sampled_tokens is None:
@@ -278,7 +294,7 @@ class _Planned:
         training, loss = stage.training, Loss(name="forward_kl") if isinstance(stage, Sft) else stage.loss
         state = self._state(training)
         head: Any = None
-        if asks_teacher(stage):
+        if asks_for_hidden(stage):
             head = self._teacher_head()
         step = TrainStep(
             transformation=training.optimizer.transformation(training.steps or 1),
@@ -316,13 +332,16 @@ class _Planned:
 
         targets: Any
         policy: Any = None
+        places: int | None = None
         if isinstance(stage, Grpo):
             arrays: dict[str, Any] = {name: rows(np.float32) for name in stage.policy_arrays}
             policy = PolicyData(**arrays) if arrays else None
         if isinstance(stage, Grpo) and not asks_teacher(stage):
             targets = None
         elif isinstance(stage, OnPolicy | Grpo):
-            targets = self._hidden_targets(stage.training.rows, stage.training.row_length)
+            places = self._places(stage)
+            shape = stage.training.rows, places or stage.training.row_length
+            targets = self._hidden_targets(*shape) if stage.targets is None else stage.targets.shapes(*shape)
         elif isinstance(stage, Sft):
             targets = jax.eval_shape(one_hot, rows(np.int32))
         else:
@@ -336,8 +355,11 @@ class _Planned:
                 targets = TopK(ids=several[0], logprobs=several[1], log_tail=rows(np.float32))
             else:
                 targets = Sampled(ids=several[0], log_shares=several[1], entropy=rows(np.float32))
-        batch = _batch_shapes(stage.training.rows, stage.training.row_length, targets)
+        batch = _batch_shapes(stage.training.rows, stage.training.row_length, targets, places)
         return dataclasses.replace(batch, policy=policy)
+
+    def _places(self, stage: OnPolicy | Grpo) -> int | None:
+        return places_of_stage(stage, self._mesh, self._teacher_mesh)
 
     def _state(self, training: Training) -> TrainState:
         # The schedule is no part of the state, and any number of steps gives the same program.
@@ -354,7 +376,7 @@ class _Planned:
         the student those with which the stage began, and while it trains those that it changes and their moments."""
         role: Role = "teacher" if purpose.startswith("teacher") else "student"
         stage = self._experiment.stages.get(stage_name)
-        held: dict[str, Any] = {}
+        held: dict[str, Any] = {"other teachers": self._other_teachers} if self._other_teachers else {}
         if self._teacher is not None and role != "teacher" and self._mesh == self._teacher_mesh:
             held["teacher"] = self._teacher
         if role == "teacher" and self._mesh != self._teacher_mesh:

@@ -12,9 +12,9 @@ import math
 
 import jax
 
-from distill.experiment import Experiment, asks_teacher
+from distill.experiment import Experiment, asks_for_hidden
 from distill.planner.collectives import Traffic
-from distill.planner.program import EVALUATION, Program
+from distill.planner.program import EVALUATION, Program, trained_places
 from distill.stages import Grpo
 from distill.training.flops import executed_training_flops, forward_flops
 from kernels_pallas.attention import attended_pairs, backward_products
@@ -74,7 +74,7 @@ def work_of(program: Program, experiment: Experiment) -> Work:
     """What one call does, from shapes alone."""
     config, rows, length = program.model, program.rows, program.length
     stage = experiment.stages.get(program.stage)
-    on_policy = stage is not None and asks_teacher(stage)
+    on_policy = stage is not None and asks_for_hidden(stage)
     # Whoever compares with hidden states makes logits of them.
     hidden_alone = on_policy or program.stage == EVALUATION
     head = 2 * config.hidden_size * config.vocab_size
@@ -126,9 +126,11 @@ def work_of(program: Program, experiment: Experiment) -> Work:
             # Forward and once for each operand's gradient; a frozen weight's is not needed.
             passes = (2 if adapters else 3) + training.rematerialise
             # Gradients are added to those of the microbatches before: read, read and written.
-            moved = traffic.weights(passes) + traffic.activations(3 + training.rematerialise) + traffic.logits(2)
+            heads = trained_places(program)
+            moved = traffic.weights(passes) + traffic.activations(3 + training.rematerialise)
+            moved += traffic.logits(2) * heads / length
             return Work(
-                flops=rows * (step.executed(length, _row_pairs(program)) + length * again * head),
+                flops=rows * (step.executed(length, _row_pairs(program), heads) + heads * again * head),
                 device_bytes=moved + 3 * 4 * (adapters or parameters(config)) / program.mesh.size,
                 tokens=rows * length,
             )

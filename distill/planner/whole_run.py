@@ -4,8 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from distill.experiment import Experiment, asks_teacher
-from distill.planner.program import EVALUATION, Program, Purpose
+from distill.experiment import Experiment, asks_teacher, scoring_passes
+from distill.planner.program import EVALUATION, Program, Purpose, trained_places
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft
 from distill.tasks.requests import ModeMix
 from distill.training.flops import forward_flops, training_flops
@@ -52,6 +52,8 @@ class StagePlan:
     calls: Mapping[Purpose, float]
     tokens_moved: float = 0.0
     """That the student learns from and the teacher has scored."""
+    student_tokens: float = 0.0
+    """That went through the student, prompts included, while it generated and, of older rollouts, scored."""
     bytes_moved: float = 0.0
     """Of the targets, from teacher to student."""
     pipeline: Pipeline | None = None
@@ -100,7 +102,7 @@ class _Run:
         if stage.targets_of is None:
             response = self._response(stage.modes, stage.thinking, stage.non_thinking)
             prompt = self._assumed.prompt_share * stage.max_prompt_tokens
-            calls |= self._generation(name, "teacher", stage.prompts, response, refilled=True)
+            calls |= self._generation(name, "teacher", stage.prompts, response)
             calls["teacher_scores"] = stage.prompts * (prompt + response) / self._row_tokens(name, "teacher_scores")
             moved = stage.prompts * response
         steps = stage.training.steps or self._affordable(name, stage, moved)
@@ -115,31 +117,61 @@ class _Run:
     def _on_policy(self, name: str, stage: OnPolicy | Grpo) -> StagePlan:
         assert stage.training.steps is not None
         steps, sequences = stage.training.steps, stage.generation.batch_size
-        batches = steps / stage.updates_per_batch
-        response = self._response(stage.modes, stage.thinking, stage.non_thinking)
-        length = self._assumed.prompt_share * stage.max_prompt_tokens + response
-        tokens = sequences / stage.updates_per_batch * length
-        microbatches = max(1, math.ceil(tokens / self._row_tokens(name, "student_trains")))
-        one_batch = self._generation(name, "student", sequences, response, refilled=False)
-        calls: dict[Purpose, float] = {purpose: count * batches for purpose, count in one_batch.items()}
-        if isinstance(stage, Grpo) and stage.scoring_passes:
-            packed = math.ceil(sequences * length / self._row_tokens(name, "student_scores"))
-            calls["student_scores"] = batches * stage.scoring_passes * packed
-        calls |= self._updates(name, steps, microbatches)
+        updates, prompt = stage.updates_per_batch * stage.passes, self._assumed.prompt_share * stage.max_prompt_tokens
+        batches = steps // updates
+        # All that may be asked in the place of groups without signal, so many at a time as there are.
+        asked = 1 + stage.prompts_beside / stage.prompts_per_step if isinstance(stage, Grpo) else 1.0
+        passes = scoring_passes(stage)
+        calls: dict[Purpose, float] = {}
+        tokens = 0.0
+        for batch in range(batches):
+            response, longest = self._own_responses(stage, batch, batches)
+            written = sequences * (prompt + response)
+            of_update = written / stage.updates_per_batch
+            microbatches = max(1, math.ceil(of_update / self._row_tokens(name, "student_trains")))
+            tokens += written
+            in_turns = math.ceil(asked) * longest
+            _add(calls, self._generation(name, "student", asked * sequences, response, longest=in_turns))
+            if passes:
+                packed = math.ceil(written / self._row_tokens(name, "student_scores"))
+                _add(calls, {"student_scores": float(passes * packed)})
+            _add(calls, self._updates(name, updates, microbatches))
+            if asks_teacher(stage):
+                _add(calls, {"teacher_scores": float(stage.updates_per_batch * microbatches)})
+        student_tokens = (asked + passes) * tokens
         if not asks_teacher(stage):
-            return StagePlan(stage=name, calls=calls)
-        scores = self._programs[name, "teacher_scores"]
-        positions = steps * microbatches * stage.training.rows * stage.training.row_length
-        width = 2 if self._experiment.teacher and self._experiment.teacher.dtype == "bfloat16" else 4
+            return StagePlan(stage=name, calls=calls, student_tokens=student_tokens)
+        scores, trains = self._programs[name, "teacher_scores"], self._programs[name, "student_trains"]
+        positions = calls["teacher_scores"] * stage.training.rows * trained_places(trains)
+        dtypes = {teacher.dtype for teacher in self._experiment.all_teachers.values()}
+        width = 4 if "float32" in dtypes else 2
+        hidden, named = scores.model.hidden_size * width, stage.targets.entries * _STORED_BYTES if stage.targets else 0
         return StagePlan(
             stage=name,
-            calls=calls | {"teacher_scores": float(steps * microbatches)},
-            tokens_moved=steps * tokens,
-            bytes_moved=float(positions * scores.model.hidden_size * width),
+            calls=calls,
+            tokens_moved=tokens,
+            student_tokens=student_tokens,
+            bytes_moved=float(positions * (named or hidden)),
             pipeline=None
-            if scores.mesh == self._programs[name, "student_trains"].mesh
-            else Pipeline(steps=steps, microbatches=microbatches, ahead=stage.max_staleness > 0),
+            if scores.mesh == trains.mesh
+            else Pipeline(steps=steps, microbatches=calls["student_trains"] / steps, ahead=stage.max_staleness > 0),
         )
+
+    def _own_responses(self, stage: OnPolicy | Grpo, batch: int, batches: int) -> tuple[float, float]:
+        """The mean response of a batch of a student's own rollouts, and the longest: prefixes are as long as the mean
+        of whole responses, or as their limit where that is less."""
+        whole = self._response(stage.modes, stage.thinking, stage.non_thinking)
+        budget = max(stage.thinking.max_new_tokens, stage.non_thinking.max_new_tokens)
+        schedule = stage.rollout_tokens
+        if schedule is None:
+            return whole, budget
+        in_full, share, assumed = schedule.share_in_full(batch), stage.modes.thinking_fraction, self._assumed
+        limit = schedule.limit(batch, batches, budget)
+        prefix = sum(
+            part * min(assumed.response_share * params.max_new_tokens, limit)
+            for part, params in ((share, stage.thinking), (1 - share, stage.non_thinking))
+        )
+        return in_full * whole + (1 - in_full) * prefix, budget if in_full else min(limit, budget)
 
     def evaluation(self) -> StagePlan:
         asked = self._experiment.evaluation
@@ -150,27 +182,24 @@ class _Run:
             response = self._assumed.response_share * params.max_new_tokens
             count = asked.problems * asked.samples_per_problem
             for role, times in (("student", students), ("teacher", 1)):
-                if role == "teacher" and self._experiment.teacher is None:
+                if role == "teacher" and not self._experiment.all_teachers:
                     continue
-                for purpose, calls_once in self._generation(EVALUATION, role, count, response, refilled=True).items():
-                    calls[purpose] = calls.get(purpose, 0.0) + times * calls_once
+                _add(calls, self._generation(EVALUATION, role, count, response), times)
             if self._experiment.compares:
                 # Of every problem the teacher's response and the student's first one, by both models.
                 tokens = 2 * asked.problems * (self._assumed.prompt_share * asked.max_prompt_tokens + response)
-                for purpose in _COMPARING:
-                    batches = tokens / self._row_tokens(EVALUATION, purpose)
-                    calls[purpose] = calls.get(purpose, 0.0) + students * batches
+                _add(calls, {one: tokens / self._row_tokens(EVALUATION, one) for one in _COMPARING}, students)
         return StagePlan(stage=EVALUATION, calls=calls)
 
     def _generation(
-        self, stage: str, role: str, sequences: float, response: float, *, refilled: bool
+        self, stage: str, role: str, sequences: float, response: float, *, longest: float | None = None
     ) -> dict[Purpose, float]:
-        """Calls that generate so many sequences: slots that are refilled stay full, others wait for the longest."""
+        """Calls that generate so many sequences: slots that are refilled stay full; others, which all begin at once,
+        wait for the longest response."""
         prefills: Purpose = "teacher_prefills" if role == "teacher" else "student_prefills"
         generates: Purpose = "teacher_generates" if role == "teacher" else "student_generates"
         reader, writer = self._programs[stage, prefills], self._programs[stage, generates]
-        longest = writer.length - reader.length
-        tokens = max(sequences * response / writer.rows, response) if refilled else longest
+        tokens = max(sequences * response / writer.rows, response) if longest is None else longest
         return {prefills: math.ceil(sequences / reader.rows), generates: tokens}
 
     def _updates(self, name: str, steps: float, microbatches: float) -> dict[Purpose, float]:
@@ -196,8 +225,12 @@ class _Run:
         microbatches = other.calls["student_trains"] / other.calls["student_updates"]
         trained = other.calls["student_trains"] * self._microbatch_flops(stage.flops_of, microbatches)
         teacher = next((p.model for p in self._programs.values() if p.purpose.startswith("teacher")), student.model)
-        written = forward_flops(teacher).per_token + forward_flops(student.model, student.adapter_parameters).per_token
-        budget = trained + other.tokens_moved * written - 2 * generated_tokens * forward_flops(teacher).per_token
+        by_student, by_teacher = forward_flops(student.model, student.adapter_parameters), forward_flops(teacher)
+        budget = trained + other.student_tokens * by_student.per_token
+        # What a teacher has generated it scores, too.
+        read = other.tokens_moved * (2 if isinstance(self._experiment.stages[stage.flops_of], OffPolicy) else 1)
+        budget += by_teacher.executed(read, 0, read * self._head_share(stage.flops_of))
+        budget -= 2 * generated_tokens * by_teacher.per_token
         step = stage.microbatches_per_step * self._microbatch_flops(name, stage.microbatches_per_step)
         return max(1.0, budget // step)
 
@@ -205,4 +238,15 @@ class _Run:
         """Training FLOPs of one of a stage's microbatches, of which a step has so many."""
         student = self._programs[name, "student_trains"]
         flops = training_flops(student.model, student.adapter_parameters, microbatches=math.ceil(microbatches))
-        return flops.per_token * self._row_tokens(name, "student_trains")
+        tokens = self._row_tokens(name, "student_trains")
+        return flops.executed(tokens, 0, tokens * self._head_share(name))
+
+    def _head_share(self, name: str) -> float:
+        """Of the positions of a stage's rows, at which heads are multiplied out."""
+        student = self._programs[name, "student_trains"]
+        return trained_places(student) / student.length
+
+
+def _add(calls: dict[Purpose, float], more: Mapping[Purpose, float], times: float = 1) -> None:
+    for purpose, count in more.items():
+        calls[purpose] = calls.get(purpose, 0.0) + times * count

@@ -48,10 +48,13 @@ _TEXTS = {
         note="Of the tokens that the loss sees one by one.",
     ),
     "reward": _Texts(title="Reward of the training rollouts", note="Before it is set against its group's."),
+    "reward_failures": _Texts(
+        title="Rewards that could not be had", unit=_SHARE, note="Verifier or reward raised, or did not come to an end."
+    ),
     "group_outcomes": _Texts(
         title="Outcomes of groups",
         unit=_SHARE,
-        note="Equal rewards for all responses to a prompt teach nothing.",
+        note="Equal rewards for all responses to a prompt teach nothing. Groups that were replaced count as well.",
     ),
     "kept_tokens": _Texts(
         title="Generated tokens that are learned from", unit=_SHARE, note="The others' groups had no signal."
@@ -70,6 +73,15 @@ _TEXTS = {
     "accuracy": _Texts(title="Accuracy of the training rollouts", unit=_SHARE, note="Of right answers."),
     "response_tokens": _Texts(title="Length of the training rollouts", unit=_TOKENS),
     "finished": _Texts(title="Finished training rollouts", unit=_SHARE, note="The length limit cut the others off."),
+    "chosen_tokens": _Texts(
+        title="Tokens that are learned from", unit=_SHARE, note="Those at which the student was least sure."
+    ),
+    "rollouts_in_full": _Texts(
+        title="Rollouts that run in full", unit=_SHARE, note="The others are prefixes, which grow step by step."
+    ),
+    "never_stopped": _Texts(
+        title="Rollouts that never stop", unit=_SHARE, note="Of those that run in full, cut off by the budget."
+    ),
     "staleness": _Texts(
         title="Lag of the rollouts", unit="updates", note="By which the weights that generated them are older."
     ),

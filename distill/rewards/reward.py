@@ -22,7 +22,12 @@ from qwen3.errors import UserError
 from qwen3.rollout import Rollout
 
 Truncated = Literal["wrong", "masked"]
+Failed = Literal["wrong", "left_out"]
 _Answer = TypeVar("_Answer")
+
+
+class RewardFailed(UserError):
+    """A verifier or a reward that raised, or did not come to an end in time, over one response."""
 
 
 @runtime_checkable
@@ -59,8 +64,8 @@ class Rewards:
     def of(self, rollout: Rollout, problem: Problem, max_new_tokens: int) -> tuple[RolloutSample, float]:
         """The response as people read it, and its reward.
 
-        Raises UserError, naming reward and problem, where a verifier or the reward fails, does not come to an end in
-        time, or gives no finite number.
+        Raises, naming reward and problem, RewardFailed where a verifier or the reward raises or does not come to an end
+        in time, and another UserError where it gives no finite number.
         """
         about = f"asked about sample {rollout.sample_index} of problem {problem.problem_id},"
         sample = _within(
@@ -79,6 +84,10 @@ class Rewards:
         over = len(rollout.response) - (max_new_tokens - self.penalty_tokens)
         penalty = min(1.0, max(0, over) / self.penalty_tokens) if self.penalty_tokens else 0.0
         return sample, float(value) - penalty
+
+    def unjudged(self, rollout: Rollout, problem: Problem) -> RolloutSample:
+        """A response that nobody could judge, as people read it."""
+        return judge(rollout, problem, self.tokenizer, self.tasks, verify=False)
 
 
 def _is_finite(value: numbers.Real) -> bool:
@@ -135,7 +144,7 @@ def _within(seconds: float, call: Callable[[], _Answer], what: str) -> _Answer:
     try:
         return answers.get(timeout=seconds)()
     except queue.Empty:
-        raise UserError(
+        raise RewardFailed(
             f"{what} has not come to an end after {seconds:g} s; mend it, leave the problem out, or raise "
             "reward_timeout_seconds, and start again under another --name"
         ) from None
@@ -145,7 +154,7 @@ def _fail(error: BaseException, what: str) -> Any:
     if isinstance(error, UserError):
         raise error
     said = " ".join(str(error).split())
-    raise UserError(
+    raise RewardFailed(
         f"{what} raised {type(error).__name__}: {said}; mend it, or leave the problem out, and start again under "
         "another --name"
     ) from error

@@ -10,15 +10,16 @@ from typing import Literal, TypeVar
 from jax.sharding import Mesh
 
 from distill.evaluation.evaluate import Evaluation
-from distill.experiment import Experiment, asks_teacher
+from distill.experiment import Experiment, asks_for_hidden
 from distill.monitor.progress import Progress
 from distill.monitor.progress import Task as Bar
 from distill.runner.chat_format import check_chat_format
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.context import stage_seed
+from distill.stages.own_rollouts import fresh_steps
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
-from distill.tasks.requests import asked_in, prompt_ids, raw_document, worked_document
+from distill.tasks.requests import asked_in, prompt_ids, raw_document, teacher_prompt_ids, worked_document
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.checkpoint import hf
 from qwen3.decoder.config import ModelConfig
@@ -53,12 +54,14 @@ def preflight(
     experiment.kernels.check(
         models["student"], experiment.compute_dtype, mesh, tokens_per_target=experiment.tokens_per_target
     )
-    if experiment.teacher is not None and experiment.teacher.placement != "service":
-        experiment.kernels.check(models["teacher"], experiment.teacher.dtype, teacher_mesh)
-    on_policy = any(asks_teacher(stage) for stage in stages.values())
-    if "teacher" in models and (on_policy or experiment.compares):
-        # On-policy and in evaluation, the teacher's head goes to the student's devices.
-        partition_spec(("embed",), (models["teacher"].hidden_size,), mesh)
+    on_policy = any(asks_for_hidden(stage) for stage in stages.values())
+    for name, teacher in experiment.all_teachers.items():
+        config = models[_role(name)]
+        if teacher.placement != "service":
+            experiment.kernels.check(config, teacher.dtype, teacher_mesh)
+        if on_policy or experiment.compares:
+            # On-policy and in evaluation, the teacher's head goes to the student's devices.
+            partition_spec(("embed",), (config.hidden_size,), mesh)
     check_chat_format(experiment, stages, tokenizer)
     if experiment.evaluation.problems:
         _check_evaluation_lengths(experiment.evaluation, models)
@@ -86,12 +89,16 @@ def _checked_models(experiment: Experiment, teacher_mesh: Mesh) -> dict[str, Mod
     models = {"student": experiment.student.model_config()}
     if isinstance(experiment.student, FromCheckpoint):
         hf.check(experiment.student.path)
-    if experiment.teacher is not None:
+    for name, teacher in experiment.all_teachers.items():
         # Of a served teacher the weights are elsewhere.
-        served = experiment.teacher.placement == "service"
-        path = experiment.teacher.path
-        models["teacher"] = ModelConfig.from_folder(path) if served else hf.check(path, teacher_mesh)
+        served, path = teacher.placement == "service", teacher.path
+        models[_role(name)] = ModelConfig.from_folder(path) if served else hf.check(path, teacher_mesh)
     return models
+
+
+def _role(teacher: str) -> str:
+    """What messages call the teacher of this name, which is empty for an only one."""
+    return f"teacher {teacher}" if teacher else "teacher"
 
 
 def _check_evaluation_lengths(evaluation: Evaluation, models: Mapping[str, ModelConfig]) -> None:
@@ -103,11 +110,13 @@ def _check_stage_lengths(field: str, stage: Stage, models: Mapping[str, ModelCon
     if isinstance(stage, Sft) or (isinstance(stage, OffPolicy) and stage.targets_of is not None):
         return
     _check_positions(field, stage.max_prompt_tokens, [stage.thinking, stage.non_thinking], models)
-    if isinstance(stage, OffPolicy) and stage.sampled_tokens is None and stage.top_k > models["teacher"].vocab_size:
+    smallest = min(config.vocab_size for config in models.values())
+    if isinstance(stage, OffPolicy) and stage.sampled_tokens is None and stage.top_k > smallest:
         raise UserError(
-            f"{field}.top_k is {stage.top_k}, but the teacher's vocabulary has {models['teacher'].vocab_size} entries; "
-            "lower it"
+            f"{field}.top_k is {stage.top_k}, but the teacher's vocabulary has {smallest} entries; lower it"
         )
+    if isinstance(stage, OnPolicy | Grpo) and stage.targets is not None and stage.targets.k > smallest:
+        raise UserError(f"{field}.targets.k is {stage.targets.k}, but the vocabulary has {smallest} entries; lower it")
 
 
 def _check_positions(
@@ -148,7 +157,10 @@ class _Asked:
             return len(raw_document(problem, tokenizer).tokens)
         if self.documents == "chat":
             return len(worked_document(problem, mode, tokenizer, flag_fraction=self.flag_fraction).tokens)
-        return len(prompt_ids(problem, mode, tokenizer, flag_fraction=self.flag_fraction))
+        return max(
+            len(ids(problem, mode, tokenizer, flag_fraction=self.flag_fraction))
+            for ids in (prompt_ids, teacher_prompt_ids)[: 1 + (problem.teacher_prompt is not None)]
+        )
 
 
 def _of_evaluation(evaluation: Evaluation, tasks: TaskMixture) -> _Asked:
@@ -183,8 +195,7 @@ def _of_stage(field: str, stage: Stage, seed: int, tasks: TaskMixture) -> _Asked
             documents=stage.form,
         )
     if isinstance(stage, OnPolicy | Grpo):
-        assert stage.training.steps is not None
-        count = stage.prompts_per_step * stage.training.steps
+        count = stage.prompts_per_step * fresh_steps(stage)
         asked = _drawn(f"{field}.prompts_per_step × steps", count, lambda: stage.asked(tasks, seed))
     else:
         asked = _drawn(f"{field}.prompts", stage.prompts, lambda: stage.asked(tasks, seed))

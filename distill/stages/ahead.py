@@ -23,7 +23,25 @@ from distill.monitor.metrics import RolloutSample
 from distill.training.train_step import Batch
 from qwen3.decoder.adapter import joined, trained_and_frozen
 from qwen3.decoder.model import Qwen3
-from qwen3.rollout import Rollout, rollouts_from_json, rollouts_to_json
+from qwen3.rollout import Mode, Rollout, rollouts_from_json, rollouts_to_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a rollout that nothing is learned from, for one of another group has taken its place."""
+
+    part: int
+    """Of its batch, the part that it was generated for."""
+    mode: Mode
+    tokens: int
+    """Prompt included."""
+    response_tokens: int
+    finished: bool
+    correct: bool | None
+    reward: float
+    failed: bool
+    known: bool
+    """Whether its reward was compared with others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +56,12 @@ class Written:
     """Of each rollout's tokens [T] under the weights that generated them, as a trainer computes them; else none."""
     reference_logprobs: Sequence[np.ndarray] = ()
     """The same under the student at the stage's start."""
-    replaced_lengths: Sequence[int] = ()
-    """Tokens, prompts included, of rollouts that were generated for the step and are not among `rollouts`."""
-    replaced_tokens: int = 0
-    """Tokens of their responses."""
+    failed: Sequence[bool] = ()
+    """Of each rollout whether its verifier or reward has failed; none where none has, or nobody rewards."""
+    replaced: Sequence[Outcome] = ()
+    """Of rollouts that were generated for the step and are not among `rollouts`, group by group."""
+    student_ids: Sequence[np.ndarray] = ()
+    """Of each rollout's positions, the likeliest tokens [T, k] of the weights that generated them (`StudentTopK`)."""
     samples: Sequence[RolloutSample] = ()
     """The rollouts as people read them, where they have been judged already. Not kept."""
 
@@ -50,17 +70,24 @@ class Written:
         """Tokens of all responses that were generated."""
         return sum(len(rollout.response) for rollout in self.rollouts) + self.replaced_tokens
 
+    @property
+    def replaced_tokens(self) -> int:
+        """Tokens of responses that nothing is learned from."""
+        return sum(one.response_tokens for one in self.replaced)
+
     def to_json(self) -> dict[str, Any]:
         """JSON data from which `from_json` makes the same, bit for bit."""
         kept = rollouts_to_json(self.rollouts) | {"seconds": self.seconds}
         if self.rewards:
             kept |= {"rewards": list(self.rewards)}
-        for name in _LOGPROBS:
+        for name, dtype in _PER_TOKEN.items():
             if arrays := getattr(self, name):
-                joined_up = np.concatenate(arrays).astype(np.float32).tobytes()
+                joined_up = np.concatenate(arrays).astype(dtype).tobytes()
                 kept |= {name: base64.b64encode(joined_up).decode()}
-        if self.replaced_lengths:
-            kept |= {"replaced_lengths": list(self.replaced_lengths), "replaced_tokens": self.replaced_tokens}
+        if any(self.failed):
+            kept |= {"failed": list(self.failed)}
+        if self.replaced:
+            kept |= {"replaced": [dataclasses.asdict(one) for one in self.replaced]}
         return kept
 
     @classmethod
@@ -68,25 +95,28 @@ class Written:
         rollouts = rollouts_from_json(kept)
         ends = np.cumsum([len(rollout.tokens) for rollout in rollouts])[:-1]
 
-        def logprobs(name: str) -> Sequence[np.ndarray]:
-            return np.split(np.frombuffer(base64.b64decode(kept[name]), np.float32), ends) if name in kept else ()
+        def per_token(name: str) -> Sequence[np.ndarray]:
+            if name not in kept:
+                return ()
+            array = np.frombuffer(base64.b64decode(kept[name]), _PER_TOKEN[name])
+            tokens = sum(len(rollout.tokens) for rollout in rollouts)
+            return np.split(array.reshape(tokens, -1) if name == "student_ids" else array, ends)
 
         return cls(
             rollouts=rollouts,
             seconds=kept["seconds"],
             rewards=kept.get("rewards", ()),
-            replaced_lengths=kept.get("replaced_lengths", ()),
-            replaced_tokens=kept.get("replaced_tokens", 0),
-            old_logprobs=logprobs("old_logprobs"),
-            reference_logprobs=logprobs("reference_logprobs"),
+            failed=kept.get("failed", ()),
+            replaced=[Outcome(**one) for one in kept.get("replaced", ())],
+            **{name: per_token(name) for name in _PER_TOKEN},
         )
 
 
-_LOGPROBS = ("old_logprobs", "reference_logprobs")
+_PER_TOKEN: Mapping[str, Any] = {"old_logprobs": np.float32, "reference_logprobs": np.float32, "student_ids": np.int32}
 
 
 Scored = Sequence[Sequence[Batch]]
-"""Packed rows in microbatches, by the update that learns from them."""
+"""Packed rows in microbatches, by the part of the batch that an update learns from."""
 
 
 class Closed(Exception):

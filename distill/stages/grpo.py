@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 
 from distill.monitor.metrics import RolloutSample
 from distill.rewards.advantages import Advantages, advantages, have_signal
-from distill.rewards.reward import Reward, Rewards, Truncated, check_reward
-from distill.stages.ahead import Written
+from distill.rewards.reward import Failed, Reward, RewardFailed, Rewards, Truncated, check_reward
+from distill.stages.ahead import Outcome, Written
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, Training, train
-from distill.stages.own_rollouts import Asked, OwnRollouts, asked_of, check_ahead, check_asking
+from distill.stages.own_rollouts import Asked, OwnRollouts, asked_of, check_ahead, check_asking, fresh_steps
+from distill.stages.student_top_k import StudentTopK
 from distill.tasks import Problem
 from distill.tasks.drawing import exact_decimal
 from distill.tasks.mixture import TaskMixture
@@ -34,7 +35,7 @@ from distill.training.train_step import Batch
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.field_types import Bounds, Count, Natural, NotNegative, Positive, Problems, check_fields
+from qwen3.field_types import Bounds, Count, Natural, NotNegative, Positive, Problems, Share, check_fields
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import THINKING, Mode, Rollout
 from teacher.scoring import Scorer
@@ -61,8 +62,13 @@ class Grpo:
     """What a response is worth: a function of problem and decoded response. None: 1 where the task's verifier accepts
     the answer, else 0."""
     reward_timeout_seconds: Annotated[float, Bounds(1e-3, 1e6, "lie in 0.001..1e6")] = 300.0
-    """The longest that verifier and reward may take over one response before the run ends. Code that never lets go of
-    Python's interpreter, such as a regular expression that backtracks for ever, is not interrupted."""
+    """The longest that verifier and reward may take over one response before they have failed. Code that never lets go
+    of Python's interpreter, such as a regular expression that backtracks for ever, is not interrupted."""
+    failed: Failed = "left_out"
+    """Responses over which verifier or reward raise or do not come to an end in time; `reward_failures` in the metrics
+    counts them. left_out: neither compared with nor learned from. wrong: 0, which a verifier gives wrong answers."""
+    most_failed: Share = 0.1
+    """Share of a batch's responses that may fail so before the run ends."""
     truncated: Truncated = "wrong"
     """Responses that the length limit cut off. wrong: no answer, which the verifier rewards with 0 and a reward of your
     own as it likes. masked: neither compared with nor learned from."""
@@ -87,6 +93,8 @@ class Grpo:
     """Weight of `loss`, the exact divergence from the teacher on every token; 0 needs no teacher."""
     loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
     """With teacher_kl, the divergence."""
+    targets: StudentTopK | None = None
+    """With teacher_kl, what it is computed from, as in OnPolicy."""
     entropy_floor: NotNegative = 0.0
     """Mean entropy, in nats a token, below which an entropy bonus is raised after every update by entropy_step, and
     above which it is lowered again; 0: none."""
@@ -97,11 +105,14 @@ class Grpo:
     updates_per_batch: Count = 1
     """Updates that one batch of rollouts is divided among, each with prompts_per_step prompts: the student generates so
     many at once, and the later updates learn from what older weights generated."""
+    passes: Count = 1
+    """Times that each batch of rollouts is learned from, with the ratio against the weights that generated; as in
+    OnPolicy."""
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=32_768))
     """How it learns; a step has as many microbatches as its packed rollouts fill."""
     max_staleness: Natural = 0
-    """Batches of rollouts by which the weights that generate lag behind, beside what updates_per_batch brings; as in
-    OnPolicy, where a batch is a step."""
+    """Batches of rollouts by which the weights that generate lag behind, beside what updates_per_batch and passes
+    bring; as in OnPolicy."""
     samples_every_steps: Count = 25
     """Steps between rollouts that are kept for people to read."""
     start_from: str | None = None
@@ -110,9 +121,10 @@ class Grpo:
     def __post_init__(self) -> None:
         check_fields(self)
         check_asking(self, "reinforcement learning", beside=self.prompts_beside)
-        assert self.training.steps is not None
         if not self.policy_weight and not self.teacher_kl:
             raise UserError("policy_weight and teacher_kl are 0: nothing would be learned; give one of them a weight")
+        if self.targets is not None and not self.teacher_kl:
+            raise UserError("targets are given, but teacher_kl is 0: no teacher is asked; leave them, or give a weight")
         if self.unlikely_below is not None and (self.resample_factor > 1 or not self.policy_weight):
             raise UserError(
                 f"unlikely_below is {self.unlikely_below:g}, by which no group lacks a signal: leave resample_factor "
@@ -139,14 +151,19 @@ class Grpo:
                 "policy_weight is 0, by which policy.reference_kl and policy.correction are weighed; leave them out"
             )
         check_reward(self.reward)
-        if self.training.steps % self.updates_per_batch:
-            raise UserError(
-                f"training.steps is {self.training.steps}, which updates_per_batch, {self.updates_per_batch}, does not "
-                "divide: the last rollouts would be for nothing; make it a multiple"
-            )
         shortest = min(self.thinking.max_new_tokens, self.non_thinking.max_new_tokens)
         if self.penalty_tokens > shortest:
             raise UserError(f"penalty_tokens is {self.penalty_tokens}, above max_new_tokens {shortest}; lower it")
+
+    @property
+    def rollout_tokens(self) -> None:
+        """A reward is for whole responses."""
+        return None
+
+    @property
+    def token_share(self) -> float:
+        """An advantage is every token's."""
+        return 1.0
 
     @property
     def generation(self) -> EngineSizes:
@@ -170,7 +187,7 @@ class Grpo:
     @property
     def learns_later(self) -> bool:
         """Whether some updates learn from what older weights generated."""
-        return self.updates_per_batch > 1 or self.max_staleness > 0
+        return self.updates_per_batch > 1 or self.passes > 1 or self.max_staleness > 0
 
     @property
     def keeps_old_logprobs(self) -> bool:
@@ -228,17 +245,15 @@ class Grpo:
 
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         assert self.training.steps is not None
-        scorer = None
-        if self.teacher_kl:
-            teacher = context.load_teacher()
-            self.check_meshes(name, context.mesh, teacher.mesh)
-            scorer = teacher.scorer(context.mesh)
+        scorers = context.scorers() if self.teacher_kl else {}
+        if scorers:
+            self.check_meshes(name, context.mesh, context.load_teacher(context.teachers[0]).mesh)
         asked = self.asked(context.tasks, context.stage_seed(name))
-        lesson = _FromRewards(self, model, context, asked[self.prompts_per_step * self.training.steps :])
-        with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorer=scorer, lesson=lesson)) as data:
+        lesson = _FromRewards(self, model, context, asked[self.prompts_per_step * fresh_steps(self) :])
+        with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorers=scorers, lesson=lesson)) as data:
             return train(
                 name, model, self.training, self.loss, data, context, steps=self.training.steps,
-                teacher_head=None if scorer is None else scorer.head, policy=self.objective,
+                teacher_head=None if self.targets else context.heads(scorers), policy=self.objective,
             )  # fmt: skip
 
 
@@ -249,6 +264,7 @@ class _Group:
     rollouts: Sequence[Rollout]
     samples: Sequence[RolloutSample]
     rewards: Sequence[float]
+    failed: Sequence[bool]
     has_signal: bool
 
 
@@ -272,8 +288,7 @@ class _FromRewards:
     def complete(
         self, written: Written, asked: Asked, model: Qwen3, batch: int, generate: Callable[[Asked], list[Rollout]]
     ) -> Written:
-        samples, rewards = self._rewarded(written.rollouts, asked)
-        written = dataclasses.replace(written, samples=samples, rewards=rewards)
+        written = self._rewarded(written, asked)
         if self._stage.resample_factor > 1:
             written = self._with_signal(written, batch, generate)
         return dataclasses.replace(
@@ -284,45 +299,61 @@ class _FromRewards:
 
     def _with_signal(self, written: Written, batch: int, generate: Callable[[Asked], list[Rollout]]) -> Written:
         """Groups of other prompts in the place of those without signal, as far as prompts and signals go."""
-        size, others = self._stage.samples_per_prompt, iter(self._beside_of(batch))
-        groups, seconds, lengths, tokens = self._groups(written), written.seconds, [], 0
+        stage, others = self._stage, iter(self._beside_of(batch))
+        groups, seconds, replaced = self._groups(written), written.seconds, list[Outcome]()
         while more := list(itertools.islice(others, sum(not group.has_signal for group in groups))):
             started = time.monotonic()
             rollouts = generate(more)
             seconds += time.monotonic() - started
-            samples, rewards = self._rewarded(rollouts, more)
-            places = (place for place, group in enumerate(groups) if not group.has_signal)
-            for group in self._groups(Written(rollouts=rollouts, seconds=0, samples=samples, rewards=rewards)):
+            places = [place for place, group in enumerate(groups) if not group.has_signal]
+            free = iter(places)
+            found = self._groups(self._rewarded(Written(rollouts=rollouts, seconds=0), more))
+            for place, group in zip(places[: len(found)], found, strict=True):
                 dropped = group
                 if group.has_signal:
-                    place = next(places)
+                    place = next(free)
                     dropped, groups[place] = groups[place], group
-                lengths += [len(rollout.tokens) for rollout in dropped.rollouts]
-                tokens += sum(len(rollout.response) for rollout in dropped.rollouts)
-        assert all(len(group.rollouts) == size for group in groups)
+                replaced += self._outcomes(dropped, place // stage.prompts_per_step)
+        assert all(len(group.rollouts) == stage.samples_per_prompt for group in groups)
         return dataclasses.replace(
             written,
             seconds=seconds,
             rollouts=[one for group in groups for one in group.rollouts],
             samples=[one for group in groups for one in group.samples],
             rewards=[one for group in groups for one in group.rewards],
-            replaced_lengths=lengths,
-            replaced_tokens=tokens,
+            failed=[one for group in groups for one in group.failed],
+            replaced=replaced,
         )
+
+    def _outcomes(self, group: "_Group", part: int) -> list[Outcome]:
+        known = self._known(group.rollouts, group.failed)
+        judged = zip(group.rollouts, group.samples, group.rewards, group.failed, strict=True)
+        return [
+            Outcome(
+                part=part,
+                mode=rollout.mode,
+                tokens=len(rollout.tokens),
+                response_tokens=len(rollout.response),
+                finished=rollout.finished,
+                correct=sample.correct,
+                reward=reward,
+                failed=failed,
+                known=bool(known[index]),
+            )
+            for index, (rollout, sample, reward, failed) in enumerate(judged)
+        ]
 
     def _groups(self, written: Written) -> list["_Group"]:
         size = self._stage.samples_per_prompt
-        known = self._known(written.rollouts)
+        known = self._known(written.rollouts, written.failed)
+        signal = have_signal(self._grouped(written.rewards), self._grouped(known))
         return [
             _Group(
                 rollouts=written.rollouts[first : first + size],
                 samples=written.samples[first : first + size],
                 rewards=written.rewards[first : first + size],
-                has_signal=bool(
-                    have_signal(
-                        np.array([written.rewards[first : first + size]]), np.array([known[first : first + size]])
-                    )[0]
-                ),
+                failed=written.failed[first : first + size],
+                has_signal=bool(signal[first // size]),
             )
             for first in range(0, len(written.rollouts), size)
         ]
@@ -331,14 +362,25 @@ class _FromRewards:
         count = self._stage.prompts_beside * self._stage.updates_per_batch
         return self._beside[batch * count : (batch + 1) * count]
 
-    def _rewarded(self, rollouts: Sequence[Rollout], asked: Asked) -> tuple[list[RolloutSample], list[float]]:
-        """Of each prompt's rollouts, one prompt's after the other's."""
-        size = self._stage.samples_per_prompt
-        judged = [
-            self._rewards.of(rollout, asked[index // size][0], self._most_tokens(rollout.mode))
-            for index, rollout in enumerate(rollouts)
-        ]
-        return [sample for sample, _ in judged], [reward for _, reward in judged]
+    def _rewarded(self, written: Written, asked: Asked) -> Written:
+        """With samples and rewards of each prompt's rollouts, one prompt's after the other's. Raises UserError where
+        more fail than may."""
+        stage, size, count = self._stage, self._stage.samples_per_prompt, len(written.rollouts)
+        samples, rewards, failed = list[RolloutSample](), list[float](), list[bool]()
+        for index, rollout in enumerate(written.rollouts):
+            problem = asked[index // size][0]
+            try:
+                sample, reward = self._rewards.of(rollout, problem, self._most_tokens(rollout.mode))
+                failed.append(False)
+            except RewardFailed as error:
+                failed.append(True)
+                if sum(failed) > stage.most_failed * count:
+                    share = f"{sum(failed)} of {count} responses failed, and most_failed is {stage.most_failed:g}"
+                    raise UserError(f"{error} ({share})") from error
+                sample, reward = self._rewards.unjudged(rollout, problem), 0.0
+            samples.append(sample)
+            rewards.append(reward)
+        return dataclasses.replace(written, samples=samples, rewards=rewards, failed=failed)
 
     def _most_tokens(self, mode: Mode) -> int:
         stage = self._stage
@@ -356,7 +398,7 @@ class _FromRewards:
 
     def per_token(self, written: Written, part: slice) -> list[dict[str, np.ndarray]]:
         stage, rollouts = self._stage, written.rollouts[part]
-        known = self._known(rollouts)
+        known = self._known(rollouts, written.failed[part])
         of_response = advantages(self._grouped(written.rewards[part]), self._grouped(known), stage.advantages).reshape(
             -1
         )
@@ -382,9 +424,10 @@ class _FromRewards:
             found.append({name: np.asarray(arrays[name], np.float32) for name in stage.policy_arrays})
         return found
 
-    def _known(self, rollouts: Sequence[Rollout]) -> np.ndarray:
+    def _known(self, rollouts: Sequence[Rollout], failed: Sequence[bool]) -> np.ndarray:
         """Which of the rollouts are compared and learned from."""
-        return np.array([rollout.finished or self._stage.truncated == "wrong" for rollout in rollouts])
+        known = np.array([rollout.finished or self._stage.truncated == "wrong" for rollout in rollouts])
+        return known & ~np.array(failed, bool) if failed and self._stage.failed == "left_out" else known
 
     def _grouped(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
         return np.asarray(values).reshape(-1, self._stage.samples_per_prompt)
@@ -404,18 +447,27 @@ class _FromRewards:
         return np.where(known, stage.policy_weight * weights, 0)
 
     def told(self, written: Written, part: slice) -> dict[str, float]:
-        """Rewards by mode, and how many groups were all right, all wrong or mixed."""
-        rollouts, rewards = written.rollouts[part], np.asarray(written.rewards[part], np.float64)
-        metrics = {"reward": float(rewards.mean())}
-        for mode in dict.fromkeys(rollout.mode for rollout in rollouts):
-            metrics[f"reward/{mode}"] = float(rewards[[rollout.mode == mode for rollout in rollouts]].mean())
-        grouped, known = self._grouped(rewards), self._grouped(self._known(rollouts))
+        """Of all that was generated for the part: rewards by mode, how many could not be had, and how many groups were
+        all right, all wrong or mixed."""
+        stage, rollouts = self._stage, written.rollouts[part]
+        number = part.start // (part.stop - part.start)
+        replaced = [one for one in written.replaced if one.part == number]
+        rewards = np.array([*written.rewards[part], *(one.reward for one in replaced)], np.float64)
+        modes = np.array([*(rollout.mode for rollout in rollouts), *(one.mode for one in replaced)])
+        failed = np.array([*(written.failed[part] or [False] * len(rollouts)), *(one.failed for one in replaced)])
+        known = np.array([*self._known(rollouts, written.failed[part]), *(one.known for one in replaced)])
+        metrics = {"reward_failures": float(failed.mean())}
+        given = np.full(len(rewards), True) if stage.failed == "wrong" else ~failed
+        for name, which in {"reward": given, **{f"reward/{m}": given & (modes == m) for m in sorted({*modes})}}.items():
+            if which.any():
+                metrics[name] = float(rewards[which].mean())
+        grouped, known = self._grouped(rewards), self._grouped(known)
         signal = have_signal(grouped, known)
         metrics["group_outcomes/mixed"] = float(signal.mean())
         best = np.where(known, grouped, -np.inf).max(1) > 0
         metrics["group_outcomes/all_right"] = float((~signal & best).mean())
         metrics["group_outcomes/all_wrong"] = float((~signal & ~best).mean())
-        if self._stage.resample_factor > 1:
+        if stage.resample_factor > 1:
             metrics["kept_tokens"] = 1 - written.replaced_tokens / written.tokens
         return metrics
 

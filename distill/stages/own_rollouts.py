@@ -5,27 +5,33 @@ the whole response, or both. All else is here.
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from distill.monitor.metrics import RolloutSample
-from distill.stages.ahead import Scored, Written, WrittenAhead
+from distill.stages.ahead import Outcome, Scored, Written, WrittenAhead
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, StepData, Training
+from distill.stages.rollout_schedule import RolloutSchedule
+from distill.stages.student_top_k import StudentTopK, with_sampled
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
-from distill.tasks.requests import ModeMix, prompt_ids
-from distill.tasks.samples import judge
+from distill.tasks.requests import ModeMix, prompt_ids, teacher_prompt_ids
+from distill.tasks.samples import judge, judged_by
 from distill.training.flops import forward_flops, training_flops
-from distill.training.packing import pack_rollouts, rollout_example, rows_needed
+from distill.training.packing import Example, pack_rollouts, places_read, read_at, rollout_example, rows_needed
 from distill.training.policy import PolicyData
+from distill.training.token_choice import at_places, chosen, places_in_row, places_of, room, taken_at
 from distill.training.train_step import Batch
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.model import Qwen3
@@ -33,12 +39,14 @@ from qwen3.errors import UserError
 from qwen3.field_types import MOST_PROBLEMS, check_product
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
-from qwen3.rollout import MODES, THINKING, Mode, Rollout
+from qwen3.rollout import MODES, THINKING, Mode, Rollout, with_prompt
 from teacher.scoring import Scorer
 from teacher.served import ServedScorer
-from teacher.targets import Hidden
+from teacher.targets import AtIds, Hidden
 
 Asked = Sequence[tuple[Problem, Mode]]
+_ASKED = "asked_ids"
+"""The packed array of the ids that the teacher is asked for."""
 
 
 class Asking(Protocol):
@@ -63,7 +71,15 @@ class Asking(Protocol):
     @property
     def samples_every_steps(self) -> int: ...
     @property
+    def rollout_tokens(self) -> RolloutSchedule | None: ...
+    @property
+    def token_share(self) -> float: ...
+    @property
+    def targets(self) -> StudentTopK | None: ...
+    @property
     def updates_per_batch(self) -> int: ...
+    @property
+    def passes(self) -> int: ...
     @property
     def generation(self) -> EngineSizes: ...
 
@@ -84,7 +100,7 @@ class Lesson(Protocol):
         """That `complete` may have asked beside those that it was given."""
 
     def per_token(self, written: Written, part: slice) -> list[dict[str, np.ndarray]]:
-        """Of each rollout of a part, those of one update, arrays [T] by the names of `PolicyData`."""
+        """Of each rollout of a part, those of an update, arrays [T] by the names of `PolicyData`."""
 
     def told(self, written: Written, part: slice) -> dict[str, float]:
         """Metrics of the part."""
@@ -103,11 +119,16 @@ class Lesson(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
-def asked_of(stage: Asking, tasks: TaskMixture, seed: int, *, beside: int = 0) -> list[tuple[Problem, Mode]]:
-    """The prompts of all steps, one step's after the other's, each with its mode; then `beside` more for a step,
-    likewise. Raises UserError where there are none."""
+def fresh_steps(stage: Asking) -> int:
+    """The steps that have prompts of their own; those of later passes have theirs again."""
     assert stage.training.steps is not None
-    steps = stage.training.steps
+    return stage.training.steps // stage.passes
+
+
+def asked_of(stage: Asking, tasks: TaskMixture, seed: int, *, beside: int = 0) -> list[tuple[Problem, Mode]]:
+    """The prompts of all fresh steps, one step's after the other's, each with its mode; then `beside` more for a step,
+    likewise. Raises UserError where there are none."""
+    steps = fresh_steps(stage)
     usual = steps * stage.prompts_per_step
     problems = tasks.problems("train", usual + steps * beside, seed, repeat=True)
     asked = stage.modes.assign(problems[:usual], seed, prompts_per_step=stage.prompts_per_step)
@@ -115,13 +136,32 @@ def asked_of(stage: Asking, tasks: TaskMixture, seed: int, *, beside: int = 0) -
     return asked + (stage.modes.assign(more, seed + 1, prompts_per_step=beside) if more else [])
 
 
+def places_of_stage(stage: Asking, mesh: Mesh, teacher_mesh: Mesh) -> int | None:
+    """How many positions of each row heads are multiplied out at; None: all."""
+    if stage.token_share == 1:
+        return None
+    return places_in_row(stage.token_share, stage.training.row_length, (mesh, teacher_mesh))
+
+
 def check_asking(stage: Asking, what: str, *, beside: int = 0) -> None:
     """Refuses sizes of a stage, called `what`, that do not fit together. Raises UserError."""
     if stage.training.steps is None:
         raise UserError(f"training.steps is None; {what} needs a number of steps")
-    drawn = {"prompts_per_step": stage.prompts_per_step + beside, "training.steps": stage.training.steps}
+    steps = "training.steps" if stage.passes == 1 else "training.steps / passes"
+    drawn = {"prompts_per_step": stage.prompts_per_step + beside, steps: fresh_steps(stage)}
     check_product(drawn, "for the problems of all steps are kept in memory", MOST_PROBLEMS)
     stage.generation.check("prompts_per_step × samples_per_prompt")
+    updates = {"updates_per_batch": stage.updates_per_batch, "passes": stage.passes}
+    batches, left = divmod(stage.training.steps, math.prod(updates.values()))
+    if left:
+        several = {name: count for name, count in updates.items() if count > 1}
+        raise UserError(
+            f"training.steps is {stage.training.steps}, which {' × '.join(several)}, "
+            f"{' × '.join(map(str, several.values()))}, does not divide: the last rollouts would be for nothing; make "
+            "it a multiple"
+        )
+    if stage.rollout_tokens is not None:
+        stage.rollout_tokens.check(stage.thinking, stage.non_thinking, batches)
     longest = stage.generation.longest_tokens
     if longest > stage.training.row_length:
         raise UserError(
@@ -145,8 +185,9 @@ def check_ahead(stage: Asking, name: str, mesh: Mesh, teacher_mesh: Mesh | None)
 
 
 class OwnRollouts:
-    """Every `updates_per_batch` steps: sample from the student, as it is or was `max_staleness` batches ago; at every
-    step: score its part of them with the teacher, if there is one, and pack it."""
+    """Every `updates_per_batch` × `passes` steps: sample a batch from the student, as it is or was `max_staleness`
+    batches ago. At every step: take the next part of it, in the first pass scored by the teacher, if there is one, and
+    packed; later passes have the same rows and targets again."""
 
     def __init__(
         self,
@@ -156,29 +197,36 @@ class OwnRollouts:
         context: RunContext,
         asked: Asked,
         *,
-        scorer: Scorer | ServedScorer | None = None,
+        scorers: Mapping[str, Scorer | ServedScorer] = MappingProxyType({}),
         lesson: Lesson | None = None,
     ):
         """`asked` are the prompts of all steps, of which the model generates; what comes after those is the lesson's.
-        `lesson` may add rewards to what the `scorer` says."""
+        `lesson` may add rewards to what the `scorers`, of every teacher by name, say."""
         assert stage.training.steps is not None
-        self._stage, self._name, self._context, self._scorer, self._lesson = stage, name, context, scorer, lesson
+        self._stage, self._name, self._context, self._scorers, self._lesson = stage, name, context, scorers, lesson
         self._seed = context.stage_seed(name)
         self._asked = asked
+        self._hinted = {problem.problem_id: problem for problem, _ in asked if problem.teacher_prompt is not None}
+        """Problems of which the teacher reads more than the student."""
         self._engine = context.engine(model, stage.generation)
         self._adapter_parameters = adapter_parameters(model)
         self._sample_flops = forward_flops(model.config, self._adapter_parameters)
-        self._teacher_flops = None if scorer is None else forward_flops(context.load_teacher().model.config)
-        self._updates = stage.updates_per_batch
+        teachers = {one: context.load_teacher(one) for one in scorers}
+        self._teacher_flops = {one: forward_flops(teacher.model.config) for one, teacher in teachers.items()}
+        self._teacher_mesh = next((teacher.mesh for teacher in teachers.values()), None)
+        self._parts = stage.updates_per_batch
+        self._updates = self._parts * stage.passes
+        self._places = places_of_stage(stage, context.mesh, self._teacher_mesh) if self._teacher_mesh else None
         threads = context.mesh.size == 1
-        batches = stage.training.steps // self._updates
+        self._batches = stage.training.steps // self._updates
         self._ahead = (
-            WrittenAhead(stage.max_staleness, batches, self._write, self._score_all, threads=threads)
+            WrittenAhead(stage.max_staleness, self._batches, self._write, self._score_all, threads=threads)
             if stage.max_staleness
             else None
         )
         self._written: Written | None = None
         self._scored: Callable[[int], Sequence[Batch]] = self._nothing_scored
+        """The packed rows of a part of the present batch."""
         self._next = 0
         """The update of the present batch that comes next; 0 where the next batch does."""
 
@@ -191,57 +239,71 @@ class OwnRollouts:
         written = self._written
         assert written is not None
         sampled = time.monotonic()
-        batches = self._scored(update)
+        batches = self._scored(update % self._parts)
         scored = time.monotonic()
 
-        part = self._part(update)
+        part, first_pass = self._part(update % self._parts), update < self._parts
         rollouts = written.rollouts[part]
         lengths = [len(rollout.tokens) for rollout in rollouts]
-        metrics = self._judged(step, batch, written, part)
+        heads = None if self._places is None else float(sum(np.sum(batch.loss_mask) for batch in batches))
+        metrics = self._judged(step, batch, written, part) if first_pass else {}
         if update == 0:
-            generated = [*(len(rollout.tokens) for rollout in written.rollouts), *written.replaced_lengths]
+            generated = [len(rollout.tokens) for rollout in written.rollouts]
+            generated += [one.tokens for one in written.replaced]
             spent.tokens_sampled += written.tokens
             spent.student_sample_flops += self._sample_flops.of(generated)
             spent.student_sample_flops += self._lesson.flops(written) if self._lesson else 0.0
+            if written.student_ids:
+                spent.student_sample_flops += self._sample_flops.of(len(one.tokens) for one in written.rollouts)
             speed = written.tokens / written.seconds / self._context.mesh.size
             metrics["tokens_per_second_per_device/generation"] = speed
-        if self._teacher_flops is not None:
-            spent.teacher_flops += self._teacher_flops.of(lengths)
+        for teacher, flops in self._teacher_flops.items() if first_pass else ():
+            own = [len(one.tokens) for one in rollouts if one.teacher == teacher]
+            spent.teacher_flops += flops.of(own, None if heads is None else heads * sum(own) / sum(lengths))
         spent.student_sample_seconds += sampled - started
         spent.teacher_score_seconds += scored - sampled
         if self._ahead or self._updates > 1:
             metrics["staleness"] = step - rollouts[0].policy_step
+        if heads is not None:
+            metrics["chosen_tokens"] = heads / sum(rollout.loss_mask.sum() for rollout in rollouts)
         if self._ahead:
             metrics["rollout_wait_seconds"] = scored - started
-        flops = training_flops(model.config, self._adapter_parameters, microbatches=len(batches))
+        training = training_flops(model.config, self._adapter_parameters, microbatches=len(batches))
         self._next = (update + 1) % self._updates
         return StepData(
             batches=self._lesson.before(batches) if self._lesson else batches,
-            train_flops=flops.of(lengths),
+            train_flops=training.of(lengths, heads),
             metrics=metrics,
             learned=self._lesson.after if self._lesson else None,
         )
 
     def _take(self, batch: int, model: Qwen3) -> None:
         """The rollouts of a batch, which begins with `model`."""
+        # What the batch before has left on the devices is not needed while this one is generated.
+        self._scored = self._nothing_scored
         if self._ahead:
             self._written = self._ahead.rollouts(batch, model)
             ahead = self._ahead
-            self._scored = lambda update: ahead.batches()[update]
+            self._scored = lambda part: ahead.batches()[part]
         else:
             self._written = self._write(batch, batch, model)
-            self._scored = functools.partial(self._score, self._written)
+            self._scored = self._scoring(self._written)
 
-    def _nothing_scored(self, update: int) -> Sequence[Batch]:
-        raise AssertionError(f"update {update} before any rollouts")
+    def _scoring(self, written: Written) -> Callable[[int], Sequence[Batch]]:
+        """Scores a part when it is first asked for; where there are further passes, it is kept for them."""
+        score = functools.partial(self._score, written)
+        return functools.cache(score) if self._stage.passes > 1 else score
 
-    def _part(self, update: int) -> slice:
-        """Of a batch's rollouts, those that an update learns from."""
+    def _nothing_scored(self, part: int) -> Sequence[Batch]:
+        raise AssertionError(f"part {part} before any rollouts")
+
+    def _part(self, number: int) -> slice:
+        """Of a batch's rollouts, those that one update learns from."""
         count = self._stage.prompts_per_step * self._stage.samples_per_prompt
-        return slice(update * count, (update + 1) * count)
+        return slice(number * count, (number + 1) * count)
 
     def _asked_in(self, batch: int) -> Asked:
-        count = self._updates * self._stage.prompts_per_step
+        count = self._parts * self._stage.prompts_per_step
         return self._asked[batch * count : (batch + 1) * count]
 
     def _write(self, batch: int, policy_batch: int, model: Qwen3) -> Written:
@@ -250,88 +312,187 @@ class OwnRollouts:
         numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
         def generate(asked: Asked) -> list[Rollout]:
-            return self._engine.generate(
+            rollouts = self._engine.generate(
                 model,
-                self._requests(asked, numbers),
+                self._requests(asked, numbers, batch),
                 seed=self._seed,
                 policy_step=policy_batch * self._updates,
                 step=batch,
                 on_progress=self._ahead.require_open if self._ahead else None,
             )
+            problems = [problem for problem, _ in asked for _ in range(self._stage.samples_per_prompt)]
+            return judged_by(rollouts, problems)
 
         started, asked = time.monotonic(), self._asked_in(batch)
         rollouts = generate(asked)
         written = Written(rollouts=rollouts, seconds=time.monotonic() - started)
-        return self._lesson.complete(written, asked, model, batch, generate) if self._lesson else written
+        if self._lesson:
+            written = self._lesson.complete(written, asked, model, batch, generate)
+        if self._stage.targets is None:
+            return written
+        rows, length = self._stage.training.rows, self._stage.training.row_length
+        ids = self._stage.targets.likeliest(
+            model, written.rollouts, self._context.mesh, rows=rows, length=length, pad_id=self._context.tokenizer.pad_id
+        )
+        return dataclasses.replace(written, student_ids=ids)
 
-    def _requests(self, asked: Asked, numbers: Mapping[str, Iterator[int]]) -> list[Request]:
+    def _requests(self, asked: Asked, numbers: Mapping[str, Iterator[int]], batch: int) -> list[Request]:
         stage = self._stage
         return [
             Request(
                 prompt_ids=prompt_ids(problem, mode, self._context.tokenizer, flag_fraction=stage.modes.flag_fraction),
                 prompt_id=problem.problem_id,
-                sample_index=next(numbers[problem.problem_id]),
+                sample_index=(number := next(numbers[problem.problem_id])),
                 mode=mode,
-                params=stage.thinking if mode == THINKING else stage.non_thinking,
+                params=self._params(batch, problem.problem_id, number, mode),
             )
             for problem, mode in asked
             for _ in range(stage.samples_per_prompt)
         ]
 
-    def _score_all(self, written: Written) -> Scored:
-        return [self._score(written, update) for update in range(self._updates)]
+    def _params(self, batch: int, prompt_id: str, sample_index: int, mode: Mode) -> SamplingParams:
+        stage = self._stage
+        whole = stage.thinking if mode == THINKING else stage.non_thinking
+        schedule, budget = stage.rollout_tokens, max(stage.thinking.max_new_tokens, stage.non_thinking.max_new_tokens)
+        if schedule is None or schedule.runs_in_full(self._seed, batch, prompt_id, sample_index):
+            return whole
+        return schedule.cut(whole, batch, self._batches, budget)
 
-    def _score(self, written: Written, update: int) -> Sequence[Batch]:
-        """An update's packed rows, with the teacher's hidden states: computed, or where the teacher has devices of its
+    def _may_end(self, batch: int, one: RolloutSample) -> bool:
+        """Whether a rollout of the batch had its mode's whole budget, and was no prefix."""
+        whole = self._stage.thinking if one.mode == THINKING else self._stage.non_thinking
+        return self._params(batch, one.prompt_id, one.sample_index, one.mode) == whole
+
+    def _score_all(self, written: Written) -> Scored:
+        return [self._score(written, number) for number in range(self._parts)]
+
+    def _score(self, written: Written, number: int) -> Sequence[Batch]:
+        """A part's packed rows, with what the teacher says of them: computed, or where the teacher has devices of its
         own, being computed there while the student trains on the rows before them."""
-        part = self._part(update)
+        part = self._part(number)
         rollouts = written.rollouts[part]
         more = self._lesson.per_token(written, part) if self._lesson and self._lesson.learns else [{}] * len(rollouts)
-        rows, length = self._stage.training.rows, self._stage.training.row_length
-        needed = -(-rows_needed([len(rollout.tokens) for rollout in rollouts], length) // rows) * rows
-        packed = pack_rollouts(
-            [*zip(rollouts, more, strict=True)],
-            rows=needed,
-            length=length,
-            one_per_row=False,
-            to_example=lambda record: rollout_example(record[0], **record[1]),
-        )
-        batches = []
-        for first in range(0, needed, rows):
-            arrays = {name: array[first : first + rows] for name, array in packed.items()}
-            policy = _policy_data({name: arrays[name] for name in more[0]}) if more[0] else None
-            batches.append(Batch.of(arrays, self._targets(arrays), policy))
-        if self._scorer is not None and self._context.load_teacher().mesh == self._context.mesh:
+        ids = written.student_ids[part] or [None] * len(rollouts)
+        records = [_Record(*record) for record in zip(rollouts, more, ids, strict=True)]
+        named = self._context.named_teachers
+        batches: list[Batch] = []
+        # What several teachers say comes in rows of their own.
+        for teacher in named or ("",):
+            if own := [record for record in records if record.rollout.teacher == teacher]:
+                whose = {"teacher": named.index(teacher)} if named else {}
+                batches += self._packed(own, self._scorers.get(teacher), whose)
+        if self._teacher_mesh == self._context.mesh:
             # Without waiting, the teacher's time would be counted as the student's.
             jax.block_until_ready([batch.targets for batch in batches])
         return batches
 
-    def _targets(self, arrays: Mapping[str, np.ndarray]) -> Hidden | None:
-        if self._scorer is None:
-            return None
-        targets = self._scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"], arrays["loss_mask"])
-        if not isinstance(targets, Hidden):
-            raise ValueError(
-                f"targets are {type(targets).__name__}; an on-policy divergence is computed under the current "
-                "student from Hidden targets, whoever generated the rollouts"
+    def _packed(
+        self, records: Sequence["_Record"], scorer: Scorer | ServedScorer | None, whose: Mapping[str, int]
+    ) -> Iterator[Batch]:
+        """Microbatches of what one teacher, if there is any, is asked about; of several, `whose` has its number."""
+        rows, length = self._stage.training.rows, self._stage.training.row_length
+        rooms = [len(record.rollout.tokens) for record in records]
+        if self._places is not None:
+            masks = [chosen(record.rollout, self._stage.token_share) for record in records]
+            rooms = [room(own, int(mask.sum()), self._places, length) for own, mask in zip(rooms, masks, strict=True)]
+            records = [
+                record._replace(rollout=dataclasses.replace(record.rollout, loss_mask=mask))
+                for record, mask in zip(records, masks, strict=True)
+            ]
+        views = self._as_read(records) if scorer is not None else None
+        if views is not None:
+            records = [record._replace(read=view) for record, view in zip(records, views, strict=True)]
+            rooms = [max(own, len(view.tokens)) for own, view in zip(rooms, views, strict=True)]
+        needed = -(-rows_needed(rooms, length) // rows) * rows
+
+        def rows_of(documents: Sequence[Any], to_example: Callable[[Any], Example]) -> Mapping[str, np.ndarray]:
+            return pack_rollouts(
+                documents, rows=needed, length=length, one_per_row=False, to_example=to_example, rooms=rooms
             )
-        return targets
+
+        packed = rows_of(records, lambda record: record.example(whose))
+        read = None if views is None else rows_of(views, rollout_example)
+        for first in range(0, needed, rows):
+            arrays = {name: array[first : first + rows] for name, array in packed.items()}
+            places = None if self._places is None else places_of(arrays["loss_mask"], self._places)
+            as_read = None if read is None else {name: array[first : first + rows] for name, array in read.items()}
+            targets = self._targets(arrays, as_read, places, scorer)
+            policy = {name: arrays[name] for name in records[0].per_token}
+            yield Batch.of(
+                arrays if places is None else at_places(arrays, places),
+                targets,
+                _policy_data(policy) if policy else None,
+            )
+
+    def _as_read(self, records: Sequence["_Record"]) -> list[Rollout] | None:
+        """The rollouts after the prompts that the teacher reads; None where it reads the student's."""
+        if not self._hinted:
+            return None
+        fraction, views = self._stage.modes.flag_fraction, [record.rollout for record in records]
+        for place, rollout in enumerate(views):
+            if problem := self._hinted.get(rollout.prompt_id):
+                ids = teacher_prompt_ids(problem, rollout.mode, self._context.tokenizer, flag_fraction=fraction)
+                views[place] = with_prompt(rollout, ids)
+        return views
+
+    def _targets(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        read: Mapping[str, np.ndarray] | None,
+        places: np.ndarray | None,
+        scorer: Scorer | ServedScorer | None,
+    ) -> Hidden | AtIds | None:
+        """What a divergence under the current student is computed from, whoever generated the rollouts; `read` are the
+        rows as the teacher reads them, where they are others."""
+        if scorer is None:
+            return None
+        ids = None if self._stage.targets is None else arrays[_ASKED]
+        if ids is not None and places is not None:
+            ids = taken_at(ids, places)
+        if read is not None:
+            there = places_read(arrays, read)
+            places = (
+                there if places is None else np.where(places < there.shape[1], taken_at(there, places), there.shape[1])
+            )
+        seen = arrays if read is None else read
+        rows, wanted = (seen["tokens"], seen["positions"], seen["segment_ids"]), seen["loss_mask"]
+        if self._stage.targets is None:
+            return scorer.hidden(*rows, wanted, places)
+        assert ids is not None
+        return scorer.at_ids(*rows, ids, wanted, places, top_k=self._stage.targets.k)
 
     def _judged(self, step: int, batch: int, written: Written, part: slice) -> dict[str, float]:
-        """By mode: accuracy where there are answers, length and share of finished responses; and what rewards say.
-        Every now and then a rollout for people."""
+        """Of all that was generated for a part, by mode: length, and of those that were no prefixes accuracy where
+        there are answers and share of finished responses; and what rewards say. Every now and then a rollout for
+        people."""
         samples = written.samples[part] or self._samples(batch, written.rollouts[part])
+        number = part.start // (part.stop - part.start)
+        replaced = [one for one in written.replaced if one.part == number]
+        whole = [sample for sample in samples if self._may_end(batch, sample)]
+        generated: list[RolloutSample | Outcome] = [*samples, *replaced]
+        could_end: list[RolloutSample | Outcome] = [*whole, *replaced]
         metrics: dict[str, float] = {}
         shown = []
         for mode in MODES:
-            of_mode = [sample for sample in samples if sample.mode == mode]
+            of_mode = [one for one in generated if one.mode == mode]
+            ended = [one for one in could_end if one.mode == mode]
             if of_mode:
-                graded = [sample.correct for sample in of_mode if sample.correct is not None]
+                graded = [sample.correct for sample in ended if sample.correct is not None]
                 if graded:
                     metrics[f"accuracy/{mode}"] = _mean(graded)
                 metrics[f"response_tokens/{mode}"] = _mean(sample.response_tokens for sample in of_mode)
-                metrics[f"finished/{mode}"] = _mean(sample.finished for sample in of_mode)
-                shown.append(of_mode[0])
+                if ended:
+                    metrics[f"finished/{mode}"] = _mean(sample.finished for sample in ended)
+            shown += [one for one in (*whole, *samples) if one.mode == mode][:1]
+        if self._stage.rollout_tokens is not None:
+            metrics["rollouts_in_full"] = len(whole) / len(samples)
+            if whole:
+                metrics["never_stopped"] = _mean(not sample.finished for sample in whole)
+        by_teacher = collections.defaultdict[str, list[bool]](list)
+        for rollout, sample in zip(written.rollouts[part], samples, strict=True):
+            if rollout.teacher and sample.correct is not None and self._may_end(batch, sample):
+                by_teacher[rollout.teacher].append(sample.correct)
+        metrics |= {f"accuracy/{teacher}": _mean(correct) for teacher, correct in by_teacher.items()}
         if step % self._stage.samples_every_steps == 0:
             self._context.metrics.samples(step + 1, shown, stage=self._name)
         return metrics | (self._lesson.told(written, part) if self._lesson else {})
@@ -358,13 +519,34 @@ class OwnRollouts:
             self._ahead.restore(state)
         if "batch" in state:
             self._written = Written.from_json(state["batch"])
-            self._scored = functools.partial(self._score, self._written)
+            self._scored = self._scoring(self._written)
         if self._lesson and "lesson" in state:
             self._lesson.restore(state["lesson"])
 
     def close(self) -> None:
         if self._ahead:
             self._ahead.close()
+
+
+class _Record(NamedTuple):
+    """A rollout as it is packed."""
+
+    rollout: Rollout
+    per_token: Mapping[str, np.ndarray]
+    """Arrays [T] by the names of `PolicyData`."""
+    student_ids: np.ndarray | None
+    """[T, k], see `StudentTopK`."""
+    read: Rollout | None = None
+    """The rollout after the prompt that the teacher reads; None where that is the student's."""
+
+    def example(self, whose: Mapping[str, int]) -> Example:
+        arrays = dict(self.per_token)
+        arrays |= {name: np.full(len(self.rollout.tokens), value, np.uint8) for name, value in whose.items()}
+        if self.student_ids is not None:
+            arrays[_ASKED] = with_sampled(self.rollout, self.student_ids)
+        if self.read is not None:
+            arrays["read_at"] = read_at(self.rollout, self.read)
+        return rollout_example(self.rollout, **arrays)
 
 
 def _policy_data(arrays: Mapping[str, Any]) -> PolicyData:

@@ -18,14 +18,20 @@ class Flops:
     """Projections, feed-forward (active experts and router) and the head."""
     per_attended_token: float
     """Scores and weighted values: per pair of a query and a key that it sees."""
+    head: float = 0.0
+    """The head's part of `per_token`."""
 
-    def of(self, lengths: Iterable[int]) -> float:
-        """One pass over causal documents of these lengths; decoding them token by token costs the same."""
-        return sum(self.executed(n, n * (n + 1) / 2) for n in lengths)
+    def of(self, lengths: Iterable[int], heads: float | None = None) -> float:
+        """One pass over causal documents of these lengths, at `heads` of their tokens through the head, None: at all;
+        decoding them token by token costs the same."""
+        known = [*lengths]
+        whole = sum(self.executed(n, n * (n + 1) / 2) for n in known)
+        return whole if heads is None else whole - self.head * (sum(known) - heads)
 
-    def executed(self, tokens: float, pairs: float) -> float:
+    def executed(self, tokens: float, pairs: float, heads: float | None = None) -> float:
         """Where so many pairs of a query and a key are multiplied out, be they seen or not."""
-        return self.per_token * tokens + self.per_attended_token * pairs
+        whole = self.per_token * tokens + self.per_attended_token * pairs
+        return whole if heads is None else whole - self.head * (tokens - heads)
 
 
 def forward_flops(config: ModelConfig, adapter_parameters: int = 0) -> Flops:
@@ -44,10 +50,11 @@ def forward_flops(config: ModelConfig, adapter_parameters: int = 0) -> Flops:
             feed_forward += count * 2 * width * (expert + config.num_experts)
         else:
             feed_forward += count * 2 * width * 3 * config.intermediate_size
-    projections = config.num_hidden_layers * attention + feed_forward + 2 * width * config.vocab_size
+    head = 2 * width * config.vocab_size
     return Flops(
-        per_token=projections + 2 * adapter_parameters,
+        per_token=config.num_hidden_layers * attention + feed_forward + head + 2 * adapter_parameters,
         per_attended_token=config.num_hidden_layers * 4 * heads * size,
+        head=head,
     )
 
 
@@ -62,9 +69,10 @@ def training_flops(config: ModelConfig, adapter_parameters: int = 0, *, microbat
     spared = forward_flops(config).per_token if adapter_parameters else 0
     per_token, per_attended_token = 3 * whole.per_token - spared, 3 * whole.per_attended_token
     if microbatches > 1 and balances_load(config):
-        per_token += whole.per_token - 2 * config.hidden_size * config.vocab_size  # no head
+        per_token += whole.per_token - whole.head
         per_attended_token += whole.per_attended_token
-    return Flops(per_token=per_token, per_attended_token=per_attended_token)
+    head = (2 if adapter_parameters else 3) * whole.head
+    return Flops(per_token=per_token, per_attended_token=per_attended_token, head=head)
 
 
 def executed_training_flops(
@@ -84,11 +92,12 @@ def executed_training_flops(
     """
     once = training_flops(config, adapter_parameters)
     forward = forward_flops(config, adapter_parameters)
-    head = 2 * config.hidden_size * config.vocab_size
+    teachers_head = 2 * (teacher_width or 0) * config.vocab_size
     dense_layers = sum(count for moe, count in config.layer_runs() if not moe)
     spared = 2 * dense_layers * config.hidden_size * config.intermediate_size
-    again = forward.per_token - head - spared if rematerialise else 0
+    again = forward.per_token - forward.head - spared if rematerialise else 0
     return Flops(
-        per_token=once.per_token + again + 2 * (teacher_width or 0) * config.vocab_size,
+        per_token=once.per_token + again + teachers_head,
         per_attended_token=forward.per_attended_token * (1 + rematerialise + attention_backward_products / 2),
+        head=once.head + teachers_head,
     )

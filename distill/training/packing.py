@@ -14,6 +14,7 @@ from typing import Any, Protocol, SupportsIndex, TypeVar
 
 import grain
 import numpy as np
+from jaxtyping import Int32
 
 from qwen3.errors import UserError
 from qwen3.rollout import THINKING, Rollout, first_fit_rows
@@ -137,11 +138,13 @@ def pack_rollouts(
     length: int,
     one_per_row: bool = True,
     to_example: Callable[[Any], Example] = record_example,
+    rooms: Sequence[int] | None = None,
 ) -> Batch:
     """One batch [rows, length] of all `records`, in the same form as `packed_batches`.
 
     With `one_per_row` record i is row i, and rows beyond the records are empty. Otherwise the longest documents are
-    placed first, each into the first row with room; `rows_needed` says how many rows that takes.
+    placed first, each into the first row with room; `rows_needed` says how many rows that takes. `rooms` are what
+    documents take of a row where that is more than their tokens.
     Raises UserError for a document longer than `length`, ValueError for no records or more than fit.
     """
     if not records:
@@ -150,7 +153,7 @@ def pack_rollouts(
     lengths = [len(example["tokens"]) for example in examples]
     for record, document_length in zip(records, lengths, strict=True):
         _check_length(record, document_length, length)
-    row_of = list(range(len(examples))) if one_per_row else first_fit_rows(lengths, length)
+    row_of = list(range(len(examples))) if one_per_row else first_fit_rows(rooms or lengths, length)
     if max(row_of) >= rows:
         raise ValueError(f"rows is {rows}, but {len(records)} records need {max(row_of) + 1} rows of length {length}")
     padding = _padding(examples[0])
@@ -170,6 +173,23 @@ def pack_rollouts(
         batch["positions"][row, place] = np.arange(document_length)
         batch["segment_ids"][row, place] = documents[row]
     return batch
+
+
+def read_at(rollout: Rollout, read: Rollout) -> Int32[np.ndarray, "T"]:
+    """Of each position of a rollout, the position at which the same response stands after another prompt; that is read
+    from the last token of the prompt on."""
+    return np.maximum(np.arange(len(rollout.tokens)) + read.prompt_length - rollout.prompt_length, 0).astype(np.int32)
+
+
+def places_read(packed: Batch, read: Batch) -> Int32[np.ndarray, "B T"]:
+    """Where in `read`, rows of the same documents after other prompts, each trained position of `packed` stands, which
+    has `read_at`; T at all others."""
+    rows, length = packed["tokens"].shape
+    starts = np.zeros((rows, length + 1), np.int32)
+    row, column = np.nonzero((read["positions"] == 0) & (read["segment_ids"] > 0))
+    starts[row, read["segment_ids"][row, column]] = column
+    found = np.take_along_axis(starts, packed["segment_ids"], axis=1) + packed["read_at"]
+    return np.where(packed["loss_mask"], found, length).astype(np.int32)
 
 
 def rows_needed(lengths: Sequence[int], length: int) -> int:

@@ -20,7 +20,7 @@ from qwen3.decoder.model import Layer, Qwen3
 from qwen3.generation.cache import Cache, Pages
 from qwen3.generation.contiguous_cache import ContiguousCache
 from qwen3.generation.paged_cache import PagedCache
-from qwen3.generation.sampling import Plan, choose_tokens
+from qwen3.generation.sampling import Plan, choose_tokens, entropies
 from qwen3.generation.slots import Fixed, State, Written
 from qwen3.sharding import WHOLE_ROWS, shardings
 
@@ -56,6 +56,7 @@ class Decoder:
     unroll: bool
     page_size: int
     tokens_per_dispatch: int
+    record_entropies: bool
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
@@ -83,6 +84,7 @@ class Decoder:
             tokens=jnp.full((most, batch), self.pad_id, jnp.int32),
             chosen=jnp.zeros((most, batch), bool),
             logprobs=jnp.zeros((most, batch), jnp.float32),
+            entropies=jnp.zeros((most, batch), jnp.float32) if self.record_entropies else None,
         )
         keys = _row_keys(seed, step, fixed.prompt_hash, fixed.sample_index)
         # Those of all steps at once: a row that is still written has come one position further at every step.
@@ -141,7 +143,8 @@ class Decoder:
         loop, opened = carry
         now, state, active = loop.step, loop.state, loop.state.active
         hidden, opened = cache.step(model, layers, opened, page_table, state.token, state.position)
-        sampled, logprobs = choose_tokens(_logits(model, hidden), fixed.sampling, uniforms[now], plan)
+        logits = _logits(model, hidden)
+        sampled, logprobs = choose_tokens(logits, fixed.sampling, uniforms[now], plan)
 
         tokens, closed, forced = sampled, state.closed, state.forced
         chosen = active
@@ -159,6 +162,9 @@ class Decoder:
             tokens=loop.written.tokens.at[now].set(jnp.where(active, tokens, self.pad_id)),
             chosen=loop.written.chosen.at[now].set(chosen),
             logprobs=loop.written.logprobs.at[now].set(jnp.where(chosen, logprobs, 0)),
+            entropies=None
+            if loop.written.entropies is None
+            else loop.written.entropies.at[now].set(jnp.where(chosen, entropies(logits), 0)),
         )
         state = State(
             # A slot that has ended reads its last token again and again: its pages last no further.

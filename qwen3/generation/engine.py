@@ -92,6 +92,7 @@ class Engine:
             Groups have equal parts of it.
         tokens_per_dispatch: Most tokens that each slot writes before the host looks again. It looks earlier where
             requests wait and an eighth of the slots have ended.
+        record_entropies: Whether rollouts come with the entropy of each distribution that a token was drawn from.
 
     Raises:
         UserError: A size below 1, a token outside the vocabulary, a stop-thinking text that does not stop thinking,
@@ -113,6 +114,7 @@ class Engine:
         page_size: int = PAGE_SIZE,
         pages: int | None = None,
         tokens_per_dispatch: int = 256,
+        record_entropies: bool = False,
     ):
         sizes = {
             "batch_size": batch_size,
@@ -156,6 +158,7 @@ class Engine:
             unroll=self.unroll,
             page_size=page_size,
             tokens_per_dispatch=min(tokens_per_dispatch, max_new_tokens),
+            record_entropies=record_entropies,
         )
         # The last token that is written is never read.
         self._table_pages = self._decoder.pages_for(max_prompt_tokens + max_new_tokens - 1)

@@ -155,6 +155,14 @@ def choose_tokens(
     return tokens, logprobs
 
 
+def entropies(logits: Float[Array, "B V"]) -> Float[Array, "B"]:
+    """Of the distributions under temperature 1 and without truncation, in nats."""
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(shifted)
+    total = jnp.sum(weights, axis=-1)
+    return jnp.log(total) - jnp.sum(weights * shifted, axis=-1) / total
+
+
 def _from_whole(
     shifted: Float[Array, "B V"], rows: RowParams, uniforms: Float[Array, "B 2"], plan: Plan
 ) -> Int[Array, "B"]:

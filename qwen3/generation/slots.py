@@ -63,6 +63,8 @@ class Written(NamedTuple):
     tokens: Int[Array, "n B"]
     chosen: Bool[Array, "n B"]
     logprobs: Float[Array, "n B"]
+    entropies: Float[Array, "n B"] | None = None
+    """Of the distributions that tokens were drawn from; None where the engine does not record them."""
 
 
 class Prompts(NamedTuple):
@@ -246,6 +248,10 @@ class Slots:
         predicting = slice(prompt - 1, len(tokens) - 1)
         loss_mask, logprobs = np.zeros(len(tokens), bool), np.zeros(len(tokens), np.float32)
         loss_mask[predicting], logprobs[predicting] = written.chosen, written.logprobs
+        entropies = None
+        if written.entropies is not None:
+            entropies = np.zeros(len(tokens), np.float32)
+            entropies[predicting] = written.entropies
         return Rollout(
             tokens=tokens,
             prompt_length=prompt,
@@ -256,6 +262,7 @@ class Slots:
             sample_index=request.sample_index,
             policy_step=policy_step,
             finished=finished,
+            sampler_entropies=entropies,
         )
 
 

@@ -1,7 +1,10 @@
 """How often a run calls each of its programs, against sums done by hand."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -11,6 +14,8 @@ from distill.planner.programs import programs
 from distill.planner.topology_plan import plan_on
 from distill.planner.whole_run import Assumptions, Pipeline, StagePlan, stage_plans
 from distill.runner.experiment_file import load_experiment
+from distill.stages import Grpo
+from distill.stages.rollout_schedule import RolloutSchedule
 from kernels_pallas.chips import CHIPS
 from qwen3.sharding import MeshShape
 
@@ -69,6 +74,77 @@ def test_a_comparison_of_larger_rows_takes_fewer_steps_for_the_same_flops(quicks
 
     rows = quickstart.stages["same_outputs"].training.rows
     assert steps(2 * rows) == pytest.approx(steps(rows) / 2, abs=1)
+
+
+def on_policy_calls(quickstart: Experiment, assumed: Assumptions, **fields: Any) -> Mapping[str, float]:
+    stage = dataclasses.replace(quickstart.stages["on_policy"], **fields)
+    alone = dataclasses.replace(
+        quickstart, stages={"on_policy": dataclasses.replace(stage, start_from=None)}, export_stage=None
+    )
+    (plan, _) = stage_plans(alone, programs(alone, jax.devices()[:1]), assumed)
+    return plan.calls
+
+
+def test_a_schedule_saves_generating_scoring_and_training(quickstart: Experiment) -> None:
+    assumed = Assumptions(response_share=1.0, prompt_share=0.5, filled_share=1.0)
+    stage = quickstart.stages["on_policy"]
+    schedule = RolloutSchedule(first=4, last=4, full_share=0.1, full_every_batches=4)
+    plain, cut = (on_policy_calls(quickstart, assumed, rollout_tokens=one) for one in (None, schedule))
+    longest = max(stage.thinking.max_new_tokens, stage.non_thinking.max_new_tokens)
+    full = -(-stage.training.steps // 4)
+    # A step with rollouts in full, 0.4 of them, takes as long as these; the others end after four tokens.
+    assert cut["student_generates"] == full * longest + (stage.training.steps - full) * 4
+    share, responses = stage.modes.thinking_fraction, stage.prompts_per_step * stage.samples_per_prompt
+    whole = share * stage.thinking.max_new_tokens + (1 - share) * stage.non_thinking.max_new_tokens
+    rows = stage.training.rows * stage.training.row_length
+    microbatches = [
+        math.ceil(responses * (0.5 * stage.max_prompt_tokens + response) / rows)
+        for response in (0.4 * whole + 0.6 * 4, 4)
+    ]
+    trained = full * microbatches[0] + (stage.training.steps - full) * microbatches[1]
+    assert cut["student_trains"] == cut["teacher_scores"] == trained < plain["student_trains"]
+    assert cut["student_updates"] == plain["student_updates"] == stage.training.steps
+    assert cut["student_prefills"] == plain["student_prefills"]
+
+
+def test_further_passes_cost_training_alone(quickstart: Experiment) -> None:
+    plain, thrice = (on_policy_calls(quickstart, Assumptions(), passes=passes) for passes in (1, 3))
+    for purpose in ("student_trains", "student_updates"):
+        assert thrice[purpose] == plain[purpose]
+    for purpose in ("student_prefills", "student_generates", "teacher_scores"):
+        assert thrice[purpose] == plain[purpose] / 3
+    # Several updates' prompts at once take as many steps of the loop as one's, and are prefilled one after the other.
+    together = on_policy_calls(quickstart, Assumptions(), updates_per_batch=3)
+    assert together["student_generates"] == plain["student_generates"] / 3
+    for purpose in ("student_trains", "student_updates", "teacher_scores"):
+        assert together[purpose] == plain[purpose]
+
+
+def test_groups_that_are_replaced_and_rewards_without_a_teacher_cost_what_they_generate(quickstart: Experiment) -> None:
+    on_policy = quickstart.stages["on_policy"]
+    sizes = {name: getattr(on_policy, name) for name in ("thinking", "non_thinking", "max_prompt_tokens", "training")}
+
+    def plans(factor: float) -> dict[str, StagePlan]:
+        rewarded = Grpo(prompts_per_step=10, samples_per_prompt=8, resample_factor=factor, **sizes)
+        stages = {**quickstart.stages, "on_policy": dataclasses.replace(rewarded, start_from="off_policy")}
+        experiment = dataclasses.replace(quickstart, stages=stages)
+        return {plan.stage: plan for plan in stage_plans(experiment, programs(experiment, jax.devices()[:1]), assumed)}
+
+    assumed = Assumptions(response_share=0.5, prompt_share=0.5, filled_share=1.0)
+    once, thrice = plans(1.0), plans(2.5)
+    steps = on_policy.training.steps
+    share = on_policy.modes.thinking_fraction
+    mean = share * on_policy.thinking.max_new_tokens + (1 - share) * on_policy.non_thinking.max_new_tokens
+    tokens = steps * 80 * (0.5 * on_policy.max_prompt_tokens + 0.5 * mean)
+    assert once["on_policy"].student_tokens == pytest.approx(tokens)
+    assert thrice["on_policy"].student_tokens == pytest.approx(2.5 * tokens)
+    # 15 prompts in the place of others, ten of them at once.
+    calls = [one["on_policy"].calls for one in (once, thrice)]
+    assert calls[1]["student_generates"] == 3 * calls[0]["student_generates"]
+    assert calls[1]["student_trains"] == calls[0]["student_trains"]
+    # A comparison of as many FLOPs may spend that, too.
+    affordable = [one["same_outputs"].calls["student_updates"] for one in (once, thrice)]
+    assert affordable[1] > 1.2 * affordable[0] > 0
 
 
 def test_a_run_that_evaluates_nothing_has_no_evaluation_in_its_plan(quickstart: Experiment) -> None:

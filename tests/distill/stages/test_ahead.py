@@ -1,5 +1,6 @@
 """Rollouts generated ahead: which weights write what, what a checkpoint keeps, and how the threads end."""
 
+import dataclasses
 import gc
 import json
 import threading
@@ -14,7 +15,7 @@ import pytest
 from flax import nnx
 
 from distill.stages import OnPolicy, ahead
-from distill.stages.ahead import Written, WrittenAhead
+from distill.stages.ahead import Outcome, Written, WrittenAhead
 from distill.stages.loop import Training
 from distill.training.losses import Loss
 from qwen3.errors import UserError
@@ -121,6 +122,27 @@ def test_what_a_checkpoint_keeps_comes_back_bit_for_bit(threads: bool) -> None:
         assert vars(before).keys() == vars(after).keys()
         for name, value in vars(before).items():
             assert np.asarray(value).tobytes() == np.asarray(getattr(after, name)).tobytes(), name
+
+
+def test_what_is_known_of_rollouts_alone_comes_back_as_well() -> None:
+    outcome = Outcome(
+        part=1, mode=THINKING, tokens=9, response_tokens=7, finished=True, correct=None, reward=0.1, failed=False,
+        known=True,
+    )  # fmt: skip
+    rollouts = [
+        dataclasses.replace(one, sampler_entropies=np.arange(len(one.tokens), dtype=np.float32) / 3)
+        for one in (rollout(0, 0), rollout(1, 0))
+    ]
+    before = Written(
+        rollouts=rollouts, seconds=1.5, rewards=[0.1, 1 / 3], failed=[False, True], replaced=[outcome, outcome]
+    )
+    after = Written.from_json(json.loads(json.dumps(before.to_json())))
+    for name in ("seconds", "rewards", "failed", "replaced", "tokens", "replaced_tokens"):
+        assert getattr(after, name) == getattr(before, name), name
+    for one, other in zip(before.rollouts, after.rollouts, strict=True):
+        assert one.sampler_entropies is not None
+        assert other.sampler_entropies is not None
+        assert one.sampler_entropies.tobytes() == other.sampler_entropies.tobytes()
 
 
 def test_what_fails_in_the_background_is_raised_as_what_it_is() -> None:

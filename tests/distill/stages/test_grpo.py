@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from distill.monitor.progress import Progress
 from distill.report.curves import _TEXTS, _place
 from distill.runner.execute import execute
 from distill.stages import Grpo, OnPolicy
+from distill.stages.grpo import _FromRewards
 from distill.stages.loop import Training
 from distill.stages.stopping import Interrupted, StopRequest
 from distill.tasks import Problem, PromptFile
@@ -141,7 +143,9 @@ def test_a_teacher_alone_is_on_policy_distillation(teacher: str, tmp_path: Path)
     for step, metrics in of_both["on_policy"][1].items():
         assert metrics.items() <= of_both["grpo"][1][step].items()
         assert of_both["grpo"][1][step].keys() - metrics.keys() == {
-            name for name in of_both["grpo"][1][step] if name.partition("/")[0] in ("reward", "group_outcomes")
+            name
+            for name in of_both["grpo"][1][step]
+            if name.partition("/")[0] in ("reward", "reward_failures", "group_outcomes")
         }
 
 
@@ -170,17 +174,45 @@ def test_all_of_it_goes_on_bit_for_bit_where_it_stopped(teacher: str, tmp_path: 
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
-def test_groups_without_signal_are_replaced_and_paid_for(teacher: str, tmp_path: Path) -> None:
-    def of_some(problem: Problem, sample: RolloutSample) -> float:
-        return -len(sample.thinking + sample.answer) * (problem.problem_id[-1] in "01234567")
+def test_groups_without_signal_are_replaced_paid_for_and_told_of(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, bool, float]] = []
+    kept: list[tuple[int, Sequence[float]]] = []
 
+    def of_some(problem: Problem, sample: RolloutSample) -> float:
+        value = -len(sample.thinking + sample.answer) * (problem.problem_id[-1] in "01234567")
+        given.append((sample.mode, sample.finished, value))
+        return value
+
+    def complete(self: Any, *arguments: Any) -> Any:
+        written = whole(self, *arguments)
+        kept.append((len(given), written.rewards))
+        return written
+
+    whole = _FromRewards.complete
+    monkeypatch.setattr(_FromRewards, "complete", complete)
     found = {}
     for factor in (1.0, 4.0):
+        given.clear()
+        kept.clear()
         stage = grpo(reward=of_some, resample_factor=factor, prompts_per_step=3)
         found[factor] = run(with_stage(teacher, stage), tmp_path / str(factor))
-    mixed = {factor: [m["group_outcomes/mixed"] for m in steps.values()] for factor, steps in found.items()}
-    assert min(mixed[1.0]) < 1
-    assert mixed[4.0] == [1, 1], "nine more prompts a step, half of which have a signal"
+    assert min(metrics["group_outcomes/mixed"] for metrics in found[1.0].values()) < 1
+    assert all(np.ptp(np.reshape(rewards, (3, 4)), axis=1).min() > 0 for _, rewards in kept), (
+        "nine more prompts a step, half of which have a signal"
+    )
+    # What is told is told of all that was generated, though only the groups with a signal are learned from.
+    first = 0
+    for (end, _), metrics in zip(kept, found[4.0].values(), strict=True):
+        modes, finished, rewards = zip(*given[first:end], strict=True)
+        thinking = [mode == "thinking" for mode in modes]
+        assert metrics["reward"] == pytest.approx(np.mean(rewards))
+        assert metrics["reward/thinking"] == pytest.approx(np.mean(np.array(rewards)[thinking]))
+        assert metrics["finished/thinking"] == pytest.approx(np.mean(np.array(finished)[thinking]))
+        assert metrics["group_outcomes/mixed"] == np.mean(np.ptp(np.reshape(rewards, (-1, 4)), axis=1) > 0)
+        first = end
+    assert first == len(given) > 2 * 3 * 4
     assert all("kept_tokens" not in metrics for metrics in found[1.0].values())
     kept = [metrics["kept_tokens"] for metrics in found[4.0].values()]
     assert min(kept) < 1
@@ -202,8 +234,42 @@ def test_a_reward_that_fails_ends_the_run_in_one_line(teacher: str, tmp_path: Pa
     def fails(problem: Problem, sample: RolloutSample) -> float:
         raise ValueError("no such judge")
 
-    with pytest.raises(UserError, match=r"reward .*fails, asked about sample 0 .* raised ValueError: no such judge"):
+    failed = (
+        r"reward .*fails, asked about sample 0 .* raised ValueError: no such judge.*\(1 of 8 responses failed, and "
+    )
+    with pytest.raises(UserError, match=failed + "most_failed is 0.1"):
         run(with_stage(teacher, grpo(reward=fails)), tmp_path / "run")
+
+
+@pytest.mark.parametrize("failed", ["left_out", "wrong"])
+def test_a_reward_that_fails_now_and_then_is_counted(failed: Any, teacher: str, tmp_path: Path) -> None:
+    values: list[float] = []
+
+    def fails(problem: Problem, sample: RolloutSample) -> float:
+        if sample.sample_index % 4 == 2:
+            raise ValueError("no such judge")
+        values.append(short(problem, sample))
+        return values[-1]
+
+    experiment = with_stage(teacher, grpo(reward=fails, most_failed=0.25, failed=failed, updates_per_batch=2))
+    learned: list[np.ndarray] = []
+    per_token = _FromRewards.per_token
+
+    def told(self: Any, written: Any, part: slice) -> Any:
+        found = per_token(self, written, part)
+        learned.extend(arrays["weights"] for arrays in found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_FromRewards, "per_token", told)
+        found = run(experiment, tmp_path / "run")
+    assert [metrics["reward_failures"] for metrics in found.values()] == [0.25, 0.25]
+    weighed = np.array([array.any() for array in learned]).reshape(2, 2, 4)
+    assert weighed[:, :, [0, 1, 3]].all()
+    assert weighed[:, :, 2].all() == (failed == "wrong")
+    # What could not be had counts for nothing, or for 0.
+    mean = np.mean(values) * (0.75 if failed == "wrong" else 1)
+    assert np.mean([metrics["reward"] for metrics in found.values()]) == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +287,7 @@ def test_a_reward_that_fails_ends_the_run_in_one_line(teacher: str, tmp_path: Pa
         ({"reward": functools.partial(print, 2)}, "give a function, or an instance of a frozen dataclass"),
         ({"reward_timeout_seconds": 1e10}, "reward_timeout_seconds is 10000000000.0; it must lie in 0.001..1e6"),
         ({"training": Training()}, "training.steps is None; reinforcement learning needs"),
+        ({"most_failed": 1.5}, "most_failed is 1.5; it must lie in 0..1"),
         ({"reward": "short"}, "reward is 'short'; it must be Reward or None"),
     ],
 )

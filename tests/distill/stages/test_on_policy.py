@@ -12,6 +12,7 @@ import pytest
 from distill.stages.context import make_engine
 from distill.stages.on_policy import OnPolicy
 from distill.stages.own_rollouts import OwnRollouts
+from distill.stages.rollout_schedule import RolloutSchedule
 from distill.tasks import PromptFile
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix
@@ -48,7 +49,9 @@ def rollouts_of(stage: OnPolicy, teacher: str, model: Qwen3, tasks: TaskMixture)
         tokenizer=tokenizer,
         mesh=jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]),
         engine=lambda model, sizes: make_engine(model.config, tokenizer, sizes),
-        load_teacher=lambda: SimpleNamespace(model=model),
+        load_teacher=lambda name: SimpleNamespace(model=model),
+        teachers=("",),
+        named_teachers=(),
     )
     return OwnRollouts(stage, "ahead", model, context, stage.asked(tasks, 3))  # type: ignore[arg-type]
 
@@ -68,6 +71,39 @@ def test_steps_of_the_same_weights_do_not_repeat_their_rollouts(
     assert [rollout.policy_step for rollout in by_step[1]] == [0, 0]
     assert first == again
     assert not {tuple(tokens) for tokens in first} & {tuple(tokens) for tokens in second}
+
+
+def test_a_prefix_is_what_the_whole_rollout_begins_with(
+    stage: OnPolicy, teacher: str, two_prompts: TaskMixture
+) -> None:
+    """In both modes, and through the text that ends thinking: 8 tokens of thinking, 24 of that text, then an answer."""
+    model = FromScratch(architecture=miniature.DENSE, tokenizer=teacher).build(jax.random.key(0))
+    schedule = RolloutSchedule(first=4, full_share=0.3)
+    cut = dataclasses.replace(stage, rollout_tokens=schedule)
+    of_both = []
+    for one in (stage, cut):
+        data = rollouts_of(one, teacher, model, two_prompts)
+        of_both.append([data._write(step, 0, model).rollouts for step in range(5)])
+        samples = [data._samples(step, rollouts) for step, rollouts in enumerate(of_both[-1])]
+        may_end = [[data._may_end(step, sample) for sample in of_step] for step, of_step in enumerate(samples)]
+        data.close()
+    kinds = set()
+    for step, (wholes, prefixes) in enumerate(zip(*of_both, strict=True)):
+        limit = [4, 7, 12, 21, 36][step]
+        for whole, prefix, in_full in zip(wholes, prefixes, may_end[step], strict=True):
+            most = len(whole.response) if in_full else min(limit, len(whole.response))
+            kinds.add((whole.mode, in_full, most < len(whole.response)))
+            length = whole.prompt_length + most
+            assert prefix.tokens.tolist() == whole.tokens[:length].tolist()
+            # The last position, which nothing follows, is not trained.
+            assert prefix.loss_mask.tolist() == [*whole.loss_mask[: length - 1], False]
+            assert prefix.sampler_logprobs[:-1].tolist() == whole.sampler_logprobs[: length - 1].tolist()
+            assert prefix.finished == (whole.finished and most == len(whole.response))
+            drawn = schedule.runs_in_full(3, step, whole.prompt_id, whole.sample_index)
+            assert in_full == (drawn or limit >= (36 if whole.mode == "thinking" else 8))
+    assert {(mode, cut, cut) for mode in ("thinking", "non_thinking") for cut in (True, False)} <= {
+        (mode, not in_full, shorter) for mode, in_full, shorter in kinds
+    }
 
 
 @pytest.mark.parametrize("prompts_per_step", [1, 2, 3])

@@ -86,6 +86,25 @@ def whole_logprobs(model, tokens):
     ]
 
 
+def test_entropies_are_those_of_the_distributions_that_were_drawn_from(models):
+    """In float64 from a single forward pass; whatever cuts a distribution does not enter, nor does forced text."""
+    model = models["dense"]
+    requests = [
+        make_request(prompt, top_k=3 * (n % 2), temperature=0.7, thinking_budget=4) for n, prompt in enumerate(PROMPTS)
+    ]
+    plain = make_engine().generate(model, requests, seed=3, policy_step=0)
+    for rollout, other in zip(
+        make_engine(record_entropies=True).generate(model, requests, seed=3, policy_step=0), plain, strict=True
+    ):
+        assert rollout.tokens.tolist() == other.tokens.tolist()
+        assert other.sampler_entropies is None
+        logprobs = np.asarray(whole_logprobs(model, rollout.tokens), np.float64)
+        expected = -np.sum(np.exp(logprobs) * logprobs, -1) * rollout.loss_mask
+        assert (expected > 0.1).sum() > 4
+        # float32 sums over the vocabulary
+        np.testing.assert_allclose(rollout.sampler_entropies, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_greedy_equals_transformers(family, tmp_path):
     torch.manual_seed(1)
