@@ -75,12 +75,14 @@ def cost(run: Path) -> dict[str, Any]:
 def test_later_passes_are_free_but_for_training_and_see_the_current_student(teacher: str, tmp_path: Path) -> None:
     found, costs = {}, {}
     for passes in (1, 2):
-        # The optimiser's schedule is of the same number of updates, so that the first one is the same.
-        experiment = with_stage(teacher, on_policy(passes=passes), needs_teacher=True)
+        # As many prompts, for which twice as many updates are made.
+        training = dataclasses.replace(on_policy().training, steps=STEPS // 2 * passes)
+        experiment = with_stage(teacher, on_policy(passes=passes, training=training), needs_teacher=True)
         found[passes] = run(experiment, tmp_path / str(passes))
         costs[passes] = cost(tmp_path / str(passes))
     plain, twice = ([metrics for _, metrics in sorted(found[passes].items())] for passes in (1, 2))
-    assert plain[0].items() <= twice[0].items()
+    assert plain[0].keys() < twice[0].keys()
+    assert all(plain[0][name] == twice[0][name] for name in plain[0].keys() - {"learning_rate"})
     assert [metrics["staleness"] for metrics in twice] == [0, 1] * 3
     assert all("staleness" not in metrics for metrics in plain)
     # What is said of the rollouts is said once.
@@ -109,13 +111,14 @@ def test_later_passes_are_free_but_for_training_and_see_the_current_student(teac
         # Two orders of summation in float32; the weights that generated differ by more.
         assert reverse_kl(current) == pytest.approx(twice[step - 1]["loss"], rel=1e-4)
         if before is not None:
-            assert reverse_kl(before) != pytest.approx(twice[step - 1]["loss"], rel=1e-2)
+            assert reverse_kl(before) != pytest.approx(twice[step - 1]["loss"], rel=1e-3)
 
-    assert costs[2]["steps"] == costs[1]["steps"] == STEPS
+    assert (costs[1]["steps"], costs[2]["steps"]) == (STEPS // 2, STEPS)
+    # Students that have learned more often write other responses.
     for name in ("tokens_sampled", "teacher_flops", "student_sample_flops"):
-        assert 0.4 < costs[2][name] / costs[1][name] < 0.6, name
-    assert costs[2]["student_train_flops"] == pytest.approx(costs[1]["student_train_flops"], rel=0.2)
-    assert costs[2]["tokens_trained"] == pytest.approx(2 * costs[2]["tokens_sampled"], rel=0.6)
+        assert 0.8 < costs[2][name] / costs[1][name] < 1.25, name
+    for name in ("tokens_trained", "student_train_flops"):
+        assert 1.6 < costs[2][name] / costs[1][name] < 2.5, name
 
 
 def test_all_of_it_goes_on_bit_for_bit_where_it_stopped(teacher: str, tmp_path: Path) -> None:
