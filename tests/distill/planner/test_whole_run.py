@@ -89,14 +89,17 @@ def test_a_schedule_saves_generating_scoring_and_training(quickstart: Experiment
     assumed = Assumptions(response_share=1.0, prompt_share=0.5, filled_share=1.0)
     stage = quickstart.stages["on_policy"]
     schedule = RolloutSchedule(first=4, last=4, full_share=0.1, full_every_batches=4)
-    plain, cut = (on_policy_calls(quickstart, assumed, rollout_tokens=one) for one in (None, schedule))
+    training = dataclasses.replace(stage.training, rows=1)
+    plain, cut = (
+        on_policy_calls(quickstart, assumed, rollout_tokens=one, training=training) for one in (None, schedule)
+    )
     longest = max(stage.thinking.max_new_tokens, stage.non_thinking.max_new_tokens)
     full = -(-stage.training.steps // 4)
     # A step with rollouts in full, 0.4 of them, takes as long as these; the others end after four tokens.
     assert cut["student_generates"] == full * longest + (stage.training.steps - full) * 4
     share, responses = stage.modes.thinking_fraction, stage.prompts_per_step * stage.samples_per_prompt
     whole = share * stage.thinking.max_new_tokens + (1 - share) * stage.non_thinking.max_new_tokens
-    rows = stage.training.rows * stage.training.row_length
+    rows = stage.training.row_length
     microbatches = [
         math.ceil(responses * (0.5 * stage.max_prompt_tokens + response) / rows)
         for response in (0.4 * whole + 0.6 * 4, 4)

@@ -75,47 +75,43 @@ def cost(run: Path) -> dict[str, Any]:
 def test_later_passes_are_free_but_for_training_and_see_the_current_student(teacher: str, tmp_path: Path) -> None:
     found, costs = {}, {}
     for passes in (1, 2):
-        # The optimiser's schedule is of the same number of updates, so that the first one is the same.
-        experiment = with_stage(teacher, on_policy(passes=passes), needs_teacher=True)
+        # As many prompts, for which twice as many updates are made.
+        training = dataclasses.replace(on_policy().training, steps=STEPS // 2 * passes)
+        experiment = with_stage(teacher, on_policy(passes=passes, training=training), needs_teacher=True)
         found[passes] = run(experiment, tmp_path / str(passes))
         costs[passes] = cost(tmp_path / str(passes))
     plain, twice = ([metrics for _, metrics in sorted(found[passes].items())] for passes in (1, 2))
-    assert plain[0].items() <= twice[0].items()
+    assert plain[0].keys() < twice[0].keys()
+    assert all(plain[0][name] == twice[0][name] for name in plain[0].keys() - {"learning_rate"})
     assert [metrics["staleness"] for metrics in twice] == [0, 1] * 3
     assert all("staleness" not in metrics for metrics in plain)
     # What is said of the rollouts is said once.
     assert ["response_tokens/thinking" in metrics for metrics in twice] == [True, False] * 3
     assert {_place(name)[0] for metrics in twice for name in metrics} <= _TEXTS.keys()
 
+    # The last batch's second pass, by the student that its first pass has left.
     model = hf.load(teacher, param_dtype=jnp.float32, compute_dtype=jnp.float32)
-    for step in (2, 4, 6):
-        current, metadata = saved(tmp_path / "2", teacher, step - 1)
-        before = saved(tmp_path / "2", teacher, step - 2)[0] if step > 2 else None
-        rollouts = rollouts_from_json(metadata["data"]["batch"])
-        assert {rollout.policy_step for rollout in rollouts} == {step - 2}
-        longest = max(len(rollout.tokens) for rollout in rollouts)
+    current, metadata = saved(tmp_path / "2", teacher, STEPS - 1)
+    rollouts = rollouts_from_json(metadata["data"]["batch"])
+    assert {rollout.policy_step for rollout in rollouts} == {STEPS - 2}
+    longest = max(len(rollout.tokens) for rollout in rollouts)
+    tokens, mask = (
+        np.stack([np.pad(getattr(one, name), (0, longest - len(one.tokens))) for one in rollouts])
+        for name in ("tokens", "loss_mask")
+    )
+    seen = tokens, np.broadcast_to(np.arange(longest), tokens.shape), np.ones_like(tokens)
+    own, said = (jax.nn.log_softmax(one.logits(*seen)) for one in (current, model))
+    reverse_kl = float(jnp.sum(jnp.sum(jnp.exp(own) * (own - said), -1) * mask) / mask.sum())
+    # Two orders of summation in float32; by the weights that generated it is that of the first pass.
+    assert reverse_kl == pytest.approx(twice[-1]["loss"], rel=1e-4)
+    assert reverse_kl != pytest.approx(twice[-2]["loss"], rel=1e-3)
 
-        def rows(name: str, rollouts: Any = rollouts, longest: int = longest) -> np.ndarray:
-            return np.stack([np.pad(getattr(one, name), (0, longest - len(one.tokens))) for one in rollouts])
-
-        tokens, mask = rows("tokens"), rows("loss_mask")
-        seen = tokens, np.broadcast_to(np.arange(longest), tokens.shape), np.ones_like(tokens)
-        said = jax.nn.log_softmax(model.logits(*seen))
-
-        def reverse_kl(student: Qwen3, seen: Any = seen, said: Any = said, mask: Any = mask) -> float:
-            own = jax.nn.log_softmax(student.logits(*seen))
-            return float(jnp.sum(jnp.sum(jnp.exp(own) * (own - said), -1) * mask) / mask.sum())
-
-        # Two orders of summation in float32; the weights that generated differ by more.
-        assert reverse_kl(current) == pytest.approx(twice[step - 1]["loss"], rel=1e-4)
-        if before is not None:
-            assert reverse_kl(before) != pytest.approx(twice[step - 1]["loss"], rel=1e-2)
-
-    assert costs[2]["steps"] == costs[1]["steps"] == STEPS
+    assert (costs[1]["steps"], costs[2]["steps"]) == (STEPS // 2, STEPS)
+    # Students that have learned more often write other responses.
     for name in ("tokens_sampled", "teacher_flops", "student_sample_flops"):
-        assert 0.4 < costs[2][name] / costs[1][name] < 0.6, name
-    assert costs[2]["student_train_flops"] == pytest.approx(costs[1]["student_train_flops"], rel=0.2)
-    assert costs[2]["tokens_trained"] == pytest.approx(2 * costs[2]["tokens_sampled"], rel=0.6)
+        assert 0.8 < costs[2][name] / costs[1][name] < 1.25, name
+    for name in ("tokens_trained", "student_train_flops"):
+        assert 1.6 < costs[2][name] / costs[1][name] < 2.5, name
 
 
 def test_all_of_it_goes_on_bit_for_bit_where_it_stopped(teacher: str, tmp_path: Path) -> None:

@@ -123,11 +123,12 @@ def test_the_update_is_that_of_all_positions_with_the_others_masked(
 
 
 def test_memory_and_flops_fall_with_the_share() -> None:
-    """Of a compiled step over a vocabulary that dwarfs the layers, as in a small model."""
-    small = dataclasses.replace(config(False), vocab_size=8192, num_hidden_layers=1, max_position_embeddings=512)
-    mesh, rows, length = make_mesh(MeshShape(), jax.devices()[:1]), 2, 512
+    """Of a compiled step over a vocabulary that dwarfs the layers, as in a small model; of so few tokens that they are
+    one block, which is what the compiler's counts are of."""
+    small = dataclasses.replace(config(False), vocab_size=4096, num_hidden_layers=1, max_position_embeddings=128)
+    mesh, rows, length = make_mesh(MeshShape(), jax.devices()[:1]), 2, 128
     model = placed_shapes(jax.eval_shape(lambda: Qwen3(small, jax.random.key(0))), mesh)
-    head = jax.ShapeDtypeStruct((8192, 32), jnp.float32)
+    head = jax.ShapeDtypeStruct((4096, 32), jnp.float32)
     step = TrainStep(transformation=DESCENT, loss=Loss(name="reverse_kl"), mesh=mesh, teacher_head=head)
     taken = {}
     for share in (None, 0.25):
@@ -145,6 +146,5 @@ def test_memory_and_flops_fall_with_the_share() -> None:
         memory = compiled.memory_analysis()
         assert memory is not None
         taken[share] = memory.temp_size_in_bytes, compiled.cost_analysis()["flops"]
-    print(taken)
-    assert taken[0.25][0] < 0.5 * taken[None][0]
-    assert taken[0.25][1] < 0.5 * taken[None][1]
+    for at_all, at_some in zip(taken[None], taken[0.25], strict=True):
+        assert 0 < at_some < 0.4 * at_all
