@@ -238,7 +238,8 @@ class Engine:
         """
         mesh, shares = self._placement(model)
         numbers = self._numbers(seed, policy_step, step)
-        layers = self._layers(model) if self.unroll else tuple(model.stacks)
+        with self._turn:
+            layers = self._layers(model) if self.unroll else tuple(model.stacks)
         groups: list[_Group] = []
         joined = 0
         with ThreadPoolExecutor(self._most_groups) as threads:
@@ -251,7 +252,9 @@ class Engine:
                 joined += len(joining)
                 most = min(1 if mesh is not None else self._most_groups, len(joining) + sum(g.requests for g in groups))
                 while len(groups) < most:
-                    groups.append(self._group(joining[0].request.params, stop_ids, shares, model.compute_dtype, mesh))
+                    params = joining[0].request.params
+                    with self._turn:
+                        groups.append(self._group(params, stop_ids, shares, model.compute_dtype, mesh))
                 _spread(joining, groups)
                 dispatch = live.next_dispatch()
                 for group in groups:

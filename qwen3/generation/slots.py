@@ -80,7 +80,7 @@ class Prompts(NamedTuple):
 class Asked(NamedTuple):
     """A request as the engine understands it."""
 
-    index: int
+    number: int
     """By which the caller knows it."""
     request: Request
     stop_ids: Sequence[int]
@@ -93,7 +93,7 @@ class _Open:
 
     asked: Asked
     lease: Lease
-    parts: list[tuple[np.ndarray, ...]]
+    parts: list[tuple[Any, ...]]
     """Tokens, chosen and log-probabilities of every dispatch."""
 
 
@@ -251,7 +251,7 @@ class Slots:
             if not state.active[slot]:
                 rollout = _rollout(taken.asked.request, taken.parts, bool(state.finished[slot]), policy_step)
                 self._free(slot, taken)
-            found.append((taken.asked.index, part, rollout))
+            found.append((taken.asked.number, part, rollout))
         self.fixed.source_table[:] = self.fixed.page_table
         return found
 
@@ -262,11 +262,11 @@ class Slots:
         """
         left = []
         for slot, taken in enumerate(self._open):
-            if taken is not None and not wanted(taken.asked.index):
-                left.append((taken.asked.index, _rollout(taken.asked.request, taken.parts, False, policy_step)))
+            if taken is not None and not wanted(taken.asked.number):
+                left.append((taken.asked.number, _rollout(taken.asked.request, taken.parts, False, policy_step)))
                 self._free(slot, taken)
-        for asked in [asked for asked in self._waiting if not wanted(asked.index)]:
-            left.append((asked.index, _rollout(asked.request, [], False, policy_step)))
+        for asked in [asked for asked in self._waiting if not wanted(asked.number)]:
+            left.append((asked.number, _rollout(asked.request, [], False, policy_step)))
             self._waiting.remove(asked)
         self.fixed.source_table[:] = self.fixed.page_table
         return left
@@ -280,7 +280,7 @@ class Slots:
         self.state.position[slot] = 0
 
 
-def _rollout(request: Request, parts: Sequence[tuple[np.ndarray, ...]], finished: bool, policy_step: int) -> Rollout:
+def _rollout(request: Request, parts: Sequence[tuple[Any, ...]], finished: bool, policy_step: int) -> Rollout:
     prompt = len(request.prompt_ids)
     written = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
     new, chosen, sampler_logprobs = written or (np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32))

@@ -58,9 +58,14 @@ class Choice:
         self.finish_reason: str | None = None if wanted.new_tokens else "length"
         self.stop_reason: str | int | None = None
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more belongs to it."""
+        return self.finish_reason is not None
+
     def add(self, part: Written) -> Piece | None:
         """Takes what has been written for it. None behind its end."""
-        if self.finish_reason is not None:
+        if self.ended:
             return None
         first, text = len(self.tokens), ""
         named = self.wanted.logprobs or 0
@@ -73,7 +78,7 @@ class Choice:
             strict=True,
         )
         for token, chosen, logprob, ids, logprobs in rows:
-            if self.finish_reason is not None:
+            if self.ended:
                 break
             text += self._grown(Token(token, logprob, tuple(zip(ids, logprobs, strict=True))), chosen)
         return self._piece(text, first)
@@ -100,7 +105,7 @@ class Choice:
             self.stop_reason = None if token.id in self._end_ids else token.id
         elif len(self.tokens) == self.wanted.new_tokens:
             self.finish_reason = "length"
-        if self.finish_reason is None:
+        if not self.ended:
             return text
         text += self._growing.end()
         if self._growing.stopped is not None:  # by what was held back until now
@@ -153,13 +158,13 @@ class Answering:
         requests = [request for one in self._wanted for request in one.requests()]
         if not requests:
             return
-        growing = [choice for choice in self.choices if choice.finish_reason is None]
+        growing = [choice for choice in self.choices if not choice.ended]
         parts: asyncio.Queue[tuple[int, Written] | None] = asyncio.Queue()
 
         def on_written(index: int, part: Written) -> bool:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody reads any more
                 loop.call_soon_threadsafe(parts.put_nowait, (index, part))
-            return growing[index].finish_reason is None
+            return not growing[index].ended
 
         future = service.generation.submit(
             requests,
@@ -170,7 +175,7 @@ class Answering:
         )
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(parts.put_nowait, None))
         try:
-            while any(choice.finish_reason is None for choice in growing):
+            while not all(choice.ended for choice in growing):
                 come = [await self._call.until(parts.get())]
                 while not parts.empty():
                     come.append(parts.get_nowait())

@@ -102,7 +102,7 @@ def _plain(number: int, message: ChatMessage) -> dict[str, Any]:
     if isinstance(content, list):
         content = "\n".join(part.text for part in content)
     thinking = message.reasoning if message.reasoning is not None else message.reasoning_content
-    found = {
+    found: dict[str, Any] = {
         "role": message.role,
         "content": content,
         "reasoning_content": thinking,

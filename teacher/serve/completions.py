@@ -13,10 +13,8 @@ from teacher.serve.logprobs import Spell, completion_logprobs, prompt_logprobs, 
 from teacher.serve.openai_schemas import CompletionRequest
 from teacher.serve.schemas import read
 from teacher.serve.service import Service
-from teacher.serve.wanted import Wanted
+from teacher.serve.wanted import Wanted, check_sequences
 from teacher.wire import Answer, Refused
-
-_MOST_PROMPTS = 4_096
 
 
 async def completions(call: Call) -> Response:
@@ -65,8 +63,7 @@ def _prompts(asked: CompletionRequest, service: Service) -> list[tuple[list[int]
     prompt: Any = asked.prompt
     if isinstance(prompt, str) or all(type(one) is int for one in prompt):
         prompt = [prompt]
-    if len(prompt) > _MOST_PROMPTS:
-        raise Refused("prompt", f"holds {len(prompt)} prompts; send at most {_MOST_PROMPTS}", 413)
+    check_sequences("prompt", len(prompt), service.limits)
     if all(isinstance(one, str) for one in prompt):
         special = asked.add_special_tokens
         return [(service.tokenizer.encode(text, add_special_tokens=special), text) for text in prompt]

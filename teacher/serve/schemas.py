@@ -1,6 +1,7 @@
 """The JSON requests of a server, as msgspec reads them: unknown fields, wrong types and numbers out of bounds are
 refused with the place where they stand."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -108,7 +109,7 @@ def check_prompt(field: str, ids: list[int], limits: Limits, vocab_size: int) ->
     check_ids(field, ids, vocab_size)
 
 
-def check_ids(field: str, ids: list[int] | tuple[int, ...], vocab_size: int, least: int = 0) -> None:
+def check_ids(field: str, ids: Sequence[int], vocab_size: int, least: int = 0) -> None:
     """Refuses ids that are no tokens, or below `least`."""
     if bad := [one for one in ids if not least <= one < vocab_size]:
         raise Refused(field, f"holds {bad[0]}; token ids are {least} to {vocab_size - 1}")

@@ -18,9 +18,10 @@ from teacher.serve.openai_schemas import ID_LISTS, Ids, Nothing
 from teacher.serve.schemas import Choices, Name, Natural, Seed, Stop, Temperature, TopK, read, sampling_params
 from teacher.serve.service import Service
 from teacher.serve.text import Spelling
-from teacher.serve.wanted import Wanted
+from teacher.serve.wanted import Wanted, check_sequences
 from teacher.wire import Answer, Refused, TargetsRequest
 
+_NEW_TOKENS = 128
 Entry = tuple[float | None, int, str | None]
 """SGLang's: log-probability, id, text; the first token of a prompt has no log-probability."""
 
@@ -28,7 +29,9 @@ Entry = tuple[float | None, int, str | None]
 class SglangSampling(Struct, forbid_unknown_fields=True, kw_only=True):
     """`sampling_params` of SGLang."""
 
-    max_new_tokens: Annotated[Natural | None, Meta(description="0 for the prompt's scores alone.")] = 128
+    max_new_tokens: Annotated[
+        Natural | None, Meta(description="0 for the prompt's scores alone; default 128, or the most that is served.")
+    ] = None
     n: Choices = 1
     temperature: Temperature = 1.0
     top_p: float = 1.0
@@ -116,7 +119,9 @@ def _wanted(asked: SglangGenerate, service: Service) -> tuple[list[Wanted], bool
     """What is wanted of every prompt, and whether a list was sent."""
     prompts, many, name_prompt = _prompts(asked, service)
     sampling = asked.sampling_params
-    new_tokens = service.limits.max_new_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
+    new_tokens = sampling.max_new_tokens
+    if new_tokens is None:
+        new_tokens = min(_NEW_TOKENS, service.limits.max_new_tokens)
     scored = bool(asked.return_logprob)
     if scored and sampling.temperature not in (0, 1):
         raise Refused(
@@ -174,8 +179,8 @@ def _prompts(asked: SglangGenerate, service: Service) -> tuple[list[list[int]], 
         raise Refused("input_ids", "or text: send one of the two")
     if asked.text is not None:
         texts = [asked.text] if isinstance(asked.text, str) else asked.text
-        special = True  # as SGLang's tokenizer does
-        ids = [service.tokenizer.encode(text, add_special_tokens=special) for text in texts]
+        check_sequences("text", len(texts), service.limits)
+        ids = [service.tokenizer.encode(text, add_special_tokens=True) for text in texts]
         return ids, isinstance(asked.text, list), "text"
     found: Any = asked.input_ids
     many = not all(type(one) is int for one in found)

@@ -157,17 +157,21 @@ class Wanted:
 
 def check_together(wanted: Sequence[Wanted], limits: Limits, vocab_size: int) -> None:
     """Refuses a request of these prompts where one of them, or all of them together, are not served."""
-    sequences = sum(one.count for one in wanted)
+    check_sequences(wanted[0].name_prompt, sum(one.count for one in wanted), limits)
+    for one in wanted:
+        one.check(limits, vocab_size)
+    check_tokens(wanted[0].name_prompt, sum(one.tokens for one in wanted), limits)
+
+
+def check_sequences(field: str, sequences: int, limits: Limits) -> None:
+    """Refuses more sequences, prompts and choices of each, than one request may have."""
     if sequences > limits.max_request_sequences:
         raise Refused(
-            wanted[0].name_prompt,
+            field,
             f"and n ask for {sequences} sequences; this server takes at most {limits.max_request_sequences} "
             "(max_request_sequences)",
             413,
         )
-    for one in wanted:
-        one.check(limits, vocab_size)
-    check_tokens(wanted[0].name_prompt, sum(one.tokens for one in wanted), limits)
 
 
 def check_tokens(field: str, tokens: int, limits: Limits) -> None:

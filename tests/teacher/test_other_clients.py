@@ -1,7 +1,7 @@
 """What trainers send, as their sources have it, and what any program may send: answered in their shapes, or refused.
 
 TRL 1.16: trl/experimental/async_distillation/async_rollout_worker.py. prime-rl: src/prime_rl/utils/client.py.
-SkyRL 0.4: skyrl/tinker/extra/external_inference.py. slime and miles: examples/on_policy_distillation, and their rollouts.
+SkyRL 0.4: skyrl/tinker/extra/external_inference.py. slime, miles: examples/on_policy_distillation, and their rollouts.
 """
 
 import json
@@ -246,7 +246,7 @@ def test_the_description_is_that_of_the_schemas_and_the_page_needs_nothing_else(
     document = client.get("/openapi.json").json()
     assert document == json.loads(json.dumps(openapi.document()))
     paths = {route.path for route in make_app(Standing()).routes}
-    assert {path for path in document["paths"]} == paths - {"/openapi.json", "/docs"}
+    assert set(document["paths"]) == paths - {"/openapi.json", "/docs"}
     body = document["components"]["schemas"]["ChatRequest"]
     assert body["required"] == ["messages"]
     assert body["additionalProperties"] is False
