@@ -289,9 +289,11 @@ class Engine:
         request = Request(prompt_ids=prompt, prompt_id="", sample_index=0, mode=THINKING, params=sampling[0])
         stop_ids = max(len(self.stop_ids if params.stop_ids is None else params.stop_ids) for params in sampling)
         mesh, shares = self._placement(model)
-        devices = model.embed.get_value().sharding.mesh
-        layers = placed_shapes(jax.eval_shape(layers_of, model), devices) if self.unroll else tuple(model.stacks)
-        with jax.set_mesh(devices):
+        devices = getattr(model.embed.get_value().sharding, "mesh", None)
+        layers = jax.eval_shape(layers_of, model) if self.unroll else tuple(model.stacks)
+        if self.unroll and devices is not None:
+            layers = placed_shapes(layers, devices)
+        with contextlib.nullcontext() if devices is None else jax.set_mesh(devices):
             group = self._group(request.params, stop_ids, shares, model.compute_dtype, mesh, page_shapes)
         group.slots.add(Asked(0, request, (), _NEVER))
         admitted = group.slots.admit()

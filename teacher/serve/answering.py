@@ -78,9 +78,9 @@ class Choice:
             strict=True,
         )
         for token, chosen, logprob, ids, logprobs in rows:
-            if self.ended:
-                break
             text += self._grown(Token(token, logprob, tuple(zip(ids, logprobs, strict=True))), chosen)
+            if self.finish_reason is not None:
+                break
         return self._piece(text, first)
 
     def add_one(self, answer: Answer) -> Piece:

@@ -99,6 +99,8 @@ def _plain_tool(tool: Any) -> dict[str, Any]:
 def _plain(number: int, message: ChatMessage) -> dict[str, Any]:
     """A turn as templates read it: arguments of calls as objects, parts of texts joined by line ends, as in vLLM."""
     content = message.content
+    if content is None and message.role != "assistant":
+        raise Refused(f"messages[{number}].content", f"is missing; a {message.role} turn has text")
     if isinstance(content, list):
         content = "\n".join(part.text for part in content)
     thinking = message.reasoning if message.reasoning is not None else message.reasoning_content

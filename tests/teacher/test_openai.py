@@ -287,6 +287,7 @@ def test_logprobs_of_chats_are_the_models_own(client, reciting, logprobs):
         ("chat/completions", {"messages": []}, 400, "messages"),
         ("chat/completions", {"messages": [{"role": "oracle", "content": "x"}]}, 400, "messages[0].role"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0]."),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
         ("chat/completions", {"tool_choice": "required"}, 400, "tool_choice"),
         ("chat/completions", {"response_format": {"type": "json_object"}}, 400, "response_format.type"),
         ("chat/completions", {"logit_bias": {"1": 2}}, 400, "logit_bias"),
