@@ -238,8 +238,7 @@ class Engine:
         """
         mesh, shares = self._placement(model)
         numbers = self._numbers(seed, policy_step, step)
-        with self._turn:
-            layers = self._layers(model) if self.unroll else tuple(model.stacks)
+        layers = self._own_layers(model)
         groups: list[_Group] = []
         joined = 0
         with ThreadPoolExecutor(self._most_groups) as threads:
@@ -272,6 +271,13 @@ class Engine:
                         live.written(index, part)
                         if ended is not None:
                             live.ended(index, ended)
+
+    def _own_layers(self, model: Qwen3) -> tuple[Layer, ...]:
+        """Layers as the decoding loop takes them."""
+        if not self.unroll:
+            return tuple(model.stacks)
+        with self._turn:
+            return self._layers(model)
 
     def _numbers(self, seed: int, policy_step: int, step: int | None) -> tuple[np.uint32, np.uint32]:
         step = policy_step if step is None else step
@@ -314,10 +320,10 @@ class Engine:
         """The most that generating with these plans takes on a device beside the weights: pages, and what the programs
         hold while they run. None where the compiler does not say."""
         programs = self.programs(model, [SamplingParams(max_new_tokens=1)])
+        # With the layers as `follow` has them: what is compiled here is what it runs.
+        decode_arguments = (model, self._own_layers(model), *programs.decode_arguments[2:])
         run = [(programs.prefill, programs.prefill_arguments, programs.prefill_options)]
-        run += [
-            (programs.decode, programs.decode_arguments, {**programs.decode_options, "plan": plan}) for plan in plans
-        ]
+        run += [(programs.decode, decode_arguments, {**programs.decode_options, "plan": plan}) for plan in plans]
         taken = []
         for program, arguments, options in run:
             memory = program.lower(*arguments, **options).compile().memory_analysis()

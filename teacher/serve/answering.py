@@ -151,10 +151,10 @@ class Answering:
     async def pieces(self, *, followed: bool = True) -> AsyncIterator[Piece]:
         """Pieces of choices as they come. With `followed` they are short."""
         service, loop = self._call.service, asyncio.get_running_loop()
-        for choice in self.choices:
-            sampled = await self.scored(choice.wanted.one_token())
-            if sampled is not None:
-                yield choice.add_one(sampled)
+        sampled = await asyncio.gather(*(self.scored(choice.wanted.one_token()) for choice in self.choices))
+        for choice, answer in zip(self.choices, sampled, strict=True):
+            if answer is not None:
+                yield choice.add_one(answer)
         requests = [request for one in self._wanted for request in one.requests()]
         if not requests:
             return

@@ -47,7 +47,6 @@ def _wanted(asked: ChatRequest, service: Service) -> Wanted:
     params = openai.sampled(asked, new_tokens, name, service, asked.thinking_token_budget)
     tools = [_plain_tool(tool) for tool in asked.tools or ()] if _may_call(asked) else None
     try:
-        service.tokenizer.check_mode(mode)
         prompt = service.tokenizer.prompt_ids(
             [_plain(n, one) for n, one in enumerate(asked.messages)], mode, tools=tools
         )

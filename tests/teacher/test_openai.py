@@ -2,9 +2,12 @@
 
 The teacher recites (`tests.teacher.reciting`), so that what it says is known to the letter."""
 
+import concurrent.futures
 import json
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
 import jax
@@ -46,6 +49,16 @@ def logprobs(reciting_folder: str):
         return np.asarray(jax.nn.log_softmax(logits))[0, : len(ids)]
 
     return of
+
+
+def test_the_readmes_example_answers(reciting_url, capsys):
+    readme = Path(__file__).parents[2] / "teacher" / "README.md"
+    _, example = re.findall(r"```py\n(.*?)```", readme.read_text(), re.DOTALL)
+    names: dict = {}
+    exec(example.replace("http://127.0.0.1:8470", reciting_url).replace("Qwen3-32B", MODEL), names)
+    assert len(names["answer"].choices[0].logprobs.content[0].top_logprobs) == 5
+    assert capsys.readouterr().out
+    names["client"].close()
 
 
 def test_a_chat_thinks_speaks_and_calls_in_fields_of_their_own(client):
@@ -316,6 +329,17 @@ def test_what_is_not_served_is_refused_by_name(reciting_url, path, change, statu
         "max_tokens" not in change
         or httpx2.post(f"{reciting_url}/v1/{path}", json=body | {"user": "me"}).status_code == 200
     )
+
+
+def test_what_fails_in_a_stream_is_told_in_it(client, reciting, monkeypatch):
+    def failing(requests, **how):
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        future.set_exception(RuntimeError("out of luck"))
+        return future
+
+    monkeypatch.setattr(reciting.generation, "submit", failing)
+    with pytest.raises(openai.APIError, match="the server has failed; its log says why"):
+        list(client.completions.create(model=MODEL, prompt="H", stream=True))
 
 
 def test_a_reader_that_goes_frees_its_place_in_the_batch(reciting_url, reciting):
