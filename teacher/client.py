@@ -103,7 +103,8 @@ class TeacherClient:
 
     def targets(self, request: TargetsRequest) -> list[Answer]:
         """What the teacher says about each sequence, as `teacher.wire` lists it; split over servers as need be."""
-        parts = self._parts(request)
+        most = min(_PART_TOKENS, self.limits.max_request_tokens)
+        parts = _parts([len(sequence) for sequence in request.sequences], most, self.limits.max_request_sequences)
         found = self._threads.map(lambda part: self._scored(_part_of(request, part)), parts)
         return [answer for answers in found for answer in answers]
 
@@ -125,9 +126,12 @@ class TeacherClient:
 
         `on_progress` is told the rollouts and tokens of each part, in order; what it raises ends the call."""
         most = min(self.limits.max_request_sequences, self.limits.generation_batch_size)
-        parts = [requests[first : first + most] for first in range(0, len(requests), most)]
+        tokens = [len(request.prompt_ids) + request.params.max_new_tokens for request in requests]
+        parts = _parts(tokens, self.limits.max_request_tokens, most)
         found: list[Rollout] = []
-        for rollouts in self._threads.map(lambda part: self._generated(part, seed, step), parts):
+        for rollouts in self._threads.map(
+            lambda part: self._generated(requests[part.start : part.stop], seed, step), parts
+        ):
             found += rollouts
             if on_progress is not None:
                 on_progress(len(rollouts), sum(len(rollout.response) for rollout in rollouts))
@@ -138,17 +142,6 @@ class TeacherClient:
         self._closed.set()
         self._threads.shutdown(cancel_futures=True)
         self._http.close()
-
-    def _parts(self, request: TargetsRequest) -> list[range]:
-        """Consecutive sequences, as many as a request may hold and few enough to keep all servers busy."""
-        most = min(_PART_TOKENS, self.limits.max_request_tokens)
-        parts, first, tokens = [], 0, 0
-        for index, sequence in enumerate(request.sequences):
-            if index > first and (tokens + len(sequence) > most or index - first == self.limits.max_request_sequences):
-                parts.append(range(first, index))
-                first, tokens = index, 0
-            tokens += len(sequence)
-        return [*parts, range(first, len(request.sequences))]
 
     def _scored(self, request: TargetsRequest) -> list[Answer]:
         arrays, _ = _decoded(self._answered("POST", "/v1/targets", encode_request(request), CONTENT_TYPE))
@@ -240,6 +233,18 @@ def _check_same(expected: TeacherIdentity, found: TeacherIdentity, url: str) -> 
             f"{url} serves another teacher than was expected: it differs in {', '.join(differing)}; serve the same one "
             "there, or begin a new run"
         )
+
+
+def _parts(tokens: Sequence[int], most_tokens: int, most_sequences: int) -> list[range]:
+    """Consecutive sequences of so many tokens, as many as a request may hold and few enough to keep all servers
+    busy."""
+    parts, first, held = [], 0, 0
+    for index, one in enumerate(tokens):
+        if index > first and (held + one > most_tokens or index - first == most_sequences):
+            parts.append(range(first, index))
+            first, held = index, 0
+        held += one
+    return [*parts, range(first, len(tokens))] if tokens else []
 
 
 def _part_of(request: TargetsRequest, part: range) -> TargetsRequest:

@@ -45,6 +45,8 @@ class Limits:
     """Tokens of all sequences in one request; as hidden states they may come back as a hundred megabytes."""
     max_body_bytes: Count = 64 * 2**20
     """Bytes of one request."""
+    max_held_bytes: Count = 2**30
+    """Bytes of all requests and answers that are held; while there are more, further ones are told to come again."""
     max_queue_requests: Count = 256
     """Requests that wait or are being answered; further ones are told to come again (429)."""
     max_queue_tokens: Count = 2**20
@@ -60,14 +62,16 @@ class Limits:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for field, other in (
-            ("max_request_tokens", "max_sequence_tokens"),
-            ("max_queue_tokens", "max_request_tokens"),
+        generated = self.max_prompt_tokens + self.max_new_tokens
+        for field, other, least in (
+            ("max_request_tokens", "max_sequence_tokens", self.max_sequence_tokens),
+            ("max_request_tokens", "max_prompt_tokens + max_new_tokens", generated),
+            ("max_queue_tokens", "max_request_tokens", self.max_request_tokens),
+            ("max_held_bytes", "max_body_bytes", self.max_body_bytes),
         ):
-            if getattr(self, field) < getattr(self, other):
+            if getattr(self, field) < least:
                 raise UserError(
-                    f"{field} is {getattr(self, field)}, less than {other}, {getattr(self, other)}; raise it, or lower "
-                    "the other"
+                    f"{field} is {getattr(self, field)}, less than {other}, {least}; raise it, or lower the other"
                 )
 
     @classmethod

@@ -101,9 +101,10 @@ class ChatTokenizer:
         """
         self._files.save(folder)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text` as it stands: nothing is added, and markers such as `<think>` become their own tokens."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Ids of `text` as it stands; markers such as `<think>` become their own tokens. With `add_special_tokens` it
+        begins and ends as the tokenizer's texts do, which with Qwen's is the same."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`. Think and tool markers are content and stay; ids beyond the vocabulary have no text."""

@@ -70,13 +70,14 @@ class Decoder:
         fixed: Fixed,
         state: State,
         leave: Array,
+        enough: Array,
         seed: Array,
         step: Array,
         *,
         plan: Plan,
         mesh: Mesh | None,
     ) -> tuple[State, Pages, Written]:
-        """Write until as few as `leave` slots are active."""
+        """Write until as few as `leave` slots are active, or each has written `enough` tokens."""
         if mesh is not None:
             model, layers = _gathered((model, layers), model.compute_dtype, mesh)
         batch, most, longest = len(state.token), self.tokens_per_dispatch, self.max_new_tokens
@@ -84,6 +85,8 @@ class Decoder:
             tokens=jnp.full((most, batch), self.pad_id, jnp.int32),
             chosen=jnp.zeros((most, batch), bool),
             logprobs=jnp.zeros((most, batch), jnp.float32),
+            top_ids=jnp.zeros((most, batch, plan.named), jnp.int32),
+            top_logprobs=jnp.zeros((most, batch, plan.named), jnp.float32),
             entropies=jnp.zeros((most, batch), jnp.float32) if self.record_entropies else None,
         )
         keys = _row_keys(seed, step, fixed.prompt_hash, fixed.sample_index)
@@ -93,7 +96,7 @@ class Decoder:
         decode_token = functools.partial(self._decode_token, model, layers, fixed, uniforms, plan, cache)
 
         def going(end: int) -> Callable[[tuple[_Loop, Any] | tuple[_Loop, Any, Any]], Array]:
-            return functools.partial(self._unfinished, leave, end * self.page_size)
+            return functools.partial(self._unfinished, leave, jnp.minimum(enough, most), end * self.page_size)
 
         def write(end: int, tokens: int, carry: tuple[_Loop, Pages, Array]) -> tuple[_Loop, Pages, Array]:
             """Write at most `tokens` more as long as `end` pages hold every sequence."""
@@ -123,11 +126,13 @@ class Decoder:
             return ContiguousCache(config=self.config, mesh=mesh, unroll=self.unroll)
         return PagedCache(config=self.config, mesh=mesh, unroll=self.unroll, implementation=kernels.paged_attention)
 
-    def _unfinished(self, leave: Array, end: int, carry: tuple[_Loop, Any] | tuple[_Loop, Any, Any]) -> Array:
+    def _unfinished(
+        self, leave: Array, enough: Array, end: int, carry: tuple[_Loop, Any] | tuple[_Loop, Any, Any]
+    ) -> Array:
         loop = carry[0]
         state = loop.state
-        enough = jnp.sum(state.active) <= leave
-        return ~enough & (loop.step < self.tokens_per_dispatch) & (jnp.max(state.position * state.active) < end)
+        few = jnp.sum(state.active) <= leave
+        return ~few & (loop.step < enough) & (jnp.max(state.position * state.active) < end)
 
     def _decode_token(
         self,
@@ -144,16 +149,16 @@ class Decoder:
         now, state, active = loop.step, loop.state, loop.state.active
         hidden, opened = cache.step(model, layers, opened, page_table, state.token, state.position)
         logits = _logits(model, hidden)
-        sampled, logprobs = choose_tokens(logits, fixed.sampling, uniforms[now], plan)
+        told = choose_tokens(logits, fixed.sampling, uniforms[now], plan)
 
-        tokens, closed, forced = sampled, state.closed, state.forced
+        tokens, closed, forced = told.tokens, state.closed, state.forced
         chosen = active
         if self.stop_thinking_ids:
             text = jnp.asarray(self.stop_thinking_ids, jnp.int32)
             forcing = ~closed & (state.written >= fixed.budget)
-            tokens = jnp.where(forcing, text[jnp.minimum(forced, len(text) - 1)], sampled)
+            tokens = jnp.where(forcing, text[jnp.minimum(forced, len(text) - 1)], tokens)
             forced = forced + forcing
-            closed = closed | (~forcing & (sampled == self.think_end_id)) | (forced == len(text))
+            closed = closed | (~forcing & (told.tokens == self.think_end_id)) | (forced == len(text))
             chosen = active & ~forcing
         finished = chosen & jnp.any(tokens[:, None] == fixed.stop_ids, axis=-1)
         count = state.written + active
@@ -161,7 +166,9 @@ class Decoder:
         written = Written(
             tokens=loop.written.tokens.at[now].set(jnp.where(active, tokens, self.pad_id)),
             chosen=loop.written.chosen.at[now].set(chosen),
-            logprobs=loop.written.logprobs.at[now].set(jnp.where(chosen, logprobs, 0)),
+            logprobs=loop.written.logprobs.at[now].set(jnp.where(chosen, told.logprobs, 0)),
+            top_ids=loop.written.top_ids.at[now].set(told.top_ids),
+            top_logprobs=loop.written.top_logprobs.at[now].set(told.top_logprobs),
             entropies=None
             if loop.written.entropies is None
             else loop.written.entropies.at[now].set(jnp.where(chosen, entropies(logits), 0)),

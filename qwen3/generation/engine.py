@@ -13,7 +13,9 @@ as the longest sequence by then. A pool smaller than its default therefore saves
 where `qwen3.decoder.kernels.Kernels.paged_attention` reads pages in place.
 """
 
+import contextlib
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -33,9 +35,10 @@ from qwen3.decoder.model import UNROLL_LAYERS, Layer, Qwen3
 from qwen3.errors import UserError
 from qwen3.generation.cache import Pages, layers_of, make_pages, page_shapes, prefill
 from qwen3.generation.decoding import Decoder
+from qwen3.generation.live import Live, OnProgress, Whole
 from qwen3.generation.pages import PagePool
 from qwen3.generation.sampling import Plan, SamplingParams
-from qwen3.generation.slots import Prompts, Request, Slots, State, Written
+from qwen3.generation.slots import Asked, Prompts, Request, Slots, State, Written
 from qwen3.rollout import THINKING, Rollout
 from qwen3.sharding import BATCH, check_rows, fetch, place, placed_shapes, row_shapes, row_shares
 
@@ -46,18 +49,19 @@ STOP_IDS = 8
 _PREFILL_TOKENS = 256
 _GROUP_ROWS = 4
 _NEVER = np.iinfo(np.int32).max
-OnProgress = Callable[[int, int], None]
-"""Called with the rollouts that ended and the tokens in them since the last call."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Group:
     """Slots that are written together, in one dispatch after the other."""
 
-    requests: list[int]
-    """Indices of the requests that these slots generate."""
     slots: Slots
     pages: Pages
+
+    @property
+    def requests(self) -> int:
+        """Under way or waiting."""
+        return self.slots.writing + self.slots.waiting
 
 
 class EnginePrograms(NamedTuple):
@@ -93,6 +97,8 @@ class Engine:
         tokens_per_dispatch: Most tokens that each slot writes before the host looks again. It looks earlier where
             requests wait and an eighth of the slots have ended.
         record_entropies: Whether rollouts come with the entropy of each distribution that a token was drawn from.
+        turn: Held while a program begins; None for a lock of its own. Whoever begins programs on the same several
+            devices from another thread must hold the same one.
 
     Raises:
         UserError: A size below 1, a token outside the vocabulary, a stop-thinking text that does not stop thinking,
@@ -115,6 +121,7 @@ class Engine:
         pages: int | None = None,
         tokens_per_dispatch: int = 256,
         record_entropies: bool = False,
+        turn: contextlib.AbstractContextManager[Any] | None = None,
     ):
         sizes = {
             "batch_size": batch_size,
@@ -164,7 +171,8 @@ class Engine:
         self._table_pages = self._decoder.pages_for(max_prompt_tokens + max_new_tokens - 1)
         self.pages = batch_size * self._table_pages if pages is None else pages
         self._check_pages(1)
-        self._compiling = threading.Lock()
+        # Groups run the same programs: one compiles them, the others wait for it.
+        self._turn = threading.Lock() if turn is None else turn
         self._layers = jax.jit(layers_of)
         self._read = jax.jit(self._prefill, static_argnames="mesh", donate_argnames="pages")
         self._decode = jax.jit(self._decoder.write, static_argnames=("plan", "mesh"), donate_argnames="pages")
@@ -199,36 +207,87 @@ class Engine:
                 `kernels.paged_attention` is named.
             ValueError: A model of another architecture, or a seed or step that is no unsigned 32-bit number.
         """
+        for request in requests:
+            self.check(request)
+        if not requests:
+            self._numbers(seed, policy_step, step)
+            return []
+        plan = plan or Plan.of([request.params for request in requests], self.config.vocab_size)
+        whole = Whole(requests, plan, self._decoder.tokens_per_dispatch, on_progress)
+        stop_ids = max(len(self._stop_ids(request)) for request in requests)
+        self.follow(model, whole, seed=seed, policy_step=policy_step, step=step, stop_ids=stop_ids)
+        return [whole.rollouts[index] for index in range(len(requests))]
+
+    def follow(
+        self,
+        model: Qwen3,
+        live: Live,
+        *,
+        seed: int,
+        policy_step: int,
+        step: int | None = None,
+        stop_ids: int = STOP_IDS,
+    ) -> None:
+        """Write what `live` asks for, until nothing that it has asked for is left.
+
+        A rollout is that of `generate`, whatever joins or leaves beside it. Arguments are those of `generate`, and:
+
+        Args:
+            live: Asked and told between dispatches. What it raises ends the call.
+            stop_ids: Most stop tokens of a request.
+
+        Raises:
+            UserError, ValueError: As `generate`, but for requests, which are `check`ed before they join.
+        """
         mesh, shares = self._placement(model)
+        numbers = self._numbers(seed, policy_step, step)
+        layers = self._own_layers(model)
+        groups: list[_Group] = []
+        joined = 0
+        with ThreadPoolExecutor(self._most_groups) as threads:
+            writing: dict[Future[tuple[State, Written]], _Group] = {}
+            while True:
+                joining = [
+                    Asked(number, request, self._stop_ids(request), self._budget(request))
+                    for number, request in enumerate(live.joining(), start=joined)
+                ]
+                joined += len(joining)
+                most = min(1 if mesh is not None else self._most_groups, len(joining) + sum(g.requests for g in groups))
+                while len(groups) < most:
+                    params = joining[0].request.params
+                    with self._turn:
+                        groups.append(self._group(params, stop_ids, shares, model.compute_dtype, mesh))
+                _spread(joining, groups)
+                dispatch = live.next_dispatch()
+                for group in groups:
+                    if group in writing.values():
+                        continue
+                    for index, rollout in group.slots.leave(live.wanted, policy_step):
+                        live.ended(index, rollout)
+                    if group.requests:
+                        future = threads.submit(self._write, model, layers, group, numbers, dispatch, mesh)
+                        writing[future] = group
+                if not writing:
+                    return
+                for future in wait(writing, return_when=FIRST_COMPLETED).done:
+                    for index, part, ended in writing.pop(future).slots.collect(*future.result(), policy_step):
+                        live.written(index, part)
+                        if ended is not None:
+                            live.ended(index, ended)
+
+    def _own_layers(self, model: Qwen3) -> tuple[Layer, ...]:
+        """Layers as the decoding loop takes them."""
+        if not self.unroll:
+            return tuple(model.stacks)
+        with self._turn:
+            return self._layers(model)
+
+    def _numbers(self, seed: int, policy_step: int, step: int | None) -> tuple[np.uint32, np.uint32]:
         step = policy_step if step is None else step
         for field, value in (("seed", seed), ("policy_step", policy_step), ("step", step)):
             if not 0 <= value < 2**32:
                 raise ValueError(f"{field} is {value}; it must be in 0..{2**32 - 1}")
-        for request in requests:
-            self.check(request)
-        if not requests:
-            return []
-        plan = plan or Plan.of([request.params for request in requests], self.config.vocab_size)
-        numbers = np.uint32(seed), np.uint32(step)
-        layers = self._layers(model) if self.unroll else tuple(model.stacks)
-        groups = self._groups(requests, shares, model.compute_dtype, mesh)
-        rollouts: dict[int, Rollout] = {}
-        with ThreadPoolExecutor(len(groups)) as threads:
-
-            def write(group: _Group) -> Future[tuple[State, Written]]:
-                return threads.submit(self._write, model, layers, group, numbers, plan, mesh)
-
-            writing = {write(group): group for group in groups}
-            while writing:
-                for future in wait(writing, return_when=FIRST_COMPLETED).done:
-                    group = writing.pop(future)
-                    done = group.slots.collect(*future.result(), policy_step)
-                    rollouts.update((group.requests[index], rollout) for index, rollout in done)
-                    if done and on_progress is not None:
-                        on_progress(len(done), sum(len(rollout.response) for _, rollout in done))
-                    if group.slots.writing or group.slots.waiting:
-                        writing[write(group)] = group
-        return [rollouts[index] for index in range(len(requests))]
+        return np.uint32(seed), np.uint32(step)
 
     def programs(self, model: Qwen3, sampling: Sequence[SamplingParams]) -> "EnginePrograms":
         """What `generate` runs, in every group alike, for requests that are sampled in these ways.
@@ -236,15 +295,16 @@ class Engine:
         `model` may be abstract (`qwen3.sharding.placed_shapes`); where its mesh's devices are, the programs are for.
         """
         prompt = [self.pad_id] * self.max_prompt_tokens
-        requests = [
-            Request(prompt_ids=prompt, prompt_id=str(number), sample_index=0, mode=THINKING, params=params)
-            for number, params in enumerate(sampling)
-        ]
+        request = Request(prompt_ids=prompt, prompt_id="", sample_index=0, mode=THINKING, params=sampling[0])
+        stop_ids = max(len(self.stop_ids if params.stop_ids is None else params.stop_ids) for params in sampling)
         mesh, shares = self._placement(model)
-        devices = model.embed.get_value().sharding.mesh
-        layers = placed_shapes(jax.eval_shape(layers_of, model), devices) if self.unroll else tuple(model.stacks)
-        with jax.set_mesh(devices):
-            group = self._groups(requests, shares, model.compute_dtype, mesh, page_shapes)[0]
+        devices = getattr(model.embed.get_value().sharding, "mesh", None)
+        layers = jax.eval_shape(layers_of, model) if self.unroll else tuple(model.stacks)
+        if self.unroll and devices is not None:
+            layers = placed_shapes(layers, devices)
+        with contextlib.nullcontext() if devices is None else jax.set_mesh(devices):
+            group = self._group(request.params, stop_ids, shares, model.compute_dtype, mesh, page_shapes)
+        group.slots.add(Asked(0, request, (), _NEVER))
         admitted = group.slots.admit()
         assert admitted is not None
         prompts = row_shapes(admitted[0], mesh, PartitionSpec(None, *BATCH))
@@ -255,9 +315,30 @@ class Engine:
             prefill_arguments=(model, group.pages, prompts, count),
             prefill_options={"mesh": mesh},
             decode=self._decode,
-            decode_arguments=(model, layers, group.pages, fixed, state, count, number, number),
+            decode_arguments=(model, layers, group.pages, fixed, state, count, count, number, number),
             decode_options={"plan": Plan.of(sampling, self.config.vocab_size), "mesh": mesh},
         )
+
+    def device_bytes(self, model: Qwen3, plans: Sequence[Plan]) -> int | None:
+        """The most that generating with these plans takes on a device beside the weights: pages, and what the programs
+        hold while they run. None where the compiler does not say."""
+        programs = self.programs(model, [SamplingParams(max_new_tokens=1)])
+        # With the layers as `follow` has them: what is compiled here is what it runs.
+        decode_arguments = (model, self._own_layers(model), *programs.decode_arguments[2:])
+        run = [(programs.prefill, programs.prefill_arguments, programs.prefill_options)]
+        run += [(programs.decode, decode_arguments, {**programs.decode_options, "plan": plan}) for plan in plans]
+        taken = []
+        for program, arguments, options in run:
+            memory = program.lower(*arguments, **options).compile().memory_analysis()
+            if memory is None:
+                return None
+            taken.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+        mesh, _ = self._placement(model)
+        pages = 0
+        for leaf in programs.decode_arguments[2]:
+            shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+            pages += math.prod(shape) * leaf.dtype.itemsize
+        return (self._most_groups if mesh is None else 1) * (pages + max(taken))
 
     def _write(
         self,
@@ -265,13 +346,12 @@ class Engine:
         layers: tuple[Layer, ...],
         group: _Group,
         numbers: tuple[np.uint32, np.uint32],
-        plan: Plan,
+        dispatch: tuple[Plan, int],
         mesh: Mesh | None,
     ) -> tuple[State, Written]:
         """Fill the free slots of a group and write in all of them until enough have ended."""
-        slots = group.slots
-        # Groups run the same programs: one compiles them, the others wait for it.
-        with self._compiling:
+        slots, (plan, tokens) = group.slots, dispatch
+        with self._turn:
             if (admitted := slots.admit()) is not None:
                 prompts, chunks = admitted
                 placed = _place(prompts, PartitionSpec(None, *BATCH), mesh)
@@ -280,7 +360,16 @@ class Engine:
             leave = max(0, slots.writing - -(-slots.size // 8)) if slots.waiting else 0
             fixed, state = _place((slots.fixed, slots.state), BATCH, mesh)
             state, group.pages, written = self._decode(
-                model, layers, group.pages, fixed, state, np.int32(leave), *numbers, plan=plan, mesh=mesh
+                model,
+                layers,
+                group.pages,
+                fixed,
+                state,
+                np.int32(leave),
+                np.int32(tokens),
+                *numbers,
+                plan=plan,
+                mesh=mesh,
             )
         return fetch((state, written))
 
@@ -330,38 +419,32 @@ class Engine:
         budget = request.params.thinking_budget
         return _NEVER if budget is None or request.mode != THINKING else budget
 
-    def _groups(
+    def _group(
         self,
-        requests: Sequence[Request],
+        params: SamplingParams,
+        stop_ids: int,
         shares: int,
         dtype: DTypeLike,
         mesh: Mesh | None,
         make: Callable[..., Pages] = make_pages,
-    ) -> list[_Group]:
-        stop_ids = [self._stop_ids(request) for request in requests]
+    ) -> _Group:
         count = self._most_groups if mesh is None else 1
         rows, pages = self.batch_size // count, self.pages // count
         prefill_rows = min(rows // shares, max(1, _PREFILL_TOKENS // self.max_prompt_tokens))
-        groups = []
-        for indices in np.array_split(np.arange(len(requests)), min(count, len(requests))):
-            slots = Slots(
-                [requests[i] for i in indices],
-                [stop_ids[i] for i in indices],
-                [self._budget(requests[i]) for i in indices],
-                batch_size=rows,
-                pools=[PagePool(pages // shares, self.page_size) for _ in range(shares)],
-                prefill_rows=shares * prefill_rows,
-                prompt_tokens=self.max_prompt_tokens,
-                prompt_pages=self._decoder.pages_for(self.max_prompt_tokens),
-                table_pages=self._table_pages,
-                # Also where none stops: the shape, and with it the program, is that of others.
-                stop_width=-(-max(1, *map(len, stop_ids)) // STOP_IDS) * STOP_IDS,
-                pad_id=self.pad_id,
-            )
-            size = shares * (pages // shares + 1)
-            empty = make(self.config, dtype, pages=size, page_size=self.page_size, mesh=mesh)
-            groups.append(_Group(indices.tolist(), slots, empty))
-        return groups
+        slots = Slots(
+            params,
+            batch_size=rows,
+            pools=[PagePool(pages // shares, self.page_size) for _ in range(shares)],
+            prefill_rows=shares * prefill_rows,
+            prompt_tokens=self.max_prompt_tokens,
+            prompt_pages=self._decoder.pages_for(self.max_prompt_tokens),
+            table_pages=self._table_pages,
+            # Also where none stops: the shape, and with it the program, is that of others.
+            stop_width=-(-max(1, stop_ids) // STOP_IDS) * STOP_IDS,
+            pad_id=self.pad_id,
+        )
+        size = shares * (pages // shares + 1)
+        return _Group(slots, make(self.config, dtype, pages=size, page_size=self.page_size, mesh=mesh))
 
     @property
     def _most_groups(self) -> int:
@@ -377,6 +460,14 @@ class Engine:
             return prefill(model, pages, part.tokens, part.lengths, part.page_table, mesh=mesh)
 
         return jax.lax.fori_loop(0, chunks, read, pages)
+
+
+def _spread(joining: Sequence[Asked], groups: Sequence[_Group]) -> None:
+    """Consecutive requests, which often share a prompt, go to one group; the group with the least to do comes first."""
+    idlest = sorted(groups, key=lambda group: group.requests)
+    for group, part in zip(idlest, np.array_split(np.arange(len(joining)), max(1, len(groups))), strict=False):
+        for index in part:
+            group.slots.add(joining[index])
 
 
 def _mesh(model: Qwen3) -> Mesh | None:

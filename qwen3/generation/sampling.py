@@ -82,6 +82,8 @@ class Plan:
     """Some row has another temperature than 1."""
     cut: bool
     """Some row that draws from the whole vocabulary is greedy or has min-p."""
+    named: int = 0
+    """Likeliest tokens that are told of every position; 0 for none."""
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab_size: int) -> "Plan":
@@ -97,10 +99,11 @@ class Plan:
         )
 
     @classmethod
-    def of_all(cls, top_k: int, vocab_size: int) -> "Plan":
-        """What covers every way to sample whose top_k is at most this."""
+    def of_all(cls, top_k: int, vocab_size: int, named: int = 0) -> "Plan":
+        """What covers every way to sample whose top_k is at most this, and tells as many likeliest tokens."""
         widest = cls.of([SamplingParams(max_new_tokens=1, top_k=top_k)], vocab_size)
-        return cls(candidates=widest.candidates, whole=True, nucleus=True, tempered=True, cut=True)
+        whole = {"whole": True, "nucleus": True, "tempered": True, "cut": True}
+        return cls(candidates=widest.candidates, named=min(named, vocab_size), **whole)
 
     def covers(self, other: "Plan") -> bool:
         """Whether this can do all that `other` can."""
@@ -133,13 +136,20 @@ class RowParams(NamedTuple):
         )
 
 
-def choose_tokens(
-    logits: Float[Array, "B V"], rows: RowParams, uniforms: Float[Array, "B 2"], plan: Plan
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+class Chosen(NamedTuple):
+    """A token a row, and what the model says about it: log-probabilities in nats, at temperature 1 and untruncated."""
+
+    tokens: Int[Array, "B"]
+    logprobs: Float[Array, "B"]
+    top_ids: Int[Array, "B J"]
+    """The `Plan.named` likeliest tokens, the likeliest first."""
+    top_logprobs: Float[Array, "B J"]
+
+
+def choose_tokens(logits: Float[Array, "B V"], rows: RowParams, uniforms: Float[Array, "B 2"], plan: Plan) -> Chosen:
     """Draw one token a row from its truncated distribution, given two uniform numbers in [0, 1).
 
-    Returns the tokens and their log-probabilities in nats under temperature 1 and without truncation. A token that a
-    filter dropped is never drawn. `plan` must cover `rows` (`Plan.of` over a superset of them).
+    A token that a filter dropped is never drawn. `plan` must cover `rows` (`Plan.of` over a superset of them).
     """
     uniforms = jnp.where(rows.greedy[:, None], 0, uniforms)
     peak = jnp.max(logits, axis=-1, keepdims=True)
@@ -147,12 +157,19 @@ def choose_tokens(
     # By blocks, as they are drawn: one pass over the vocabulary serves both where nothing is dropped.
     log_total = jnp.log(jnp.sum(jnp.sum(_blocks(jnp.exp(shifted)), axis=-1), axis=-1))
     tokens = _from_whole(shifted, rows, uniforms, plan) if plan.whole else None
+    likeliest = max(plan.candidates, plan.named)
+    none = shifted[:, :0], jnp.zeros((len(shifted), 0), jnp.int32)
+    values, ids = jax.lax.top_k(shifted, likeliest) if likeliest else none
     if plan.candidates:
-        short = _from_candidates(shifted, rows, uniforms[:, 1], plan)
+        short = _from_candidates(values[:, : plan.candidates], ids[:, : plan.candidates], rows, uniforms[:, 1])
         tokens = short if tokens is None else jnp.where(rows.top_k > 0, short, tokens)
     assert tokens is not None
-    logprobs = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
-    return tokens, logprobs
+    return Chosen(
+        tokens=tokens,
+        logprobs=jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total,
+        top_ids=ids[:, : plan.named],
+        top_logprobs=values[:, : plan.named] - log_total[:, None],
+    )
 
 
 def entropies(logits: Float[Array, "B V"]) -> Float[Array, "B"]:
@@ -185,12 +202,11 @@ def _blocks(weights: Float[Array, "B V"]) -> Float[Array, "B b w"]:
 
 
 def _from_candidates(
-    shifted: Float[Array, "B V"], rows: RowParams, uniform: Float[Array, "B"], plan: Plan
+    values: Float[Array, "B c"], ids: Int[Array, "B c"], rows: RowParams, uniform: Float[Array, "B"]
 ) -> Int[Array, "B"]:
-    """Draw among the `plan.candidates` most probable tokens, which hold every row's top-k."""
-    values, ids = jax.lax.top_k(shifted, plan.candidates)
+    """Draw among the most probable tokens, which hold every row's top-k."""
     scaled = values / rows.temperature[:, None]
-    weights = jnp.where(jnp.arange(plan.candidates) < rows.top_k[:, None], jnp.exp(scaled), 0)
+    weights = jnp.where(jnp.arange(values.shape[1]) < rows.top_k[:, None], jnp.exp(scaled), 0)
     mass_above = jnp.cumsum(weights, axis=-1) - weights
     kept = mass_above < rows.top_p[:, None] * jnp.sum(weights, axis=-1, keepdims=True)
     kept &= scaled >= rows.log_min_p[:, None]

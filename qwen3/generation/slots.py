@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,9 +62,25 @@ class Written(NamedTuple):
 
     tokens: Int[Array, "n B"]
     chosen: Bool[Array, "n B"]
+    """By the policy itself; False for forced tokens."""
     logprobs: Float[Array, "n B"]
+    top_ids: Int[Array, "n B J"]
+    """The likeliest tokens where `qwen3.generation.sampling.Plan.named` asks for them."""
+    top_logprobs: Float[Array, "n B J"]
     entropies: Float[Array, "n B"] | None = None
     """Of the distributions that tokens were drawn from; None where the engine does not record them."""
+
+
+class _Kept(NamedTuple):
+    """What of a request's `Written` is kept until it has ended; what is told as it is written is not."""
+
+    tokens: np.ndarray
+    chosen: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray | None
+
+
+_NOTHING = _Kept(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32), None)
 
 
 class Prompts(NamedTuple):
@@ -75,21 +91,32 @@ class Prompts(NamedTuple):
     page_table: Int[Array, "M C p"]
 
 
+class Asked(NamedTuple):
+    """A request as the engine understands it."""
+
+    number: int
+    """By which the caller knows it."""
+    request: Request
+    stop_ids: Sequence[int]
+    budget: int
+
+
 @dataclasses.dataclass
 class _Open:
     """A request that is being written."""
 
-    index: int
+    asked: Asked
     lease: Lease
-    parts: list[Written]
+    parts: list["_Kept"]
+    """Of every dispatch."""
 
 
 class Slots:
     """B slots in equal shares, each share with a pool of its own.
 
     Args:
-        requests: What to write, admitted in this order.
-        stop_ids, budgets: Of every request, as the engine understands them.
+        params: What slots without a request draw as: that of one of the requests, so that they need nothing of the
+            compiled program.
         batch_size: B.
         pools: One a share.
         prefill_rows: C, a multiple of the shares.
@@ -101,9 +128,7 @@ class Slots:
 
     def __init__(
         self,
-        requests: Sequence[Request],
-        stop_ids: Sequence[Sequence[int]],
-        budgets: Sequence[int],
+        params: SamplingParams,
         *,
         batch_size: int,
         pools: Sequence[PagePool],
@@ -114,12 +139,10 @@ class Slots:
         stop_width: int,
         pad_id: int,
     ):
-        self._requests, self._stop_ids, self._budgets = requests, stop_ids, budgets
         self._pools, self._prefill_rows = pools, prefill_rows
         self._prompt_tokens, self._prompt_pages, self._pad_id = prompt_tokens, prompt_pages, pad_id
-        self._waiting = deque(range(len(requests)))
+        self._waiting: deque[Asked] = deque()
         self._open: list[_Open | None] = [None] * batch_size
-        # Slots without a request draw as the first one does, so that they need nothing of the compiled program.
         self.fixed: Any = Fixed(
             page_table=_filled((batch_size, table_pages)),
             source_table=_filled((batch_size, table_pages)),
@@ -128,7 +151,7 @@ class Slots:
             stop_ids=_filled((batch_size, stop_width), -1),
             prompt_hash=_filled((batch_size,), dtype=np.uint32),
             sample_index=_filled((batch_size,), dtype=np.uint32),
-            sampling=RowParams.of([requests[0].params] * batch_size),
+            sampling=RowParams.of([params] * batch_size),
         )
         self.state: Any = State(
             token=_filled((batch_size,)),
@@ -155,6 +178,10 @@ class Slots:
         """Requests without a slot."""
         return len(self._waiting)
 
+    def add(self, asked: Asked) -> None:
+        """Behind all that wait already."""
+        self._waiting.append(asked)
+
     def admit(self) -> tuple[Prompts, int] | None:
         """Give free slots the next requests as long as their pages last.
 
@@ -167,7 +194,7 @@ class Slots:
         for slot in (slot for slot, taken in enumerate(self._open) if taken is None):
             if not self._waiting:
                 break
-            share, request = slot * shares // len(self._open), self._requests[self._waiting[0]]
+            share, request = slot * shares // len(self._open), self._waiting[0].request
             # The last token that is written is never read.
             most = len(request.prompt_ids) + request.params.max_new_tokens - 1
             lease = self._pools[share].lease(request.prompt_ids, most)
@@ -178,18 +205,18 @@ class Slots:
                 fresh[share].append(lease)
         return self._prompts(fresh) if len(self._waiting) < waiting else None
 
-    def _occupy(self, slot: int, index: int, lease: Lease) -> None:
-        request, fixed, state = self._requests[index], self.fixed, self.state
-        self._open[slot] = _Open(index, lease, [])
+    def _occupy(self, slot: int, asked: Asked, lease: Lease) -> None:
+        request, fixed, state = asked.request, self.fixed, self.state
+        self._open[slot] = _Open(asked, lease, [])
         fixed.page_table[slot] = 0
         fixed.page_table[slot, : len(lease.pages)] = lease.pages
         fixed.source_table[slot] = fixed.page_table[slot]
         if lease.copied_from is not None:
             fixed.source_table[slot, lease.shared] = lease.copied_from
         fixed.max_new[slot] = request.params.max_new_tokens
-        fixed.budget[slot] = self._budgets[index]
+        fixed.budget[slot] = asked.budget
         fixed.stop_ids[slot] = -1
-        fixed.stop_ids[slot, : len(self._stop_ids[index])] = self._stop_ids[index]
+        fixed.stop_ids[slot, : len(asked.stop_ids)] = asked.stop_ids
         fixed.prompt_hash[slot] = _hash32(request.prompt_id)
         fixed.sample_index[slot] = request.sample_index
         for column, value in zip(fixed.sampling, RowParams.of([request.params]), strict=True):
@@ -220,50 +247,78 @@ class Slots:
                 prompts.page_table[place][: len(pages)] = pages
         return prompts, max(-(-len(leases) // own) for leases in fresh)
 
-    def collect(self, state: State, written: Written, policy_step: int) -> list[tuple[int, Rollout]]:
-        """Take what a dispatch wrote, and free the slots that ended. Returns them as rollouts by request index."""
+    def collect(self, state: State, written: Written, policy_step: int) -> list[tuple[int, Written, Rollout | None]]:
+        """Take what a dispatch wrote, and free the slots that ended.
+
+        Returns of every request that had a slot its index, its part, and the rollout where it has ended.
+        """
         counts = state.written - self.state.written
         self.state = jax.tree.map(np.array, state)
-        done = []
+        found = []
         for slot, taken in enumerate(self._open):
             if taken is None:
                 continue
-            taken.parts.append(jax.tree.map(lambda part, slot=slot: part[: counts[slot], slot], written))
+            # Copies: a view would keep all that the dispatch has handed back.
+            part: Written = jax.tree.map(lambda part, slot=slot: np.array(part[: counts[slot], slot]), written)
+            columns: Any = (part.tokens, part.chosen, part.logprobs, part.entropies)
+            taken.parts.append(_Kept(*columns))
+            rollout = None
             if not state.active[slot]:
-                done.append((taken.index, self._rollout(taken, bool(state.finished[slot]), policy_step)))
-                self._pools[slot * len(self._pools) // len(self._open)].release(taken.lease)
-                self._open[slot] = None
-                # It goes on reading a token a step until a request moves in: to the page that nobody reads.
-                self.fixed.page_table[slot] = 0
-                self.state.position[slot] = 0
+                rollout = _rollout(taken.asked.request, taken.parts, bool(state.finished[slot]), policy_step)
+                self._free(slot, taken)
+            found.append((taken.asked.number, part, rollout))
         self.fixed.source_table[:] = self.fixed.page_table
-        return done
+        return found
 
-    def _rollout(self, done: _Open, finished: bool, policy_step: int) -> Rollout:
-        request = self._requests[done.index]
-        prompt = len(request.prompt_ids)
-        written = jax.tree.map(lambda *parts: np.concatenate(parts), *done.parts)
-        tokens = np.concatenate((np.asarray(request.prompt_ids, np.int32), written.tokens))
-        # What is known about the token at index t + 1 is stored at t, the position that predicts it.
-        predicting = slice(prompt - 1, len(tokens) - 1)
-        loss_mask, logprobs = np.zeros(len(tokens), bool), np.zeros(len(tokens), np.float32)
-        loss_mask[predicting], logprobs[predicting] = written.chosen, written.logprobs
-        entropies = None
-        if written.entropies is not None:
-            entropies = np.zeros(len(tokens), np.float32)
-            entropies[predicting] = written.entropies
-        return Rollout(
-            tokens=tokens,
-            prompt_length=prompt,
-            loss_mask=loss_mask,
-            sampler_logprobs=logprobs,
-            mode=request.mode,
-            prompt_id=request.prompt_id,
-            sample_index=request.sample_index,
-            policy_step=policy_step,
-            finished=finished,
-            sampler_entropies=entropies,
-        )
+    def leave(self, wanted: Callable[[int], bool], policy_step: int) -> list[tuple[int, Rollout]]:
+        """Let requests go that are not wanted any more, whether they have a slot or not.
+
+        Returns them by index, unfinished, with what they have written.
+        """
+        left = []
+        for slot, taken in enumerate(self._open):
+            if taken is not None and not wanted(taken.asked.number):
+                left.append((taken.asked.number, _rollout(taken.asked.request, taken.parts, False, policy_step)))
+                self._free(slot, taken)
+        for asked in [asked for asked in self._waiting if not wanted(asked.number)]:
+            left.append((asked.number, _rollout(asked.request, [], False, policy_step)))
+            self._waiting.remove(asked)
+        self.fixed.source_table[:] = self.fixed.page_table
+        return left
+
+    def _free(self, slot: int, taken: _Open) -> None:
+        self._pools[slot * len(self._pools) // len(self._open)].release(taken.lease)
+        self._open[slot] = None
+        self.state.active[slot] = False
+        # It goes on reading a token a step until a request moves in: to the page that nobody reads.
+        self.fixed.page_table[slot] = 0
+        self.state.position[slot] = 0
+
+
+def _rollout(request: Request, parts: Sequence[_Kept], finished: bool, policy_step: int) -> Rollout:
+    prompt = len(request.prompt_ids)
+    written: _Kept = jax.tree.map(lambda *columns: np.concatenate(columns), *parts) if parts else _NOTHING
+    tokens = np.concatenate((np.asarray(request.prompt_ids, np.int32), written.tokens))
+    # What is known about the token at index t + 1 is stored at t, the position that predicts it.
+    predicting = slice(prompt - 1, len(tokens) - 1)
+    loss_mask, logprobs = np.zeros(len(tokens), bool), np.zeros(len(tokens), np.float32)
+    loss_mask[predicting], logprobs[predicting] = written.chosen, written.logprobs
+    entropies = None
+    if written.entropies is not None:
+        entropies = np.zeros(len(tokens), np.float32)
+        entropies[predicting] = written.entropies
+    return Rollout(
+        tokens=tokens,
+        prompt_length=prompt,
+        loss_mask=loss_mask,
+        sampler_logprobs=logprobs,
+        mode=request.mode,
+        prompt_id=request.prompt_id,
+        sample_index=request.sample_index,
+        policy_step=policy_step,
+        finished=finished,
+        sampler_entropies=entropies,
+    )
 
 
 def _filled(shape: tuple[int, ...], value: int = 0, dtype: DTypeLike = np.int32) -> Any:

@@ -36,10 +36,13 @@ Serve a teacher over HTTP: targets for students, and text.
   python -m teacher.serve --model checkpoints/Qwen3-32B
   {TOKEN_VARIABLE}=… python -m teacher.serve --model checkpoints/Qwen3-235B-A22B --host 0.0.0.0 --mesh.expert 8
 
+POST /v1/chat/completions  POST /v1/completions    as OpenAI and vLLM have them, streams too
+POST /inference/v1/generate    vLLM's token endpoint, with prompt log-probabilities
+POST /generate             as SGLang has it
 POST /v1/targets           top-k, chosen ids, sampled tokens or hidden states, in safetensors (teacher/README.md)
 GET  /v1/head              the output matrix, for exact divergences from hidden states
 POST /v1/rollouts          what the teacher generates, the same for the same seed
-POST /inference/v1/generate    as vLLM has it, with prompt log-probabilities
+GET  /docs                 all of it, field by field; /openapi.json for programs
 GET  /v1/models  /health  /ready  /metrics
 """
 _EPILOGUE = f"""\
@@ -57,6 +60,7 @@ _OPTIONS: Mapping[str, str] = {
     "max_request_sequences": "sequences in one request",
     "max_request_tokens": "tokens of all sequences in one request",
     "max_body_bytes": "bytes of one request",
+    "max_held_bytes": "bytes of all requests and answers that are held; beyond them further requests get 429",
     "max_queue_requests": "requests that wait or are being answered; further ones get 429",
     "max_queue_tokens": "tokens in them",
     "deadline_seconds": "after which a request is given up",

@@ -23,6 +23,9 @@ class Metrics:
             "teacher_queue_requests", "Requests that wait or are being answered.", registry=self._registry
         )
         self.queue_tokens = Gauge("teacher_queue_tokens", "Tokens of these requests.", registry=self._registry)
+        self.held_bytes = Gauge(
+            "teacher_held_bytes", "Bytes of requests and answers that are held.", registry=self._registry
+        )
         self.seconds = Histogram(
             "teacher_request_seconds",
             "From a request's last byte to its answer.",

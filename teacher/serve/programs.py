@@ -135,11 +135,9 @@ class Programs:
                 if on_compiled is not None:
                     on_compiled()
         self.temporary_bytes = max(taken, default=None)
-        self.turn: contextlib.AbstractContextManager[Any] = (
-            threading.Lock() if mesh.size > 1 else contextlib.nullcontext()
-        )
+        self.turn: contextlib.AbstractContextManager[Any] | None = threading.Lock() if mesh.size > 1 else None
         """Whoever begins programs from another thread takes it meanwhile: of programs that several devices run
-        together, one order must hold on all of them, or they wait for each other for ever."""
+        together, one order must hold on all of them, or they wait for each other for ever. None for one device."""
 
     def launch(self, kind: Kind, units: Sequence[Unit]) -> "Launched":
         """Begins to score sequences that a `Room` of the largest shape has taken; the devices need not have finished
@@ -150,7 +148,7 @@ class Programs:
         arrays = _Rows(kind, shape, self._entries[kind])
         for number, (unit, where) in enumerate(zip(units, places, strict=True), start=1):
             arrays.put(unit, where, number)
-        with self.turn:
+        with self.turn or contextlib.nullcontext():
             results = self._compiled[kind, shape](self._model, *place(arrays.all, self._placement))
         return Launched(kind=kind, units=units, places=places, shape=shape, most=self._entries, results=results)
 

@@ -9,8 +9,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,21 +18,19 @@ from teacher.serve.metrics import Metrics
 from teacher.serve.programs import Launched, Programs, Room, Unit
 from teacher.wire import Answer, Refused, TargetsRequest
 
-Result = TypeVar("Result")
-
 
 class Admission:
-    """How much waits or is being worked on, over all queues of a server; what would be too much is refused."""
+    """How much is waiting, being worked on or on its way back, over all connections; what would be too much is
+    refused."""
 
     def __init__(self, limits: Limits, metrics: Metrics):
         self._limits, self._metrics = limits, metrics
         self._lock = threading.Lock()
-        self._requests = self._tokens = 0
+        self._requests = self._tokens = self._bytes = 0
 
-    def admitted(
-        self, tokens: int, submit: Callable[[], "concurrent.futures.Future[Result]"]
-    ) -> "concurrent.futures.Future[Result]":
-        """What `submit` returns, counted until it is done. Raises Refused (429) where too much is there already."""
+    @contextlib.contextmanager
+    def admitted(self, tokens: int) -> Iterator[None]:
+        """Counts a request of so many tokens. Raises Refused (429) where too much is there already."""
         with self._lock:
             for field, held, most in (
                 ("max_queue_requests", self._requests + 1, self._limits.max_queue_requests),
@@ -42,20 +39,41 @@ class Admission:
                 # A queue that is empty takes whatever a request may hold.
                 if held > most and self._requests:
                     raise Refused("queue", f"is full ({field} {most}); come again", status=429)
-            self._count(1, tokens)
-        future = submit()
-        future.add_done_callback(lambda _: self._leave(tokens))
-        return future
+            self._count(1, tokens, 0)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count(-1, -tokens, 0)
 
-    def _leave(self, tokens: int) -> None:
+    @contextlib.contextmanager
+    def asked(self, size: int) -> Iterator[None]:
+        """Counts bytes that are read. Raises Refused (429) where too many are held already."""
+        most = self._limits.max_held_bytes
         with self._lock:
-            self._count(-1, -tokens)
+            if self._bytes + size > most:
+                raise Refused("queue", f"holds too many bytes (max_held_bytes {most}); come again", status=429)
+        with self.answered(size):
+            yield
 
-    def _count(self, requests: int, tokens: int) -> None:
+    @contextlib.contextmanager
+    def answered(self, size: int) -> Iterator[None]:
+        """Counts bytes that go back, as long as they are not sent: meanwhile others are not read."""
+        with self._lock:
+            self._count(0, 0, size)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count(0, 0, -size)
+
+    def _count(self, requests: int, tokens: int, size: int) -> None:
         self._requests += requests
         self._tokens += tokens
+        self._bytes += size
         self._metrics.queue_requests.set(self._requests)
         self._metrics.queue_tokens.set(self._tokens)
+        self._metrics.held_bytes.set(self._bytes)
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,6 +1,7 @@
 """The JSON requests of a server, as msgspec reads them: unknown fields, wrong types and numbers out of bounds are
 refused with the place where they stand."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -19,6 +20,12 @@ Natural = Annotated[int, Meta(ge=0, le=MOST)]
 Count = Annotated[int, Meta(ge=1, le=MOST)]
 Unsigned = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Name = Annotated[str, Meta(max_length=1_024)]
+TopK = Annotated[int, Meta(ge=-1, le=MOST)]
+Choices = Annotated[int, Meta(ge=1, le=64)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Temperature = Annotated[float, Meta(ge=0, le=1e6)]
+StopText = Annotated[str, Meta(min_length=1, max_length=256)]
+Stop = StopText | Annotated[list[StopText], Meta(max_length=16)]
 Read = TypeVar("Read", bound=Struct)
 
 
@@ -50,44 +57,6 @@ class RolloutsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     seed: Unsigned
     step: Unsigned = 0
     requests: list[RolloutRequest]
-
-
-class VllmSampling(Struct, forbid_unknown_fields=True, kw_only=True):
-    """`sampling_params` of vLLM's token endpoint. Fields of which one value alone is served are refused otherwise."""
-
-    max_tokens: Natural = 16
-    n: Annotated[int, Meta(ge=1, le=64)] = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: Annotated[int, Meta(ge=-1, le=MOST)] = 0
-    min_p: float = 0.0
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    stop_token_ids: tuple[Natural, ...] | None = None
-    ignore_eos: bool = False
-    logprobs: Natural | None = None
-    prompt_logprobs: Natural | None = None
-    prompt_logprob_token_ids: list[list[Annotated[int, Meta(ge=-1, le=MOST)]]] | None = None
-    prompt_logprob_start: Natural = 0
-    detokenize: bool = False
-    skip_special_tokens: bool = True
-    min_tokens: Literal[0] = 0
-    repetition_penalty: Annotated[float, Meta(ge=1, le=1)] = 1.0
-    presence_penalty: Annotated[float, Meta(ge=0, le=0)] = 0.0
-    frequency_penalty: Annotated[float, Meta(ge=0, le=0)] = 0.0
-
-
-class VllmGenerate(Struct, forbid_unknown_fields=True, kw_only=True):
-    """`POST /inference/v1/generate` of vLLM 0.33."""
-
-    token_ids: list[Natural]
-    sampling_params: VllmSampling
-    model: Name | None = None
-    output_mode: Literal["tokens"] = "tokens"
-    return_token_ids: bool = True
-    request_id: Name | None = None
-    stream: Literal[False] = False
-    cache_salt: Name | None = None
-    priority: int = 0
 
 
 def read(body: bytes, kind: type[Read]) -> Read:
@@ -140,7 +109,7 @@ def check_prompt(field: str, ids: list[int], limits: Limits, vocab_size: int) ->
     check_ids(field, ids, vocab_size)
 
 
-def check_ids(field: str, ids: list[int] | tuple[int, ...], vocab_size: int, least: int = 0) -> None:
+def check_ids(field: str, ids: Sequence[int], vocab_size: int, least: int = 0) -> None:
     """Refuses ids that are no tokens, or below `least`."""
     if bad := [one for one in ids if not least <= one < vocab_size]:
         raise Refused(field, f"holds {bad[0]}; token ids are {least} to {vocab_size - 1}")

@@ -70,7 +70,8 @@ class Service:
         limits: What it takes.
         tokenizer: Its tokenizer and chat template.
         admission, scoring, generation: Where requests wait.
-        scoring_bytes: What scoring takes on a device beside the weights, at most; None where it is not known.
+        device_bytes: What scoring and generating take on a device beside the weights, at most; None where it is not
+            known.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Service:
     ):
         """Compiles all programs, which takes seconds to minutes.
 
-        Raises UserError where scoring at these limits does not fit the devices' memory, or gives no numbers.
+        Raises UserError where what these limits allow does not fit the devices' memory, or scoring gives no numbers.
         """
         self.name, self.identity, self.limits, self.tokenizer = name, identity, limits, tokenizer
         self.metrics = Metrics()
@@ -101,11 +102,10 @@ class Service:
                 on_step("compiling", done, count)
 
         programs = Programs(model, mesh, limits, on_compiled)
-        _check_memory(programs.temporary_bytes, mesh)
-        _check_scores(programs, name)
-        self.scoring_bytes = programs.temporary_bytes
-        self.scoring = ScoringQueue(programs, self.metrics)
         self.generation = GenerationQueue(model, tokenizer, limits, self.metrics, programs.turn)
+        self.device_bytes = checked_memory(programs.temporary_bytes, self.generation.device_bytes(), mesh)
+        _check_scores(programs, name)
+        self.scoring = ScoringQueue(programs, self.metrics)
         self.generation.compile()
         on_compiled()
 
@@ -161,15 +161,22 @@ def _check_scores(programs: Programs, name: str) -> None:
         raise UserError(f"teacher {name}: its log-probabilities are no finite numbers; check its weights")
 
 
-def _check_memory(needed: int | None, mesh: Mesh) -> None:
-    """Refuses sizes of which two batches at a time, one computed and one waiting, would not fit beside the weights.
+def checked_memory(scoring: int | None, generating: int | None, mesh: Mesh) -> int | None:
+    """What two scored batches, one computed and one waiting, and all that is generated take on a device together.
 
-    Devices that do not say what they have, such as CPUs, are not asked.
+    Raises UserError where that does not fit beside the weights. Devices that do not say what they have, such as CPUs,
+    are not asked.
     """
+    if scoring is None or generating is None:
+        return None
+    needed = 2 * scoring + generating
     known = [stats for device in mesh.local_devices if "bytes_limit" in (stats := device.memory_stats() or {})]
     left = min((stats["bytes_limit"] - stats["bytes_in_use"] for stats in known), default=None)
-    if left is not None and needed is not None and 2 * needed > left:
+    if left is not None and needed > left:
         raise UserError(
-            f"scoring takes up to {2 * needed / 2**30:.1f} GiB on a device beside the weights, of which "
-            f"{left / 2**30:.1f} are left; lower --batch-tokens or --max-sequence-tokens, or use more devices"
+            f"scoring takes up to {2 * scoring / 2**30:.1f} GiB on a device beside the weights and generating "
+            f"{generating / 2**30:.1f}, of {left / 2**30:.1f} that are left; lower --batch-tokens, "
+            "--max-sequence-tokens, --generation-batch-size, --max-prompt-tokens or --max-new-tokens, or take more "
+            "devices"
         )
+    return needed

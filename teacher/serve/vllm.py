@@ -4,259 +4,179 @@ Fields and their places are those of vLLM 0.33. What a server gives beside them:
 logarithm of the mass of all tokens that `prompt_logprob_token_ids` did not name, and `teacher`, who has answered.
 """
 
+import asyncio
 import base64
-import hashlib
 import io
-import math
-import secrets
+import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta, Struct
+from starlette.responses import Response
 
-from qwen3.generation.engine import Request
-from qwen3.rollout import NON_THINKING, Rollout
-from teacher.limits import Limits
-from teacher.serve.schemas import VllmGenerate, VllmSampling, check_ids, check_prompt, sampling_params
-from teacher.wire import Answer, Refused, TargetsRequest
-
-_LEAST_LOGPROB = -9999.0
-"""What stands for a logarithm of 0 in JSON, which has no infinities; OpenAI's own."""
-
-
-def check(asked: VllmGenerate, limits: Limits, vocab_size: int) -> None:
-    """Refuses, naming the field, what is not served."""
-    sampling, ids = asked.sampling_params, asked.token_ids
-    if not ids:
-        raise Refused("token_ids", "is empty; a prompt has at least one token")
-    check_ids("token_ids", ids, vocab_size)
-    if sampling.max_tokens and not _is_one_scored_token(sampling):
-        check_prompt("token_ids", ids, limits, vocab_size)
-    asks_scores = _asks_scores(sampling)
-    longest = len(ids) + (sampling.max_tokens if sampling.logprobs else 0)
-    if (asks_scores or sampling.logprobs) and longest > limits.max_sequence_tokens:
-        raise Refused(
-            "token_ids",
-            f"and what follows may have {longest} tokens; this server scores at most {limits.max_sequence_tokens} "
-            "(max_sequence_tokens)",
-            413,
-        )
-    if asks_scores and sampling.temperature != 1:
-        raise Refused(
-            "sampling_params.temperature",
-            f"is {sampling.temperature}, but log-probabilities of a prompt are the teacher's own, at temperature 1; "
-            "ask with 1 and divide what you compare them with by no other",
-        )
-    most = min(limits.max_top_k, vocab_size)
-    for field in ("prompt_logprobs", "logprobs"):
-        if (getattr(sampling, field) or 0) > most:
-            raise Refused(
-                f"sampling_params.{field}",
-                f"is {getattr(sampling, field)}; this server gives at most {most} (max_top_k)",
-                413,
-            )
-    if sampling.prompt_logprob_token_ids is not None:
-        _check_named(sampling, len(ids), limits, vocab_size)
+from qwen3.field_types import MOST
+from teacher.serve import openai
+from teacher.serve.answering import Answering, Choice
+from teacher.serve.calls import Call
+from teacher.serve.logprobs import finite, prompt_logprobs, token_speller
+from teacher.serve.openai_schemas import Ids
+from teacher.serve.schemas import Choices, Name, Natural, Seed, Temperature, TopK, read, sampling_params
+from teacher.serve.service import Service
+from teacher.serve.text import Spelling
+from teacher.serve.wanted import Wanted
+from teacher.wire import Answer, Refused
 
 
-def _check_named(sampling: VllmSampling, length: int, limits: Limits, vocab_size: int) -> None:
-    field, named = "sampling_params.prompt_logprob_token_ids", sampling.prompt_logprob_token_ids
-    assert named is not None
-    start = sampling.prompt_logprob_start
+class VllmSampling(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`sampling_params` of vLLM's token endpoint."""
+
+    max_tokens: Annotated[Natural, Meta(description="New tokens; 0 for the prompt's scores alone.")] = 16
+    n: Choices = 1
+    temperature: Temperature = 1.0
+    top_p: float = 1.0
+    top_k: Annotated[TopK, Meta(description="0 or -1 for all tokens.")] = 0
+    min_p: float = 0.0
+    seed: Annotated[Seed | None, Meta(description="With the prompt it decides what is sampled; else chance.")] = None
+    stop_token_ids: Annotated[Ids | None, Meta(description="Tokens that end a choice too.")] = None
+    ignore_eos: bool = False
+    logprobs: Annotated[Natural | None, Meta(description="Likeliest tokens at every generated position.")] = None
+    prompt_logprobs: Annotated[Natural | None, Meta(description="The same at every position of the prompt.")] = None
+    prompt_logprob_token_ids: Annotated[
+        list[list[Annotated[int, Meta(ge=-1, le=MOST)]]] | None,
+        Meta(description="Ids at every position from prompt_logprob_start on, -1 for none."),
+    ] = None
+    prompt_logprob_start: Annotated[Natural, Meta(description="Position of the first row of these ids.")] = 0
+    detokenize: Annotated[bool, Meta(description="Texts of tokens in prompt_logprobs.")] = False
+    skip_special_tokens: Annotated[bool, Meta(description="Without effect: no text is given.")] = True
+    # What follows is not served; these are the values that say so.
+    stop: Annotated[list[str], Meta(max_length=0)] | None = None
+    bad_words: Annotated[list[str], Meta(max_length=0)] | None = None
+    include_stop_str_in_output: Literal[False] = False
+    spaces_between_special_tokens: Literal[True] = True
+    logit_bias: None = None
+    allowed_token_ids: None = None
+    structured_outputs: None = None
+    extra_args: None = None
+    min_tokens: Literal[0] = 0
+    repetition_penalty: Annotated[float, Meta(ge=1, le=1)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=0, le=0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=0, le=0)] = 0.0
+
+
+class VllmGenerate(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`POST /inference/v1/generate` of vLLM: token ids in, token ids out."""
+
+    token_ids: Annotated[list[Natural], Meta(min_length=1)]
+    sampling_params: VllmSampling
+    model: Name | None = None
+    request_id: Name | None = None
+    cache_salt: Annotated[Name | None, Meta(description="Without effect: requests share no text.")] = None
+    output_mode: Literal["tokens"] = "tokens"
+    return_token_ids: Literal[True] | None = True
+    stream: Literal[False] | None = False
+    stream_options: None = None
+    priority: Literal[0] | None = 0
+    features: None = None
+    kv_transfer_params: None = None
+
+
+async def generate(call: Call) -> Response:
+    """Answers a call."""
+    asked = await asyncio.to_thread(read, await call.body(), VllmGenerate)
+    wanted = await asyncio.to_thread(_wanted, asked, call.service)
+    answering = Answering(call, [wanted])
+    ((top, named),) = await answering.scores()
+    await answering.finish()
+    return await asyncio.to_thread(
+        lambda: openai.json_response(_answer(asked, call.service, answering.choices, top, named))
+    )
+
+
+def _wanted(asked: VllmGenerate, service: Service) -> Wanted:
+    openai.check_model(asked.model, service)
+    sampling, prompt = asked.sampling_params, asked.token_ids
+    _check_named(sampling, len(prompt))
+    values = {
+        "max_new_tokens": max(1, sampling.max_tokens),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": max(0, sampling.top_k),
+        "min_p": sampling.min_p,
+        "stop_ids": openai.all_stop_ids(sampling.ignore_eos, sampling.stop_token_ids or (), service),
+    }
+    params = sampling_params("sampling_params", values, service.limits, service.vocab_size)
+    return Wanted(
+        prompt=prompt,
+        spelling=Spelling(tokenizer=service.tokenizer),
+        params=params if sampling.max_tokens else None,
+        count=sampling.n,
+        seed=sampling.seed,
+        logprobs=sampling.logprobs if sampling.max_tokens else None,
+        prompt_logprobs=sampling.prompt_logprobs,
+        named=sampling.prompt_logprob_token_ids,
+        named_start=sampling.prompt_logprob_start,
+        name_prompt="token_ids",
+        name_prompt_logprobs="sampling_params.prompt_logprobs",
+        name_logprobs="sampling_params.logprobs",
+        name_temperature="sampling_params.temperature",
+        name_named="sampling_params.prompt_logprob_token_ids",
+    )
+
+
+def _check_named(sampling: VllmSampling, length: int) -> None:
+    field, named, start = "prompt_logprob_token_ids", sampling.prompt_logprob_token_ids, sampling.prompt_logprob_start
+    if named is None:
+        if start:
+            raise Refused("sampling_params.prompt_logprob_start", f"is of {field}; leave it out, or send them")
+        return
     if not start < length - 1:
         raise Refused(
             "sampling_params.prompt_logprob_start",
             f"is {start}, but of {length} tokens none follows position {length - 1}; it must be below that",
         )
+    field = f"sampling_params.{field}"
     if len(named) != length - 1 - start:
         raise Refused(field, f"has {len(named)} rows; {length} tokens from {start} on take {length - 1 - start}")
     if not any(named):
         raise Refused(field, "names no token; leave it out")
-    for row in named:
-        if len(row) > limits.max_ids:
-            raise Refused(
-                field, f"has {len(row)} ids in a row; this server takes at most {limits.max_ids} (max_ids)", 413
-            )
-        check_ids(field, row, vocab_size, least=-1)
 
 
-def _asks_scores(sampling: VllmSampling) -> bool:
-    return sampling.prompt_logprobs is not None or sampling.prompt_logprob_token_ids is not None
-
-
-def _is_one_scored_token(sampling: VllmSampling) -> bool:
-    """Whether the request is to score its prompt, and has one token generated since vLLM knows no fewer: such prompts
-    may be longer than those that are generated from."""
-    whole = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k < 1 and sampling.min_p == 0
-    one = sampling.max_tokens == 1 and sampling.n == 1 and sampling.logprobs is None
-    return _asks_scores(sampling) and one and whole
-
-
-def one_token_targets(asked: VllmGenerate) -> TargetsRequest | None:
-    """What gives the one token of a request that is to score its prompt; None for other requests."""
-    if not _is_one_scored_token(asked.sampling_params):
-        return None
-    ids = np.asarray(asked.token_ids, np.int32)
-    seed = int(prompt_name(asked.token_ids, asked.sampling_params.seed)[:8], 16)
-    return TargetsRequest(targets="sampled", sequences=[ids], starts=[len(ids) - 1], entries=1, seeds=[seed])
-
-
-def one_token_rollout(asked: VllmGenerate, sampled: Answer, stop_ids: Sequence[int]) -> Rollout:
-    """The prompt with the token that `one_token_targets` has sampled."""
-    token = int(sampled["ids"][0, 0])
-    length = len(asked.token_ids)
-    own = asked.sampling_params.stop_token_ids
-    ends = () if asked.sampling_params.ignore_eos else stop_ids if own is None else own
-    return Rollout(
-        tokens=np.asarray([*asked.token_ids, token], np.int32),
-        prompt_length=length,
-        loss_mask=np.arange(length + 1) == length - 1,
-        sampler_logprobs=np.zeros(length + 1, np.float32),
-        mode=NON_THINKING,
-        prompt_id="",
-        sample_index=0,
-        policy_step=0,
-        finished=token in ends,
-    )
-
-
-def requests(asked: VllmGenerate, limits: Limits, vocab_size: int) -> list[Request]:
-    """What the engine is asked for: `n` sequences, whose seed is the request's own."""
-    sampling = asked.sampling_params
-    if not sampling.max_tokens or _is_one_scored_token(sampling):
-        return []
-    params = sampling_params(
-        "sampling_params",
-        {
-            "max_new_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": max(0, sampling.top_k),
-            "min_p": sampling.min_p,
-            "stop_ids": () if sampling.ignore_eos else sampling.stop_token_ids,
-        },
-        limits,
-        vocab_size,
-    )
-    name = prompt_name(asked.token_ids, sampling.seed)
-    return [
-        Request(prompt_ids=asked.token_ids, prompt_id=name, sample_index=index, mode=NON_THINKING, params=params)
-        for index in range(sampling.n)
-    ]
-
-
-def prompt_name(ids: Sequence[int], seed: int | None) -> str:
-    """What decides what is sampled: prompt and seed, or chance without one. The engine's own seed is one for all."""
-    seed = secrets.randbits(63) if seed is None else seed
-    return hashlib.blake2b(repr((seed, list(ids))).encode(), digest_size=16).hexdigest()
-
-
-def named_targets(asked: VllmGenerate) -> TargetsRequest | None:
-    """What `prompt_logprob_token_ids` asks for, if it is there. Short rows are filled up with -1."""
-    named, start = asked.sampling_params.prompt_logprob_token_ids, asked.sampling_params.prompt_logprob_start
-    if named is None:
-        return None
-    width = max(map(len, named))
-    ids = np.full((len(named), width), -1, np.int32)
-    for row, found in zip(ids, named, strict=True):
-        row[: len(found)] = found
-    # The last token is what its predecessor's row is about; no row is about what follows it.
-    tokens = np.asarray(asked.token_ids[:-1], np.int32)
-    return TargetsRequest(targets="at_ids", sequences=[tokens], starts=[start], entries=width, ids=[ids])
-
-
-def top_targets(asked: VllmGenerate, rollouts: Sequence[Rollout], vocab_size: int) -> TargetsRequest | None:
-    """The likeliest tokens at the prompt's positions and at those that were generated from, as far as asked for."""
-    sampling = asked.sampling_params
-    prompt = np.asarray(asked.token_ids, np.int32)
-    wanted = max(sampling.prompt_logprobs or 0, sampling.logprobs or 0)
-    if sampling.prompt_logprobs is None and not sampling.logprobs:
-        return None
-    start = 0 if sampling.prompt_logprobs is not None else len(prompt) - 1
-    # With logprobs every sequence is looked at whole, else the prompt alone.
-    sequences = [rollout.tokens for rollout in rollouts] if sampling.logprobs and rollouts else [prompt]
-    k = min(max(1, wanted), vocab_size)
-    return TargetsRequest(targets="top_k", sequences=sequences, starts=[start] * len(sequences), entries=k)
-
-
-def response(
-    asked: VllmGenerate,
-    rollouts: Sequence[Rollout],
-    top: tuple[TargetsRequest, Answer] | None,
-    named: Answer | None,
-    *,
-    request_id: str,
-    teacher: str,
+def _answer(
+    asked: VllmGenerate, service: Service, choices: Sequence[Choice], top: Answer | None, named: Answer | None
 ) -> dict[str, Any]:
-    """The answer as JSON data; `top` and `named` are what `top_targets` and `named_targets` have asked for."""
     sampling = asked.sampling_params
-    prompt_tokens = len(asked.token_ids)
-    firsts = [0] if top is None else [0, *np.cumsum(top[0].rows)[:-1].tolist()]
-    choices = []
-    for index, rollout in enumerate(rollouts):
-        choice: dict[str, Any] = {
-            "index": index,
-            "token_ids": rollout.response.tolist(),
-            "finish_reason": "stop" if rollout.finished else "length",
-            "logprobs": None,
-        }
-        if sampling.logprobs is not None:
-            answer = None
-            if top is not None and sampling.logprobs:
-                shift = firsts[index] + prompt_tokens - 1 - top[0].starts[index]
-                answer = {name: array[shift:] for name, array in top[1].items()}
-            choice["logprobs"] = {"content": _content(rollout, answer, sampling.logprobs)}
-        choices.append(choice)
-    found: dict[str, Any] = {"request_id": request_id, "choices": choices, "prompt_logprobs": None, "teacher": teacher}
-    if sampling.prompt_logprobs is not None and top is not None:
-        found["prompt_logprobs"] = prompt_logprobs(asked.token_ids, top[1], sampling.prompt_logprobs)
+    found: dict[str, Any] = {
+        "request_id": asked.request_id or uuid.uuid4().hex,
+        "choices": [_choice(choice, sampling.logprobs) for choice in choices],
+        "prompt_logprobs": None,
+        "teacher": service.identity.digest,
+    }
+    if top is not None and sampling.prompt_logprobs is not None:
+        spell = token_speller(service.tokenizer.decode, by_id=False) if sampling.detokenize else None
+        found["prompt_logprobs"] = prompt_logprobs(asked.token_ids, top, sampling.prompt_logprobs, spell)
     if named is not None:
-        found["prompt_token_id_logprobs"] = npy(_in_their_places(asked, named))
-        found["prompt_token_id_log_tail"] = npy(named["log_tail"])
+        found["prompt_token_id_logprobs"] = _npy(_in_their_places(asked, named))
+        found["prompt_token_id_log_tail"] = _npy(named["log_tail"])
     return found
 
 
-def prompt_logprobs(ids: Sequence[int], top: Answer, k: int) -> list[dict[str, dict[str, Any]] | None]:
-    """vLLM's list: None for the first token, then by id the k likeliest and the one that stands there."""
-    found: list[dict[str, dict[str, Any]] | None] = [None]
-    for position, token in enumerate(ids[1:]):
-        entries = {
-            str(one): _entry(float(logprob), rank)
-            for rank, (one, logprob) in enumerate(
-                zip(top["ids"][position, :k].tolist(), top["logprobs"][position, :k].tolist(), strict=True), start=1
-            )
+def _choice(choice: Choice, logprobs: int | None) -> dict[str, Any]:
+    content = [
+        {
+            "token_id": token.id,
+            "logprob": finite(token.logprob),
+            "top_logprobs": [{"token_id": one, "logprob": finite(logprob)} for one, logprob in token.top],
         }
-        own = _entry(float(top["following_logprobs"][position]), int(top["following_ranks"][position]))
-        found.append({str(token): own} | entries)
-    return found
-
-
-def _entry(logprob: float, rank: int) -> dict[str, Any]:
-    return {"logprob": finite(logprob), "rank": rank, "decoded_token": None}
-
-
-def _content(rollout: Rollout, top: Answer | None, k: int) -> list[dict[str, Any]]:
-    begin = rollout.prompt_length - 1
-    content = []
-    for offset, token in enumerate(rollout.response.tolist()):
-        likeliest = (
-            []
-            if top is None
-            else zip(top["ids"][offset, :k].tolist(), top["logprobs"][offset, :k].tolist(), strict=True)
-        )
-        content.append(
-            {
-                "token_id": token,
-                "logprob": finite(float(rollout.sampler_logprobs[begin + offset])),
-                "top_logprobs": [{"token_id": one, "logprob": finite(logprob)} for one, logprob in likeliest],
-            }
-        )
-    return content
-
-
-def finite(logprob: float) -> float:
-    """A logarithm as JSON holds it."""
-    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
+        for token in choice.tokens
+    ]
+    return {
+        "index": choice.place,
+        "token_ids": [token.id for token in choice.tokens],
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.stop_reason,
+        "logprobs": None if logprobs is None else {"content": content},
+    }
 
 
 def _in_their_places(asked: VllmGenerate, named: Answer) -> np.ndarray:
@@ -272,7 +192,7 @@ def _in_their_places(asked: VllmGenerate, named: Answer) -> np.ndarray:
     return found
 
 
-def npy(array: np.ndarray) -> str:
+def _npy(array: np.ndarray) -> str:
     """A float32 array as a base64 .npy file."""
     file = io.BytesIO()
     np.save(file, np.asarray(array, np.float32), allow_pickle=False)

@@ -203,7 +203,7 @@ def test_what_a_user_can_mend_is_said_in_one_line(service, url, request_, monkey
 
 def test_the_readmes_example_answers(url, capsys):
     readme = Path(__file__).parents[2] / "teacher" / "README.md"
-    (example,) = re.findall(r"```py\n(.*?)```", readme.read_text(), re.DOTALL)
+    example, _ = re.findall(r"```py\n(.*?)```", readme.read_text(), re.DOTALL)
     names: dict = {}
     exec(example.replace("http://127.0.0.1:8470", url), names)
     assert names["said"]["ids"].shape == (3, 4)

@@ -1,5 +1,6 @@
 """A server's answers are what the model's own logits say, and what it does not serve it refuses by name."""
 
+import asyncio
 import base64
 import concurrent.futures
 import dataclasses
@@ -22,10 +23,10 @@ from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import rollouts_from_json
 from qwen3.sharding import MeshShape, make_mesh
 from teacher import wire
-from teacher.serve import queues
+from teacher.serve import calls, queues
 from teacher.serve.app import Standing
 from teacher.serve.metrics import Metrics
-from teacher.serve.service import Service
+from teacher.serve.service import Service, checked_memory
 from teacher.wire import Refused, TargetsRequest
 from tests.teacher.serving import LIMITS, load, make_folder, serving
 
@@ -497,10 +498,69 @@ def test_mutated_requests_get_a_reason_and_never_a_failure(client, service, sequ
     assert client.post("/v1/targets", content=sound).status_code == 200
 
 
-def test_what_a_queue_holds_is_counted_down_when_it_is_given_up():
-    admission = queues.Admission(LIMITS_OF_ONE, Metrics())
-    first = admission.admitted(10, concurrent.futures.Future)
-    with pytest.raises(wire.Refused, match=r"queue is full \(max_queue_requests 1\)"):
-        admission.admitted(10, concurrent.futures.Future)
-    first.cancel()
-    admission.admitted(10, concurrent.futures.Future)
+def test_what_is_admitted_is_counted_until_its_answer_is_sent():
+    admission = queues.Admission(dataclasses.replace(LIMITS_OF_ONE, max_held_bytes=40_000), Metrics())
+    with (
+        admission.admitted(10),
+        pytest.raises(wire.Refused, match=r"queue is full \(max_queue_requests 1\)"),
+        admission.admitted(10),
+    ):
+        pass
+    with (
+        admission.admitted(10),
+        admission.asked(30_000),
+        pytest.raises(wire.Refused, match=r"queue holds too many bytes \(max_held_bytes 40000\)"),
+        admission.asked(10_001),
+    ):
+        pass
+    # An answer is there, however large; while it is, nothing more is read.
+    with admission.answered(50_000), pytest.raises(wire.Refused, match="max_held_bytes"), admission.asked(1):
+        pass
+    with admission.asked(40_000):
+        pass
+
+
+def test_an_answer_is_sent_in_parts_and_a_reader_that_stalls_is_given_up(service, monkeypatch):
+    monkeypatch.setattr(calls, "_STALLED_SECONDS", 0.1)
+    sent: list[dict] = []
+    held: list[int] = []
+
+    async def send(message):
+        sent.append(message)
+        held.append(service.admission._bytes)
+        if len(sent) > 4:
+            await asyncio.sleep(5)
+
+    body = bytes(range(256)) * 3_000
+    asyncio.run(calls.Sending(send, service)({"type": "http.response.body", "body": body}))
+    assert b"".join(message["body"] for message in sent) == body
+    assert [message["more_body"] for message in sent] == [True, True, True, False]
+    assert held == [len(body)] * 4
+    with pytest.raises(TimeoutError):
+        asyncio.run(calls.Sending(send, service)({"type": "http.response.body", "body": body}))
+    assert service.admission._bytes == 0
+
+
+def test_a_request_for_too_many_tokens_is_refused_before_it_runs(client):
+    params = {"max_new_tokens": 40}
+    one = {"prompt_ids": [1] * 80, "prompt_id": "0", "sample_index": 0, "mode": "non_thinking", "params": params}
+    response = client.post("/v1/rollouts", json={"seed": 0, "requests": [one] * 5})
+    assert response.status_code == 413
+    assert "600 tokens; this server takes at most 512 in one request (max_request_tokens)" in response.text
+    body = vllm_request(np.arange(80), max_tokens=40, n=5)
+    assert client.post("/inference/v1/generate", json=body).json()["error"]["code"] == 413
+
+
+def test_what_generates_is_part_of_the_memory_that_is_checked(service, monkeypatch):
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 5 * 2**30, "bytes_in_use": 2**30}
+
+    class Devices:
+        local_devices = (Device(),)
+
+    assert checked_memory(2**30, 2 * 2**30, Devices()) == 4 * 2**30
+    with pytest.raises(UserError, match=r"scoring takes up to 2\.0 GiB .* and generating 2\.5, of 4\.0 that are left"):
+        checked_memory(2**30, 5 * 2**29, Devices())
+    pages = 8 * 120 * 2 * 16 * 4  # slots, tokens of each, keys and values, their size
+    assert service.device_bytes > pages

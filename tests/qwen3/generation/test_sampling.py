@@ -59,7 +59,7 @@ def wanted_probabilities(logits, params):
 def draw(logits, params, uniforms, plan=None):
     plan = plan or Plan.of([params], VOCABULARY)
     rows = RowParams.of([params] * len(uniforms))
-    tokens, logprobs = choose(np.broadcast_to(logits, (len(uniforms), VOCABULARY)), rows, uniforms, plan=plan)
+    tokens, logprobs, *_ = choose(np.broadcast_to(logits, (len(uniforms), VOCABULARY)), rows, uniforms, plan=plan)
     return np.asarray(tokens), np.asarray(logprobs)
 
 
@@ -92,7 +92,7 @@ def test_a_wider_plan_changes_no_row():
     logits = make_logits(len(FILTERS) + 1, seed=3)
     params = [make_params(**fields) for fields in FILTERS.values()] + [make_params(temperature=0)]
     uniforms = np.random.default_rng(2).random((len(params), 2), np.float32)
-    together, _ = choose(logits, RowParams.of(params), uniforms, plan=Plan.of(params, VOCABULARY))
+    together, *_ = choose(logits, RowParams.of(params), uniforms, plan=Plan.of(params, VOCABULARY))
     for row, single in enumerate(params):
         alone, _ = draw(logits[row], single, uniforms[row : row + 1])
         assert alone[0] == together[row]
@@ -134,7 +134,7 @@ def test_a_token_that_holds_all_mass_is_drawn_and_has_logprob_zero():
 def test_a_vocabulary_smaller_than_a_block_or_than_the_candidates():
     logits = jnp.log(jnp.asarray([[0.5, 0.2, 0.3]]))
     for params, wanted in ((make_params(top_k=2), 2), (make_params(), 2), (make_params(top_p=0.6), 2)):
-        tokens, _ = choose(logits, RowParams.of([params]), jnp.full((1, 2), 0.99), plan=Plan.of([params], 3))
+        tokens, *_ = choose(logits, RowParams.of([params]), jnp.full((1, 2), 0.99), plan=Plan.of([params], 3))
         assert int(tokens[0]) == wanted
 
 
