@@ -11,10 +11,11 @@ on-policy stage: as many updates, from rollouts that
 - are generated and scored once and learned from twice (passes);
 - are learned from at a quarter of their tokens (token_share).
 
-Hours by the plan, with those of the on-policy stage, plain and as it is here: v5p:4x4x4 32 h, 2,054 chip-hours (22.8 →
-4.3 h); v6e:8x8 54 h, 3,434 chip-hours (39.0 → 7.2 h); h100:8x8 26 h, 1,659 chip-hours (18.7 → 3.5 h); h200:8x8 18 h,
-1,172 chip-hours (13.1 → 2.5 h). Nearly all of that is generating: passes halve it, and prefixes take a third of what is
-left. The other hours are the teacher's in the off-policy stage.
+Hours by the plan, and of them those of the on-policy stage, plain and as it is here:
+v5p:4x4x4 32 h, 2,054 chip-hours (22.8 → 4.3 h); v6e:8x8 54 h, 3,434 chip-hours (39.0 → 7.2 h);
+h100:8x8 26 h, 1,659 chip-hours (18.7 → 3.5 h); h200:8x8 18 h, 1,172 chip-hours (13.1 → 2.5 h).
+Nearly all of that is generating: passes halve it, and prefixes take a third of what is left. The other hours are the
+teacher's in the off-policy stage.
 """
 
 import dataclasses
