@@ -37,8 +37,12 @@ class Whole:
     def __init__(self, requests: Sequence[Request], plan: Plan, tokens: int, on_progress: OnProgress | None):
         self._coming, self._dispatch, self._on_progress = requests, (plan, tokens), on_progress
         self.rollouts: dict[int, Rollout] = {}
+        self._untold: list[Rollout] = []
 
     def joining(self) -> Sequence[Request]:
+        if self._untold and self._on_progress is not None:
+            self._on_progress(len(self._untold), sum(len(rollout.response) for rollout in self._untold))
+        self._untold = []
         coming, self._coming = self._coming, ()
         return coming
 
@@ -53,5 +57,4 @@ class Whole:
 
     def ended(self, index: int, rollout: Rollout) -> None:
         self.rollouts[index] = rollout
-        if self._on_progress is not None:
-            self._on_progress(1, len(rollout.response))
+        self._untold.append(rollout)
