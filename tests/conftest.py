@@ -15,8 +15,12 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Nearly all of the suite's time is compiling programs that run once: the compiler need not try hard.
-_QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Nearly all of the suite's time is compiling programs that run once: the compiler need not try hard, nor cut each of
+# them into parts for cores that the other worker has.
+_QUICK_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 if metadata.version("jaxlib") < "0.11":
     # Two thirds of what is left; later compilers have no other emitters.
     _QUICK_COMPILE += " --xla_cpu_use_fusion_emitters=false"

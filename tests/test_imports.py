@@ -244,7 +244,7 @@ def _write_tree(root: Path, files: dict[str, str]) -> None:
 _IMPORT_EVERYTHING = """
 import importlib, json, os, sys
 # What libraries set is not ours to judge.
-import jax, flax.nnx, grain, optax, orbax.checkpoint, tensorboardX
+import jax, flax.nnx, grain, optax, orbax.checkpoint
 import jax.experimental.pallas.mosaic_gpu, jax.experimental.pallas.tpu
 def state():
     return {**{f"jax.{k}": repr(v) for k, v in jax.config.values.items()}, **os.environ}

@@ -21,9 +21,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, SupportsFloat
 
-from tensorboardX import summary
-from tensorboardX.proto.summary_pb2 import Summary
-
+from distill.monitor import tensorboard_events
 from distill.monitor.records import Record, RecordLog, read_records
 from distill.monitor.tensorboard_events import EventLog
 from qwen3.errors import UserError
@@ -149,7 +147,7 @@ class MetricsWriter:
 
     def text(self, tag: str, step: int, markdown: str, *, stage: str) -> None:
         """Shows `markdown` on TensorBoard's text page under `tag`, in the run of the stage."""
-        self._event_log(stage).write(step, summary.text(tag, markdown))
+        self._event_log(stage).write(step, tensorboard_events.text(tag, markdown))
 
     def samples(self, step: int, samples: Sequence[RolloutSample], *, stage: str) -> None:
         """Shows rollouts to people: lines of `rollouts.jsonl`, and one text a mode on TensorBoard's text page."""
@@ -161,7 +159,7 @@ class MetricsWriter:
         # The tag's directory is TensorBoard's root: no stage, and forgotten first so that a resumed run shows it once.
         events = self._event_log("")
         events.forget_after(-1)
-        events.write(0, summary.text("config", markdown))
+        events.write(0, tensorboard_events.text("config", markdown))
 
     def close(self) -> None:
         for events in self._events.values():
@@ -179,8 +177,7 @@ class MetricsWriter:
         self.close()
 
     def _draw(self, stage: str, step: int, values: Mapping[str, float], unix_seconds: float | None = None) -> None:
-        drawn = [one for name, value in values.items() for one in summary.scalar(name, value).value]
-        self._event_log(stage).write(step, Summary(value=drawn), unix_seconds)
+        self._event_log(stage).write(step, tensorboard_events.scalars(values), unix_seconds)
 
     def _show(self, stage: str, step: int, samples: Sequence[RolloutSample], *, held_out: bool) -> None:
         for sample in samples:

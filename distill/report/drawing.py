@@ -35,9 +35,9 @@ def new_figure(
     width_inches: float, height_inches: float, *, x_label: str = "", y_label: str = ""
 ) -> tuple[Figure, Axes]:
     """A figure with one set of axes, in the style of the page."""
-    figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
+    figure = Figure(figsize=(width_inches, height_inches), layout="constrained", facecolor="none")
     FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(facecolor="none")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
     axes.grid(axis="y", color=GRID, linewidth=0.7)
@@ -82,9 +82,10 @@ def shortened(name: str, most: int) -> str:
 def svg_of(figure: Figure, label: str) -> str:
     """The drawing as an element of a page; `label` is what it shows, for those who do not see it."""
     buffer = io.StringIO()
-    # A salt from the label keeps the ids of several charts in one page apart, and the file reproducible.
+    # A salt from the label keeps the ids of several charts in one page apart, and the file reproducible. `savefig`
+    # would draw everything twice, once to arrange it.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # Cut what would reach beyond this drawing in a page: style rules, fixed sizes, ids that nothing refers to.

@@ -14,7 +14,6 @@ from rich import box
 from rich.table import Table
 
 from distill.monitor.records import write_atomically
-from distill.report.page import render_page
 from distill.report.reading import REPORT_FILE
 from distill.report.results import (
     FORWARD_KL,
@@ -46,6 +45,9 @@ def write_report(run_dir: str | os.PathLike[str], report: Report) -> pathlib.Pat
     Raises:
       UserError: if the directory is not writable.
     """
+    # matplotlib takes a second to import, which no command pays that draws nothing.
+    from distill.report.page import render_page
+
     directory = pathlib.Path(run_dir)
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(directory / REPORT_FILE, text + "\n")

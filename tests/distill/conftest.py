@@ -1,5 +1,6 @@
-"""What a run in the test's own process changes for the whole process is undone."""
+"""What a run in the test's own process changes for the whole process is undone, and need not be paid for again."""
 
+import html
 from collections.abc import Iterator
 
 import jax
@@ -14,3 +15,10 @@ def own_compilation_cache() -> Iterator[None]:
     yield
     jax.config.update("jax_compilation_cache_dir", before)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def charts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes seconds of every run; tests/distill/report and the shared run look at what is drawn."""
+    drawn = "<svg role='img' aria-label='{}'></svg>"
+    monkeypatch.setattr("distill.report.charts.svg_of", lambda _, label: drawn.format(html.escape(label)))

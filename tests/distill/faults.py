@@ -39,7 +39,7 @@ START = "start"
 """The phase before the first progress bar: claiming the directory, building models, self-tests."""
 _LONGEST_DELAY_SECONDS = 1.5
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["distill.run", "orbax.checkpoint", "tests.distill.miniature"])
+_PROCESSES.set_forkserver_preload(["distill.run", "distill.report.page", "orbax.checkpoint", "tests.distill.miniature"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

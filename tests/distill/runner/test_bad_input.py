@@ -198,22 +198,31 @@ def test_bad_field_on_the_command_line(
 
 
 NUMBERS = ("nan", "inf", "-inf", "1e999", "0", "-1", "1.5", "1e-320", "9" * 30, "9" * 5000, "True", "", "None", "0x8")
+WHOLE, REAL = ("0", "-1", "9" * 30), ("nan", "inf", "-inf", "0", "-1", "1.5", "1e-320", "9" * 30)
+"""Those that can be read as such: what cannot is refused by type, whatever the field."""
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("option", "values"),
     [
-        *("--seed", "--mesh.fsdp", "--evaluation.shown", "--stages.off-policy.top-k", "--stages.ahead.max-staleness"),
-        *("--stages.on-policy.training.steps", "--stages.on-policy.training.optimizer.b2", "--evaluation.pass-at"),
-        *("--stages.off-policy.modes.thinking-fraction", "--evaluation.thinking.temperature", "--evaluation.modes"),
-        *("--tasks.arithmetic.chain-sum.max-digits", "--tasks.arithmetic.held-out-fraction"),
+        *((option, NUMBERS) for option in ("--seed", "--stages.ahead.training.steps", "--evaluation.pass-at")),
+        *((option, NUMBERS) for option in ("--stages.ahead.training.optimizer.b2", "--evaluation.modes")),
+        *((option, WHOLE) for option in ("--mesh.fsdp", "--evaluation.shown", "--stages.off-policy.top-k")),
+        *((option, WHOLE) for option in ("--stages.ahead.max-staleness", "--tasks.arithmetic.chain-sum.max-digits")),
+        ("--evaluation.thinking.temperature", REAL),
+        ("--stages.off-policy.modes.thinking-fraction", REAL),
+        ("--tasks.arithmetic.held-out-fraction", REAL),
     ],
+    ids=lambda given: given if isinstance(given, str) else "",
 )
 def test_whatever_number_is_given_it_is_taken_or_refused_in_one_line(
-    capsys: pytest.CaptureFixture[str], option: str
+    capsys: pytest.CaptureFixture[str], option: str, values: tuple[str, ...]
 ) -> None:
-    experiment, parser = miniature.experiment("somewhere"), _parser()
-    for value in NUMBERS:
+    whole, parser = miniature.experiment("somewhere"), _parser()
+    # For every line that it reads tyro makes a parser of every field.
+    stages = {name: whole.stages[name] for name in ("off_policy", "ahead")}
+    experiment = dataclasses.replace(whole, stages=stages, export_stage="ahead")
+    for value in values:
         refusal = None
         try:
             overridden(experiment, [option, value], Path("a.py"), parser)

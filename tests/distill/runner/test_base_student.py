@@ -32,6 +32,8 @@ from qwen3.sharding import make_mesh
 from student.init import FromScratch
 from tests.distill import miniature
 
+pytestmark = pytest.mark.usefixtures("charts_are_left_out")
+
 DATED = (
     "{{ '<|im_start|>system\nToday Date: ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}{% for m in messages %}"
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

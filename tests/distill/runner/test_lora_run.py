@@ -23,6 +23,8 @@ from student.lora import Lora
 from tests.distill import miniature
 from tests.distill.faults import scalars
 
+pytestmark = pytest.mark.usefixtures("charts_are_left_out")
+
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:

@@ -33,6 +33,8 @@ from student.init import FromScratch
 from tests.distill import miniature
 from tests.distill.evaluation.test_comparison import written_out
 
+pytestmark = pytest.mark.usefixtures("charts_are_left_out")
+
 _ONE_LAYER = {"num_hidden_layers": 1}
 
 

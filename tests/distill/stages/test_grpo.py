@@ -30,6 +30,8 @@ from student.init import FromScratch
 from tests.distill import miniature
 from tests.distill.faults import scalars
 
+pytestmark = pytest.mark.usefixtures("charts_are_left_out")
+
 
 def short(problem: Problem, sample: RolloutSample) -> float:
     """Tells the responses of an untrained student apart."""

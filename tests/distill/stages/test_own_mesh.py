@@ -28,6 +28,8 @@ from tests.distill.faults import scalars
 from tests.distill.miniature import DENSE, MOE, make_teacher
 from tests.distill.miniature import experiment as miniature
 
+pytestmark = pytest.mark.usefixtures("charts_are_left_out")
+
 
 @pytest.fixture(scope="module")
 def colocated(tmp_path_factory: pytest.TempPathFactory) -> Experiment:

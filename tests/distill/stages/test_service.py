@@ -42,6 +42,8 @@ from tests.distill.miniature import DENSE, make_teacher
 from tests.distill.miniature import experiment as miniature
 from tests.teacher.serving import LIMITS, load, serving
 
+pytestmark = pytest.mark.usefixtures("charts_are_left_out")
+
 ONE_LAYER = DENSE | {"num_hidden_layers": 1}
 
 
