@@ -1,5 +1,7 @@
 """Dual Chunk Attention against its definition, one query and key at a time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,16 +107,20 @@ def test_merged_parts_have_the_values_and_gradients_of_the_whole(row):
     def merged(q, k, v):
         return merge_parts([attention_part(q, k, v, segments, span) for span in spans])
 
-    def loss(operation):
-        return lambda q, k, v: jnp.sum(jnp.sin(operation(q, k, v)))
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(operation, q, k, v):
+        def loss(*x):
+            out = operation(*x)
+            return jnp.sum(jnp.sin(out)), out
 
-    whole = attention(q, k, v, segments)
+        gradients, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        return out, gradients
+
+    found, gradients = value_and_gradients(merged, q, k, v)
+    whole, expected = value_and_gradients(lambda *x: attention(*x, segments, implementation="reference"), q, k, v)
     # float32 sums in another order.
-    np.testing.assert_allclose(merged(q, k, v), whole, atol=1e-5)
-    expected = jax.grad(loss(lambda *x: attention(*x, segments, implementation="reference")), argnums=(0, 1, 2))(
-        q, k, v
-    )
-    for mine, theirs in zip(jax.grad(loss(merged), argnums=(0, 1, 2))(q, k, v), expected, strict=True):
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+    for mine, theirs in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-5)
 
 

@@ -64,7 +64,7 @@ def test_every_row_and_query(implementation, lengths, new, heads, kv_heads, size
 def check(implementation, lengths, new, heads, kv_heads, size, dtype, seed=0):
     inputs = make_inputs(lengths, new, heads, kv_heads, size, dtype, seed=seed)
     exact = [x.astype(jnp.float32) for x in inputs[:3]]
-    expected = paged_attention(*exact, *inputs[3:], implementation="reference")
+    expected = run("reference", (*exact, *inputs[3:]))
     # Two thread blocks share a row.
     with mock.patch.object(gpu, "_THREAD_BLOCKS", 2 * len(lengths) * kv_heads):
         out = run(implementation, inputs)

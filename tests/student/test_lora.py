@@ -44,6 +44,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LORA = Lora(rank=4, alpha=6, base_dtype="float32")
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))
 POSITIONS, SEGMENTS = np.broadcast_to(np.arange(12), TOKENS.shape), np.ones_like(TOKENS)
+_read = jax.jit(Qwen3.logits)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def adapted(folder: Path, lora: Lora) -> Qwen3:
 
 
 def our_logits(model: Qwen3) -> np.ndarray:
-    return np.asarray(model.logits(TOKENS, POSITIONS, SEGMENTS))
+    return np.asarray(_read(model, TOKENS, POSITIONS, SEGMENTS))
 
 
 def their_logits(model: Any) -> np.ndarray:
@@ -171,7 +172,7 @@ def test_rollouts_are_drawn_from_the_adapted_student(folders: dict[str, Path]) -
     ]  # fmt: skip
     rollouts = engine.generate(student, requests, seed=0, policy_step=0)
     tokens = np.stack([rollout.tokens for rollout in rollouts])
-    logprobs = np.asarray(jax.nn.log_softmax(student.logits(tokens, POSITIONS, SEGMENTS)))[:, 3:-1]
+    logprobs = np.asarray(jax.nn.log_softmax(_read(student, tokens, POSITIONS, SEGMENTS)))[:, 3:-1]
     chosen = np.take_along_axis(logprobs, tokens[:, 4:, None], axis=2)[..., 0]
     drawn = np.stack([rollout.sampler_logprobs for rollout in rollouts])[:, 3:-1]
     # float32, with attention summed in another order.

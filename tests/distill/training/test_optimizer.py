@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from distill.training.optimizer import Optimizer
@@ -45,12 +46,17 @@ def test_decay_spares_norms_and_biases_but_not_adapters() -> None:
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=32, qk_norm=False,
         attention_bias=True,
     )  # fmt: skip
-    model = Qwen3(config, jax.random.key(0))
+    model = jax.jit(Qwen3, static_argnums=0)(config, jax.random.key(0))
     Lora(rank=2, targets=("q_proj",)).attach(model, jax.random.key(1))
-    model = jax.tree.map(lambda leaf: leaf + 1, model)
     transformation = Optimizer(learning_rate=1.0, weight_decay=0.5, warmup_fraction=0).transformation(1)
-    zeros = jax.tree.map(lambda leaf: leaf * 0, model)
-    updates, _ = transformation.update(zeros, transformation.init(model), model)
+
+    @jax.jit
+    def updated(model: Qwen3) -> optax.Updates:
+        model = jax.tree.map(lambda leaf: leaf + 1, model)
+        zeros = jax.tree.map(lambda leaf: leaf * 0, model)
+        return transformation.update(zeros, transformation.init(model), model)[0]
+
+    updates = updated(model)
     decayed = {
         jax.tree_util.keystr(path): bool(np.any(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
     }

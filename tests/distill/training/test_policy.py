@@ -21,13 +21,22 @@ from distill.training.packing import pack_rollouts, rollout_example
 from distill.training.policy import Policy, PolicyData, PolicyLoss, policy_loss, token_logprobs
 from distill.training.train_state import TrainState
 from distill.training.train_step import Batch, TrainStep
-from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import THINKING, Rollout
 from qwen3.sharding import MeshShape, make_mesh, shardings
 from teacher.targets import Hidden, following_tokens
-from tests.distill.training.test_train_step import BATCH, DESCENT, LENGTH, SUM_ORDER, arrays, assert_same, config
+from tests.distill.training.test_train_step import (
+    BATCH,
+    DESCENT,
+    LENGTH,
+    SUM_ORDER,
+    arrays,
+    assert_same,
+    config,
+    made,
+    read,
+)  # fmt: skip
 
 torch = pytest.importorskip("torch")
 
@@ -301,9 +310,9 @@ def train_once(mesh_shape: MeshShape, devices: int, microbatches: int, policy: P
         reference_logprobs=logprobs[2],
         entropy_weights=np.float32(0.01 * mask / mask.sum()),
     )
-    teacher = Qwen3(config(False), jax.random.key(5))
-    targets = Hidden(hidden=teacher.hidden(data["tokens"], data["positions"], segments)) if policy.teacher_kl else None
-    model = Qwen3(config(moe), jax.random.key(1))
+    teacher = made(config(False), jax.random.key(5))
+    targets = Hidden(hidden=read(teacher, data["tokens"], data["positions"], segments)) if policy.teacher_kl else None
+    model = made(config(moe), jax.random.key(1))
     before = jax.device_get(model)
     state = TrainState.start(jax.device_put(model, shardings(model, mesh)), DESCENT, mesh)
     step = TrainStep(

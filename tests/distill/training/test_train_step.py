@@ -28,6 +28,7 @@ from teacher.targets import Hidden, one_hot, top_k_targets
 BATCH, LENGTH = 8, 16
 # A step so long that the change of a weight is its gradient, not the rounding of the weight.
 DESCENT = optax.sgd(1e4)
+made, read = jax.jit(Qwen3, static_argnums=0), jax.jit(Qwen3.hidden)
 
 
 def config(moe: bool) -> ModelConfig:
@@ -68,7 +69,7 @@ def arrays(seed: int = 0) -> dict[str, np.ndarray]:
 def targets(kind: str, model: Qwen3, data: dict[str, np.ndarray]) -> tuple[object, jax.Array | None]:
     if kind == "one_hot":
         return jax.device_get(one_hot(data["tokens"])), None
-    hidden = model.hidden(data["tokens"], data["positions"], data["segment_ids"])
+    hidden = read(model, data["tokens"], data["positions"], data["segment_ids"])
     if kind == "top_k":
         return jax.device_get(top_k_targets(hidden, model.head, 5)), None
     return jax.device_get(Hidden(hidden=hidden)), model.head
@@ -95,9 +96,9 @@ def step(
     """The trained weights' change and the metrics of one step of plain gradient descent, which shows every gradient."""
     mesh = make_mesh(mesh_shape, jax.devices()[:devices])
     data = arrays()
-    teacher = Qwen3(config(True), jax.random.key(5))
+    teacher = made(config(True), jax.random.key(5))
     what, head = targets(kind, teacher, data)
-    model = Qwen3(config(moe), jax.random.key(1))
+    model = made(config(moe), jax.random.key(1))
     model = with_adapters(model) if lora else model
     before = jax.device_get(model)
     state = TrainState.start(jax.device_put(model, shardings(model, mesh)), DESCENT, mesh)
@@ -155,7 +156,7 @@ def test_sharded_equals_unsharded_for_loss_and_every_gradient(
         assert_same(spread, alone, SUM_ORDER)
 
 
-@pytest.mark.parametrize("kind", ["one_hot", "hidden"])
+@pytest.mark.parametrize("kind", ["one_hot", pytest.param("hidden", marks=pytest.mark.long)])
 def test_gradient_accumulation_has_one_global_denominator(kind: str) -> None:
     whole = step(MeshShape(), 1, kind, False, 1)
     cut = step(MeshShape(), 1, kind, False, 4)
@@ -164,7 +165,7 @@ def test_gradient_accumulation_has_one_global_denominator(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("microbatches", "mesh_shape", "devices"),
-    [(4, MeshShape(), 1), (2, MeshShape(data=2, expert=2), 4)],
+    [pytest.param(4, MeshShape(), 1, marks=pytest.mark.long), (2, MeshShape(data=2, expert=2), 4)],
     ids=["4", "2-sharded"],
 )
 def test_the_load_of_experts_is_balanced_over_the_whole_step(
@@ -203,13 +204,13 @@ def test_packed_rows_have_the_loss_and_gradients_of_one_document_a_row() -> None
         )
         for index, length in enumerate(lengths)
     ]
-    teacher, mesh = Qwen3(config(True), jax.random.key(5)), make_mesh(MeshShape(), jax.devices()[:1])
+    teacher, mesh = made(config(True), jax.random.key(5)), make_mesh(MeshShape(), jax.devices()[:1])
     train_step = TrainStep(transformation=DESCENT, loss=Loss(name="reverse_kl"), mesh=mesh, teacher_head=teacher.head)
     ended = []
     for rows, one_per_row in ((len(documents), True), (rows_needed(lengths, LENGTH), False)):
         packed = pack_rollouts(documents, rows=rows, length=LENGTH, one_per_row=one_per_row)
-        hidden = teacher.hidden(packed["tokens"], packed["positions"], packed["segment_ids"])
-        state = TrainState.start(Qwen3(config(False), jax.random.key(1)), DESCENT, mesh)
+        hidden = read(teacher, packed["tokens"], packed["positions"], packed["segment_ids"])
+        state = TrainState.start(made(config(False), jax.random.key(1)), DESCENT, mesh)
         before = jax.device_get(state.model)
         state, result = train_step(state, [Batch.of(packed, Hidden(hidden=hidden))])
         ended.append((jax.tree.map(np.subtract, jax.device_get(state.model), before), result))
@@ -229,7 +230,7 @@ def test_metrics_are_split_by_mode_and_absent_where_a_mode_is() -> None:
     assert {"divergence", "divergence/thinking", "divergence/non_thinking", "teacher_tail_mass"} <= both.metrics.keys()
     data = arrays()
     data["mode"] = np.ones_like(data["mode"])
-    model, mesh = Qwen3(config(False), jax.random.key(1)), make_mesh(MeshShape(), jax.devices()[:1])
+    model, mesh = made(config(False), jax.random.key(1)), make_mesh(MeshShape(), jax.devices()[:1])
     train_step = TrainStep(transformation=optax.sgd(1.0), loss=Loss(), mesh=mesh)
     batch = Batch.of(data, jax.device_get(one_hot(data["tokens"])))
     _, result = train_step(TrainState.start(model, optax.sgd(1.0), mesh), [batch])
@@ -242,14 +243,14 @@ def test_metrics_are_split_by_mode_and_absent_where_a_mode_is() -> None:
 def test_a_step_that_trains_nothing_is_refused() -> None:
     data = arrays()
     data["loss_mask"][:] = False
-    model, mesh = Qwen3(config(False), jax.random.key(1)), make_mesh(MeshShape(), jax.devices()[:1])
+    model, mesh = made(config(False), jax.random.key(1)), make_mesh(MeshShape(), jax.devices()[:1])
     train_step = TrainStep(transformation=optax.sgd(1.0), loss=Loss(), mesh=mesh)
     with pytest.raises(ValueError, match="no position of the step is trained"):
         train_step(TrainState.start(model, optax.sgd(1.0), mesh), [Batch.of(data, one_hot(data["tokens"]))])
 
 
 def test_start_does_not_give_away_the_callers_weights() -> None:
-    model, mesh = Qwen3(config(False), jax.random.key(1)), make_mesh(MeshShape(), jax.devices()[:1])
+    model, mesh = made(config(False), jax.random.key(1)), make_mesh(MeshShape(), jax.devices()[:1])
     data = arrays()
     train_step = TrainStep(transformation=optax.sgd(1.0), loss=Loss(), mesh=mesh)
     train_step(TrainState.start(model, optax.sgd(1.0), mesh), [Batch.of(data, one_hot(data["tokens"]))])
@@ -257,7 +258,7 @@ def test_start_does_not_give_away_the_callers_weights() -> None:
 
 
 def test_frozen_weights_have_no_moments_and_keep_their_buffers() -> None:
-    model, mesh = with_adapters(Qwen3(config(False), jax.random.key(1))), make_mesh(MeshShape(), jax.devices()[:1])
+    model, mesh = with_adapters(made(config(False), jax.random.key(1))), make_mesh(MeshShape(), jax.devices()[:1])
     adapters = adapter_parameters(model)
     decaying = Optimizer(learning_rate=1e-2, weight_decay=0.1).transformation(10)
     start = TrainState.start(jax.device_put(model, shardings(model, mesh)), decaying, mesh)
@@ -274,7 +275,7 @@ def test_frozen_weights_have_no_moments_and_keep_their_buffers() -> None:
 
 def test_optimizer_state_is_placed_like_the_weights() -> None:
     mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
-    model = Qwen3(config(False), jax.random.key(1))
+    model = made(config(False), jax.random.key(1))
     state = TrainState.start(model, Optimizer().transformation(10), mesh)
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == (64, 32)]
     assert len(moments) == 2

@@ -1,6 +1,7 @@
 """Dual Chunk Attention in the decoder, against the paper's matrix of relative positions and against plain attention."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,7 @@ def test_values_and_gradients_equal_the_matrix_of_relative_positions(config, imp
         turned = rotate_pair(q, k, rotation(config, jnp.asarray(positions)))
         return attend(*turned, v, jnp.asarray(segments), mesh=None, implementation=implementation)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def with_gradients(function, *inputs):
         out, pull = jax.vjp(function, *inputs)
         return out, *pull(jnp.asarray(weights, out.dtype))

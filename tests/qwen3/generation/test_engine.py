@@ -131,7 +131,10 @@ def test_greedy_equals_transformers(family, tmp_path):
         np.testing.assert_array_equal(rollout.tokens, wanted[0].numpy())
 
 
-@pytest.mark.parametrize(("name", "unroll_layers"), [("dense", 12), ("moe", 0), ("chunks", 12), ("chunks", 0)])
+@pytest.mark.parametrize(
+    ("name", "unroll_layers"),
+    [("dense", 12), ("moe", 0), pytest.param("chunks", 12, marks=pytest.mark.long), ("chunks", 0)],
+)
 def test_logprobs_and_masks_agree_with_one_forward_pass(models, name, unroll_layers):
     model = models[name]
     engine = make_engine(model.config, max_new_tokens=80, unroll_layers=unroll_layers)  # two segments of the cache

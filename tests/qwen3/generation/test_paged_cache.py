@@ -79,8 +79,10 @@ def test_every_share_of_a_mesh_has_pages_of_its_own(models, gathered, name, shap
     check_same(written(engine, model), gathered[name])
 
 
-@pytest.mark.parametrize("unroll_layers", [12, 0])
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    ("devices", "unroll_layers"),
+    [(1, 0), (2, 12), *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, 12), (2, 0)))],
+)
 def test_nothing_is_copied_of_a_large_pool(models, devices, unroll_layers):
     mesh = make_mesh(MeshShape(data=devices), jax.devices()[:devices])
     model = placed_shapes(reading(models["dense"], "xla"), mesh)
