@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distill.stages import Sft as Sft
     from distill.stages.loop import Training as Training
     from distill.stages.rollout_schedule import RolloutSchedule as RolloutSchedule
+    from distill.stages.student_top_k import StudentTopK as StudentTopK
     from distill.tasks import Arithmetic as Arithmetic
     from distill.tasks import ChainSum as ChainSum
     from distill.tasks import GymFamily as GymFamily
@@ -63,6 +64,7 @@ _HOMES = {
     "RolloutSchedule": "distill.stages.rollout_schedule",
     "SamplingParams": "qwen3.generation.sampling",
     "Sft": "distill.stages",
+    "StudentTopK": "distill.stages.student_top_k",
     "Teacher": "distill.experiment",
     "Training": "distill.stages.loop",
     "non_thinking_params": "qwen3.generation.sampling",

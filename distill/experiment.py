@@ -159,11 +159,14 @@ class Experiment:
 
     @property
     def tokens_per_target(self) -> int:
-        """The most that targets name at a position: those of a store, or the one that follows, for the cross-entropy of
-        supervised stages and for perplexity; 0 where neither is needed."""
-        writing = [s for s in self.stages.values() if isinstance(s, OffPolicy) and s.targets_of is None]
-        one = any(stage.kind == "Sft" for stage in self.stages.values()) or self.compares
-        return max((stage.sampled_tokens or stage.top_k for stage in writing), default=int(one))
+        """The most that targets name at a position: those of a store or of a student's likeliest, or the one that
+        follows, for the cross-entropy of supervised stages and for perplexity; 0 where none is needed."""
+        stages = self.stages.values()
+        writing = [stage for stage in stages if isinstance(stage, OffPolicy) and stage.targets_of is None]
+        named = [stage.sampled_tokens or stage.top_k for stage in writing]
+        named += [stage.targets.entries for stage in stages if isinstance(stage, OnPolicy | Grpo) and stage.targets]
+        one = any(stage.kind == "Sft" for stage in stages) or self.compares
+        return max(named, default=int(one))
 
     @property
     def compares(self) -> bool:
@@ -227,6 +230,18 @@ class Experiment:
 def asks_teacher(stage: Stage) -> bool:
     """Whether a teacher scores the student's own rollouts."""
     return isinstance(stage, OnPolicy) or (isinstance(stage, Grpo) and stage.teacher_kl > 0)
+
+
+def asks_for_hidden(stage: Stage) -> bool:
+    """Whether that teacher is asked for hidden states, from which the student's devices make logits."""
+    return asks_teacher(stage) and isinstance(stage, OnPolicy | Grpo) and stage.targets is None
+
+
+def scoring_passes(stage: Stage) -> int:
+    """Forward passes of the student over its rollouts, beside those of training, that a batch of them takes."""
+    if not isinstance(stage, OnPolicy | Grpo):
+        return 0
+    return (stage.targets is not None) + (stage.scoring_passes if isinstance(stage, Grpo) else 0)
 
 
 def differing_fields(before: Any, after: Any, path: str = "") -> list[str]:

@@ -106,10 +106,18 @@ class Scorer:
         tokens: Int[np.ndarray, "B T"],
         positions: Int[np.ndarray, "B T"],
         segment_ids: Int[np.ndarray, "B T"],
-        ids: Int[np.ndarray | Array, "B T J"],
+        ids: Int[np.ndarray | Array, "B K J"],
+        wanted: Bool[np.ndarray, "B T"] | None = None,
+        places: Int[np.ndarray, "B K"] | None = None,
+        *,
+        top_k: int = 0,
     ) -> AtIds:
-        """Log-probabilities at the tokens that the student asks for, such as its own most likely ones."""
-        return self._moved(_at_ids(self._model, *self._placed(tokens, positions, segment_ids, ids), self._mesh))
+        """Log-probabilities at the tokens that the student asks for, such as its own most likely ones, and after them
+        at the teacher's `top_k` likeliest. `wanted` and `places` as in `hidden`; without places K is T."""
+        del wanted
+        placed = self._placed(tokens, positions, segment_ids, ids)
+        at = () if places is None else self._placed(places)
+        return self._moved(_at_ids(self._model, *placed, top_k, self._mesh, *at))
 
     def score_rollouts(
         self, rollouts: list[Rollout], *, k: int, rows: int, length: int, pad_id: int
@@ -271,10 +279,13 @@ def top_k_and_following_program(model: Qwen3, mesh: Mesh, *, rows: int, length: 
     return ScoringProgram(_top_k_and_following, (model, *shapes, shapes[0], k, mesh))
 
 
-def at_ids_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, entries: int) -> ScoringProgram:
-    """What `Scorer.at_ids` runs on rows of this shape for `entries` ids at a position."""
-    ids = row_shapes(jax.ShapeDtypeStruct((rows, length, entries), np.int32), mesh, TOKENS)
-    return ScoringProgram(_at_ids, (model, *_row_shapes(mesh, rows, length), ids, mesh))
+def at_ids_program(
+    model: Qwen3, mesh: Mesh, *, rows: int, length: int, entries: int, top_k: int = 0, places: int | None = None
+) -> ScoringProgram:
+    """What `Scorer.at_ids` runs on rows of this shape for `entries` ids at a position and the `top_k` likeliest."""
+    ids = row_shapes(jax.ShapeDtypeStruct((rows, places or length, entries), np.int32), mesh, TOKENS)
+    at = () if places is None else (row_shapes(jax.ShapeDtypeStruct((rows, places), np.int32), mesh, TOKENS),)
+    return ScoringProgram(_at_ids, (model, *_row_shapes(mesh, rows, length), ids, top_k, mesh, *at))
 
 
 def by_uniform_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, sampled_tokens: int) -> ScoringProgram:
@@ -324,15 +335,26 @@ def _top_k_and_following(
     return to_rows(found, mesh)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _at_ids(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, ids: Array, mesh: Mesh) -> AtIds:
-    hidden, ids = to_pieces((model.hidden(tokens, positions, segment_ids, mesh), ids), mesh)
-    return to_rows(at_ids_targets(hidden, _head(model, mesh), ids, block_tokens=_block_tokens(mesh)), mesh)
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _at_ids(
+    model: Qwen3,
+    tokens: Array,
+    positions: Array,
+    segment_ids: Array,
+    ids: Array,
+    top_k: int,
+    mesh: Mesh,
+    places: Array | None = None,
+) -> AtIds:
+    hidden = model.hidden(tokens, positions, segment_ids, mesh)
+    hidden, ids = to_pieces((hidden if places is None else at_places(hidden, places, mesh), ids), mesh)
+    found = at_ids_targets(hidden, _head(model, mesh), ids, top_k=top_k, block_tokens=_block_tokens(mesh))
+    return to_rows(found, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _following(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, mesh: Mesh) -> AtIds:
-    return _at_ids(model, tokens, positions, segment_ids, following_tokens(tokens)[..., None], mesh)
+    return _at_ids(model, tokens, positions, segment_ids, following_tokens(tokens)[..., None], 0, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,7 +16,7 @@ from qwen3.sharding import batch_sharding, place
 from teacher.client import TeacherClient
 from teacher.scored_rollout import ScoredRollout
 from teacher.scoring import head_sharding
-from teacher.targets import Hidden
+from teacher.targets import AtIds, Hidden
 from teacher.wire import TargetsRequest
 
 
@@ -72,27 +73,70 @@ class ServedScorer:
 
         That is where a position carries a target: prompts, which carry none, are not sent back."""
         del positions  # 0, 1, … in each document, as servers count them too
-        spans, starts = [], []
-        for row, segments in enumerate(segment_ids):
-            for segment in range(1, int(segments.max(initial=0)) + 1):
-                (where,) = np.nonzero(segments == segment)
-                used = where if wanted is None else where[wanted[row, where]]
-                if len(used):
-                    spans.append((row, slice(int(where[0]), int(where[-1]) + 1)))
-                    starts.append(int(used[0] - where[0]))
-        if spans:
+        documents = _documents(segment_ids, wanted)
+        if documents:
             answers = self._client.targets(
-                TargetsRequest(targets="hidden", sequences=[tokens[where] for where in spans], starts=starts)
+                TargetsRequest(
+                    targets="hidden",
+                    sequences=[tokens[one.where] for one in documents],
+                    starts=[one.start for one in documents],
+                )
             )
             first = answers[0]["hidden"]
             hidden = np.zeros((*tokens.shape, first.shape[1]), first.dtype)
-            for (row, span), start, answer in zip(spans, starts, answers, strict=True):
-                hidden[row, span.start + start : span.stop] = answer["hidden"]
+            for one, answer in zip(documents, answers, strict=True):
+                hidden[one.asked] = answer["hidden"]
         else:
             hidden = np.zeros((*tokens.shape, self.head.shape[1]), self.head.dtype)
         if places is not None:
             hidden = np.take_along_axis(np.pad(hidden, ((0, 0), (0, 1), (0, 0))), places[:, :, None], axis=1)
         return Hidden(hidden=place(hidden, batch_sharding(self._mesh)))
+
+    def at_ids(
+        self,
+        tokens: Int[np.ndarray, "B T"],
+        positions: Int[np.ndarray, "B T"],
+        segment_ids: Int[np.ndarray, "B T"],
+        ids: Int[np.ndarray, "B K J"],
+        wanted: Bool[np.ndarray, "B T"] | None = None,
+        places: Int[np.ndarray, "B K"] | None = None,
+        *,
+        top_k: int = 0,
+    ) -> AtIds:
+        """Log-probabilities at `ids` and at the teacher's `top_k` likeliest, of the positions that `hidden` asks for;
+        all mass in the tail elsewhere. With `places` as `Scorer.at_ids`."""
+        del positions
+        documents = _documents(segment_ids, wanted)
+        # A last position for places that are left.
+        rows, length = len(tokens), tokens.shape[1] + 1
+        if places is not None:
+            there, ids = ids, np.full((rows, length, ids.shape[2]), -1, np.int32)
+            np.put_along_axis(ids, places[:, :, None], there, axis=1)
+        said = {
+            "ids": np.full((rows, length, ids.shape[2] + top_k), -1, np.int32),
+            "logprobs": np.full((rows, length, ids.shape[2] + top_k), -np.inf, np.float32),
+            "log_tail": np.zeros((rows, length), np.float32),
+        }
+        if documents:
+            answers = self._client.targets(
+                TargetsRequest(
+                    targets="at_ids",
+                    sequences=[tokens[one.where] for one in documents],
+                    starts=[one.start for one in documents],
+                    entries=ids.shape[2],
+                    ids=[ids[one.asked] for one in documents],
+                    top_k=top_k,
+                )
+            )
+            for one, answer in zip(documents, answers, strict=True):
+                for name, array in said.items():
+                    array[one.asked] = answer[name]
+        at = np.arange(length - 1)[None] if places is None else places
+        said = {
+            name: np.take_along_axis(array, at.reshape(*at.shape, *(1,) * (array.ndim - 2)), axis=1)
+            for name, array in said.items()
+        }
+        return AtIds(**place(said, batch_sharding(self._mesh)))
 
     def score_rollouts(
         self, rollouts: list[Rollout], *, k: int, rows: int, length: int, pad_id: int
@@ -150,6 +194,34 @@ class ServedScorer:
             )
             for rollout, start, answer in zip(rollouts, starts, answers, strict=True)
         ]
+
+
+class _Document(NamedTuple):
+    """A document in packed rows, asked about from `start` on."""
+
+    row: int
+    span: slice
+    start: int
+
+    @property
+    def where(self) -> tuple[int, slice]:
+        return self.row, self.span
+
+    @property
+    def asked(self) -> tuple[int, slice]:
+        return self.row, slice(self.span.start + self.start, self.span.stop)
+
+
+def _documents(segment_ids: Int[np.ndarray, "B T"], wanted: Bool[np.ndarray, "B T"] | None) -> list[_Document]:
+    """Those with a position that is wanted, from the first such position on."""
+    found = []
+    for row, segments in enumerate(segment_ids):
+        for segment in range(1, int(segments.max(initial=0)) + 1):
+            (where,) = np.nonzero(segments == segment)
+            used = where if wanted is None else where[wanted[row, where]]
+            if len(used):
+                found.append(_Document(row, slice(int(where[0]), int(where[-1]) + 1), int(used[0] - where[0])))
+    return found
 
 
 def _starts(rollouts: Sequence[Rollout]) -> list[int]:

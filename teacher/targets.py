@@ -148,19 +148,24 @@ def at_ids_targets(
     head: Float[Array, "V D"],
     ids: Int[Array, "B T J"],
     *,
+    top_k: int = 0,
     block_tokens: int = BLOCK_TOKENS,
 ) -> AtIds:
-    """The teacher's log-probabilities at `ids` and the exact log-mass of all other tokens.
+    """The teacher's log-probabilities at `ids` and at its own `top_k` likeliest tokens, which come after them, and the
+    exact log-mass of all other tokens.
 
     Repeated ids and ids below 0 become absent entries. Memory as `top_k_targets`.
     """
-    ids = unique_ids(ids)
 
     def block(logits, start):
-        return _logprobs_at(logits, lax.dynamic_slice_in_dim(ids, start, logits.shape[1], 1))
+        named = lax.dynamic_slice_in_dim(ids, start, logits.shape[1], 1).astype(jnp.int32)
+        if top_k:
+            named = jnp.concatenate((named, lax.top_k(logits, top_k)[1].astype(jnp.int32)), axis=-1)
+        named = unique_ids(named)
+        return named, *_logprobs_at(logits, named)
 
-    logprobs, log_tail = _by_token_blocks(hidden, head, block, block_tokens)
-    return AtIds(ids=ids, logprobs=logprobs, log_tail=log_tail)
+    named, logprobs, log_tail = _by_token_blocks(hidden, head, block, block_tokens)
+    return AtIds(ids=named, logprobs=logprobs, log_tail=log_tail)
 
 
 def sampled_targets(

@@ -1,13 +1,14 @@
 """Targets on the wire: one request of many sequences, one answer, both safetensors, so that nothing read can run code.
 
 A request holds `tokens` int32 [ΣT], `lengths` int32 [S] and `starts` int32 [S]; for at_ids also `ids` int32 [R, J],
-for sampled also `seeds` uint32 [S]. Its metadata say what is asked: `targets`, and `k` (top_k) or `sampled_tokens`.
+for sampled also `seeds` uint32 [S]. Its metadata say what is asked: `targets`, and `k` (top_k; at_ids, if the teacher's
+k likeliest are to be named as well) or `sampled_tokens`.
 Of sequence s come the rows for positions starts[s] ≤ t < T, R rows in all, each about token t + 1 as everywhere in
 this project. The answer holds, by what was asked:
 
     top_k    ids int32 [R, k], logprobs float32 [R, k], log_tail float32 [R], and of the token that follows, where one
              does, following_logprobs float32 [R] (-inf) and following_ranks int32 [R] (0)
-    at_ids   ids int32 [R, J] (repetitions as -1), logprobs float32 [R, J] (-inf), log_tail float32 [R]
+    at_ids   ids int32 [R, J + k] (repetitions as -1), logprobs float32 [R, J + k] (-inf), log_tail float32 [R]
     sampled  ids int32 [R, N] (repetitions as -1), log_shares float32 [R, N] (-inf), entropy float32 [R]
     hidden   hidden [R, D] after the final norm, in the dtype that the teacher computes in
 
@@ -57,6 +58,8 @@ class TargetsRequest:
     """k, J or N; 0 for hidden states."""
     ids: Sequence[Int32[np.ndarray, "R J"]] | None = None
     """For at_ids: of each sequence the ids at the positions from its start on, -1 for none."""
+    top_k: int = 0
+    """For at_ids: how many of the teacher's likeliest tokens are named after the ids."""
     seeds: Sequence[int] | None = None
     """For sampled: of each sequence, an unsigned 32-bit number. With the position it decides what is sampled."""
 
@@ -87,6 +90,7 @@ def encode_request(request: TargetsRequest) -> bytes:
         metadata["k"] = str(request.entries)
     if request.ids is not None:
         arrays["ids"] = np.concatenate(request.ids).astype(np.int32)
+        metadata |= {"k": str(request.top_k)} if request.top_k else {}
     if request.seeds is not None:
         arrays["seeds"] = np.asarray(request.seeds, np.uint32)
         metadata["sampled_tokens"] = str(request.entries)
@@ -103,7 +107,7 @@ def decode_request(body: bytes, limits: Limits, vocab_size: int) -> TargetsReque
     if targets is None:
         raise Refused("targets", f"is {shown(metadata.get('targets'))}; use one of {', '.join(KINDS)}")
     wanted = {"tokens", "lengths", "starts", *{"at_ids": ("ids",), "sampled": ("seeds",)}.get(targets, ())}
-    known = {"targets", *{"top_k": ("k",), "sampled": ("sampled_tokens",)}.get(targets, ())}
+    known = {"targets", *{"top_k": ("k",), "at_ids": ("k",), "sampled": ("sampled_tokens",)}.get(targets, ())}
     for field in sorted(arrays.keys() - wanted | metadata.keys() - known):
         raise Refused(field, f"is not known for targets {targets}; leave it out")
     lengths = _vector(arrays, "lengths", np.int32)
@@ -126,9 +130,11 @@ def decode_request(body: bytes, limits: Limits, vocab_size: int) -> TargetsReque
     ends = np.cumsum(lengths)
     sequences = [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)]
     rows = (lengths - starts).astype(np.int64)
-    entries, ids, seeds = 0, None, None
+    entries, ids, seeds, top_k = 0, None, None, 0
+    if "k" in metadata or targets == "top_k":
+        top_k = _number(metadata, "k", min(limits.max_top_k, vocab_size), "max_top_k")
     if targets == "top_k":
-        entries = _number(metadata, "k", min(limits.max_top_k, vocab_size), "max_top_k")
+        entries, top_k = top_k, 0
     elif targets == "at_ids":
         asked = arrays.get("ids")
         if asked is None or asked.dtype != np.int32 or asked.ndim != 2 or len(asked) != np.sum(rows):
@@ -146,7 +152,13 @@ def decode_request(body: bytes, limits: Limits, vocab_size: int) -> TargetsReque
             raise Refused("seeds", f"has {len(given)} entries for {count} sequences; give one for each")
         seeds = given.tolist()
     return TargetsRequest(
-        targets=targets, sequences=sequences, starts=starts.tolist(), entries=entries, ids=ids, seeds=seeds
+        targets=targets,
+        sequences=sequences,
+        starts=starts.tolist(),
+        entries=entries,
+        ids=ids,
+        top_k=top_k,
+        seeds=seeds,
     )
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from distill.evaluation.comparison import SumsProgram, scoring_shape, sums_program
-from distill.experiment import Experiment, asks_teacher
+from distill.experiment import Experiment, asks_for_hidden, asks_teacher, scoring_passes
 from distill.planner.program import EVALUATION, Program, Purpose, Role
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.context import EngineSizes, make_engine
@@ -33,6 +33,7 @@ from qwen3.sharding import placed_shapes
 from student.init import FromCheckpoint
 from teacher.scoring import (
     ScoringProgram,
+    at_ids_program,
     following_program,
     head_sharding,
     hidden_program,
@@ -153,7 +154,7 @@ class _Planned:
                 yield from self._generates(name, "student", stage.generation)
                 if asks_teacher(stage):
                     yield self._scores(name, stage)
-                if isinstance(stage, Grpo) and stage.scoring_passes:
+                if scoring_passes(stage):
                     yield self._scores_itself(name, stage)
             elif isinstance(stage, OffPolicy) and stage.targets_of is None:
                 yield from self._generates(name, "teacher", stage.generation)
@@ -200,10 +201,14 @@ class _Planned:
             length=sizes.longest_tokens,
         )
 
-    def _scores_itself(self, name: str, stage: Grpo) -> Program:
-        """What the student says of its own tokens where older weights generated them, and what it said at the start."""
+    def _scores_itself(self, name: str, stage: OnPolicy | Grpo) -> Program:
+        """What the student says of its own tokens where older weights generated them, and what it said at the start;
+        which tokens are its likeliest."""
         rows, length = packed_shape(self._mesh, stage.training.rows, stage.training.row_length)
-        program = following_program(self._student, self._mesh, rows=rows, length=length)
+        if stage.targets is None:
+            program = following_program(self._student, self._mesh, rows=rows, length=length)
+        else:
+            program = top_k_program(self._student, self._mesh, rows=rows, length=length, k=stage.targets.k)
         return Program(
             stage=name,
             purpose="student_scores",
@@ -220,7 +225,11 @@ class _Planned:
         model, mesh = self._model("teacher")
         if isinstance(stage, OnPolicy | Grpo):
             rows, length = stage.training.rows, stage.training.row_length
-            program = hidden_program(model, mesh, rows=rows, length=length, places=self._places(stage))
+            if stage.targets is None:
+                program = hidden_program(model, mesh, rows=rows, length=length, places=self._places(stage))
+            else:
+                asked, k, places = stage.targets.asked, stage.targets.k, self._places(stage)
+                program = at_ids_program(model, mesh, rows=rows, length=length, entries=asked, top_k=k, places=places)
         else:
             rows, length = packed_shape(mesh, stage.batch_size, stage.longest_tokens)
             if stage.sampled_tokens is None:
@@ -280,7 +289,7 @@ class _Planned:
         training, loss = stage.training, Loss(name="forward_kl") if isinstance(stage, Sft) else stage.loss
         state = self._state(training)
         head: Any = None
-        if asks_teacher(stage):
+        if asks_for_hidden(stage):
             head = self._teacher_head()
         step = TrainStep(
             transformation=training.optimizer.transformation(training.steps or 1),
@@ -326,7 +335,8 @@ class _Planned:
             targets = None
         elif isinstance(stage, OnPolicy | Grpo):
             places = self._places(stage)
-            targets = self._hidden_targets(stage.training.rows, places or stage.training.row_length)
+            shape = stage.training.rows, places or stage.training.row_length
+            targets = self._hidden_targets(*shape) if stage.targets is None else stage.targets.shapes(*shape)
         elif isinstance(stage, Sft):
             targets = jax.eval_shape(one_hot, rows(np.int32))
         else:

@@ -12,7 +12,7 @@ import math
 
 import jax
 
-from distill.experiment import Experiment, asks_teacher
+from distill.experiment import Experiment, asks_for_hidden
 from distill.planner.collectives import Traffic
 from distill.planner.program import EVALUATION, Program, trained_places
 from distill.stages import Grpo
@@ -74,7 +74,7 @@ def work_of(program: Program, experiment: Experiment) -> Work:
     """What one call does, from shapes alone."""
     config, rows, length = program.model, program.rows, program.length
     stage = experiment.stages.get(program.stage)
-    on_policy = stage is not None and asks_teacher(stage)
+    on_policy = stage is not None and asks_for_hidden(stage)
     # Whoever compares with hidden states makes logits of them.
     hidden_alone = on_policy or program.stage == EVALUATION
     head = 2 * config.hidden_size * config.vocab_size

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from distill.experiment import Experiment, asks_teacher
+from distill.experiment import Experiment, asks_teacher, scoring_passes
 from distill.planner.program import EVALUATION, Program, Purpose, trained_places
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft
 from distill.tasks.requests import ModeMix
@@ -121,7 +121,7 @@ class _Run:
         batches = steps // updates
         # All that may be asked in the place of groups without signal, so many at a time as there are.
         asked = 1 + stage.prompts_beside / stage.prompts_per_step if isinstance(stage, Grpo) else 1.0
-        scoring_passes = stage.scoring_passes if isinstance(stage, Grpo) else 0
+        passes = scoring_passes(stage)
         calls: dict[Purpose, float] = {}
         tokens = 0.0
         for batch in range(batches):
@@ -132,24 +132,25 @@ class _Run:
             tokens += written
             in_turns = math.ceil(asked) * longest
             _add(calls, self._generation(name, "student", asked * sequences, response, longest=in_turns))
-            if scoring_passes:
+            if passes:
                 packed = math.ceil(written / self._row_tokens(name, "student_scores"))
-                _add(calls, {"student_scores": float(scoring_passes * packed)})
+                _add(calls, {"student_scores": float(passes * packed)})
             _add(calls, self._updates(name, updates, microbatches))
             if asks_teacher(stage):
                 _add(calls, {"teacher_scores": float(stage.updates_per_batch * microbatches)})
-        student_tokens = (asked + scoring_passes) * tokens
+        student_tokens = (asked + passes) * tokens
         if not asks_teacher(stage):
             return StagePlan(stage=name, calls=calls, student_tokens=student_tokens)
         scores, trains = self._programs[name, "teacher_scores"], self._programs[name, "student_trains"]
         positions = calls["teacher_scores"] * stage.training.rows * trained_places(trains)
         width = 2 if self._experiment.teacher and self._experiment.teacher.dtype == "bfloat16" else 4
+        hidden, named = scores.model.hidden_size * width, stage.targets.entries * _STORED_BYTES if stage.targets else 0
         return StagePlan(
             stage=name,
             calls=calls,
             tokens_moved=tokens,
             student_tokens=student_tokens,
-            bytes_moved=float(positions * scores.model.hidden_size * width),
+            bytes_moved=float(positions * (named or hidden)),
             pipeline=None
             if scores.mesh == trains.mesh
             else Pipeline(steps=steps, microbatches=calls["student_trains"] / steps, ahead=stage.max_staleness > 0),

@@ -12,6 +12,7 @@ from distill.experiment import Experiment, Teacher
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft
 from distill.stages.loop import Training
 from distill.stages.rollout_schedule import RolloutSchedule
+from distill.stages.student_top_k import StudentTopK
 from distill.tasks import PromptFile
 from distill.training.losses import Loss
 from distill.training.optimizer import Optimizer
@@ -35,6 +36,7 @@ _FIRST: Mapping[type, tuple[str, ...]] = {
     OffPolicy: ("prompts", "top_k", "batch_size"),
     OnPolicy: ("prompts_per_step", "samples_per_prompt"),
     RolloutSchedule: ("first", "full_share"),
+    StudentTopK: ("k",),
     Grpo: ("prompts_per_step", "samples_per_prompt", "policy_weight", "teacher_kl"),
     PolicyLoss: ("ratio", "total"),
     SamplingParams: ("max_new_tokens",),

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 from jax.sharding import Mesh
 
 from distill.evaluation.evaluate import Evaluation
-from distill.experiment import Experiment, asks_teacher
+from distill.experiment import Experiment, asks_for_hidden
 from distill.monitor.progress import Progress
 from distill.monitor.progress import Task as Bar
 from distill.runner.chat_format import check_chat_format
@@ -56,7 +56,7 @@ def preflight(
     )
     if experiment.teacher is not None and experiment.teacher.placement != "service":
         experiment.kernels.check(models["teacher"], experiment.teacher.dtype, teacher_mesh)
-    on_policy = any(asks_teacher(stage) for stage in stages.values())
+    on_policy = any(asks_for_hidden(stage) for stage in stages.values())
     if "teacher" in models and (on_policy or experiment.compares):
         # On-policy and in evaluation, the teacher's head goes to the student's devices.
         partition_spec(("embed",), (models["teacher"].hidden_size,), mesh)
@@ -109,6 +109,12 @@ def _check_stage_lengths(field: str, stage: Stage, models: Mapping[str, ModelCon
             f"{field}.top_k is {stage.top_k}, but the teacher's vocabulary has {models['teacher'].vocab_size} entries; "
             "lower it"
         )
+    if isinstance(stage, OnPolicy | Grpo) and stage.targets is not None:
+        vocabulary = models["student"].vocab_size
+        if stage.targets.k > vocabulary:
+            raise UserError(
+                f"{field}.targets.k is {stage.targets.k}, but the vocabulary has {vocabulary} entries; lower it"
+            )
 
 
 def _check_positions(

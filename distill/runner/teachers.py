@@ -128,6 +128,9 @@ def _asked(experiment: Experiment) -> Iterator[tuple[str, int, str]]:
                 yield f"{field}.sampled_tokens", stage.sampled_tokens, "max_sampled_tokens"
         if not isinstance(stage, OffPolicy | Sft) and asks_teacher(stage):
             yield f"{field}: prompt and response", stage.generation.longest_tokens, "max_sequence_tokens"
+            if stage.targets is not None:
+                yield f"{field}.targets.k", stage.targets.k, "max_top_k"
+                yield f"{field}.targets.k and the sampled token", stage.targets.asked, "max_ids"
     if experiment.compares:
         yield from generates("evaluation", experiment.evaluation.generation)
         longest = experiment.evaluation.generation.longest_tokens

@@ -60,6 +60,8 @@ class Written:
     """Of each rollout whether its verifier or reward has failed; none where none has, or nobody rewards."""
     replaced: Sequence[Outcome] = ()
     """Of rollouts that were generated for the step and are not among `rollouts`, group by group."""
+    student_ids: Sequence[np.ndarray] = ()
+    """Of each rollout's positions, the likeliest tokens [T, k] of the weights that generated them (`StudentTopK`)."""
     samples: Sequence[RolloutSample] = ()
     """The rollouts as people read them, where they have been judged already. Not kept."""
 
@@ -78,9 +80,9 @@ class Written:
         kept = rollouts_to_json(self.rollouts) | {"seconds": self.seconds}
         if self.rewards:
             kept |= {"rewards": list(self.rewards)}
-        for name in _LOGPROBS:
+        for name, dtype in _PER_TOKEN.items():
             if arrays := getattr(self, name):
-                joined_up = np.concatenate(arrays).astype(np.float32).tobytes()
+                joined_up = np.concatenate(arrays).astype(dtype).tobytes()
                 kept |= {name: base64.b64encode(joined_up).decode()}
         if any(self.failed):
             kept |= {"failed": list(self.failed)}
@@ -93,8 +95,12 @@ class Written:
         rollouts = rollouts_from_json(kept)
         ends = np.cumsum([len(rollout.tokens) for rollout in rollouts])[:-1]
 
-        def logprobs(name: str) -> Sequence[np.ndarray]:
-            return np.split(np.frombuffer(base64.b64decode(kept[name]), np.float32), ends) if name in kept else ()
+        def per_token(name: str) -> Sequence[np.ndarray]:
+            if name not in kept:
+                return ()
+            array = np.frombuffer(base64.b64decode(kept[name]), _PER_TOKEN[name])
+            tokens = sum(len(rollout.tokens) for rollout in rollouts)
+            return np.split(array.reshape(tokens, -1) if name == "student_ids" else array, ends)
 
         return cls(
             rollouts=rollouts,
@@ -102,12 +108,11 @@ class Written:
             rewards=kept.get("rewards", ()),
             failed=kept.get("failed", ()),
             replaced=[Outcome(**one) for one in kept.get("replaced", ())],
-            old_logprobs=logprobs("old_logprobs"),
-            reference_logprobs=logprobs("reference_logprobs"),
+            **{name: per_token(name) for name in _PER_TOKEN},
         )
 
 
-_LOGPROBS = ("old_logprobs", "reference_logprobs")
+_PER_TOKEN: Mapping[str, Any] = {"old_logprobs": np.float32, "reference_logprobs": np.float32, "student_ids": np.int32}
 
 
 Scored = Sequence[Sequence[Batch]]

@@ -23,6 +23,7 @@ from distill.stages.ahead import Outcome, Written
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, Training, train
 from distill.stages.own_rollouts import Asked, OwnRollouts, asked_of, check_ahead, check_asking, fresh_steps
+from distill.stages.student_top_k import StudentTopK
 from distill.tasks import Problem
 from distill.tasks.drawing import exact_decimal
 from distill.tasks.mixture import TaskMixture
@@ -88,6 +89,8 @@ class Grpo:
     """Weight of `loss`, the exact divergence from the teacher on every token; 0 needs no teacher."""
     loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
     """With teacher_kl, the divergence."""
+    targets: StudentTopK | None = None
+    """With teacher_kl, what it is computed from, as in OnPolicy."""
     entropy_floor: NotNegative = 0.0
     """Mean entropy, in nats a token, below which an entropy bonus is raised after every update by entropy_step, and
     above which it is lowered again; 0: none."""
@@ -116,6 +119,8 @@ class Grpo:
         check_asking(self, "reinforcement learning", beside=self.prompts_beside)
         if not self.policy_weight and not self.teacher_kl:
             raise UserError("policy_weight and teacher_kl are 0: nothing would be learned; give one of them a weight")
+        if self.targets is not None and not self.teacher_kl:
+            raise UserError("targets are given, but teacher_kl is 0: no teacher is asked; leave them, or give a weight")
         if self.policy_weight and self.samples_per_prompt < 2:
             raise UserError(
                 f"samples_per_prompt is {self.samples_per_prompt}: an advantage is over the others of a group; give at "
@@ -241,7 +246,7 @@ class Grpo:
         with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorer=scorer, lesson=lesson)) as data:
             return train(
                 name, model, self.training, self.loss, data, context, steps=self.training.steps,
-                teacher_head=None if scorer is None else scorer.head, policy=self.objective,
+                teacher_head=None if scorer is None or self.targets else scorer.head, policy=self.objective,
             )  # fmt: skip
 
 

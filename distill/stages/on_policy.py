@@ -3,7 +3,7 @@
 The loss of a position is a sum over every next token under the student as it is now and the teacher's hidden states.
 Which token was sampled next, and how likely it was, does not enter. So stale rollouts (`max_staleness`) change which
 prefixes are trained and nothing else, for reverse_kl and jsd as for forward_kl: a batch has no place for anything
-that the older weights computed, and targets other than `Hidden` are refused.
+that the older weights computed. With `StudentTopK` they also say which tokens are told apart, and still no probability.
 
 There is no importance weight min(π/π_old, C). A weight for the next token would correct an estimate from the
 sampled token, where here the sum over the vocabulary is exact, and would favour the positions at which the student has
@@ -24,6 +24,7 @@ from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, Training, train
 from distill.stages.own_rollouts import OwnRollouts, asked_of, check_ahead, check_asking
 from distill.stages.rollout_schedule import RolloutSchedule
+from distill.stages.student_top_k import StudentTopK
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix
@@ -36,7 +37,7 @@ from qwen3.rollout import Mode
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnPolicy:
-    """The student minimises an exact divergence from the teacher, over the whole vocabulary, on its own responses."""
+    """The student minimises an exact divergence from the teacher on its own responses."""
 
     kind: ClassVar[str] = "OnPolicy"
 
@@ -60,6 +61,10 @@ class OnPolicy:
     was highest. Heads of student and teacher are multiplied out at these alone; the loss, and every metric by token, is
     a mean over them. 1: all."""
     loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
+    targets: StudentTopK | None = None
+    """None: the teacher's hidden states, with which the divergence is exact over the whole vocabulary. StudentTopK: its
+    log-probabilities at the student's likeliest tokens and its own, with one bucket for all others: less to send, and a
+    forward pass of the student more."""
     training: Training = dataclasses.field(default_factory=lambda: Training(steps=200, row_length=32_768))
     """How it learns; a step has as many microbatches as its packed rollouts fill."""
     updates_per_batch: Count = 1
@@ -112,5 +117,5 @@ class OnPolicy:
         with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorer=scorer)) as data:
             return train(
                 name, model, self.training, self.loss, data, context, steps=self.training.steps,
-                teacher_head=scorer.head,
+                teacher_head=scorer.head if self.targets is None else None,
             )  # fmt: skip

@@ -22,6 +22,7 @@ from distill.stages.ahead import Outcome, Scored, Written, WrittenAhead
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, StepData, Training
 from distill.stages.rollout_schedule import RolloutSchedule
+from distill.stages.student_top_k import StudentTopK, with_sampled
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix, prompt_ids
@@ -29,7 +30,7 @@ from distill.tasks.samples import judge
 from distill.training.flops import forward_flops, training_flops
 from distill.training.packing import pack_rollouts, rollout_example, rows_needed
 from distill.training.policy import PolicyData
-from distill.training.token_choice import at_places, chosen, places_in_row, places_of, room
+from distill.training.token_choice import at_places, chosen, places_in_row, places_of, room, taken_at
 from distill.training.train_step import Batch
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.model import Qwen3
@@ -40,9 +41,11 @@ from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import MODES, THINKING, Mode, Rollout
 from teacher.scoring import Scorer
 from teacher.served import ServedScorer
-from teacher.targets import Hidden
+from teacher.targets import AtIds, Hidden
 
 Asked = Sequence[tuple[Problem, Mode]]
+_ASKED = "asked_ids"
+"""The packed array of the ids that the teacher is asked for."""
 
 
 class Asking(Protocol):
@@ -70,6 +73,8 @@ class Asking(Protocol):
     def rollout_tokens(self) -> RolloutSchedule | None: ...
     @property
     def token_share(self) -> float: ...
+    @property
+    def targets(self) -> StudentTopK | None: ...
     @property
     def updates_per_batch(self) -> int: ...
     @property
@@ -243,6 +248,8 @@ class OwnRollouts:
             spent.tokens_sampled += written.tokens
             spent.student_sample_flops += self._sample_flops.of(generated)
             spent.student_sample_flops += self._lesson.flops(written) if self._lesson else 0.0
+            if written.student_ids:
+                spent.student_sample_flops += self._sample_flops.of(len(one.tokens) for one in written.rollouts)
             speed = written.tokens / written.seconds / self._context.mesh.size
             metrics["tokens_per_second_per_device/generation"] = speed
         if self._teacher_flops is not None and first_pass:
@@ -311,7 +318,15 @@ class OwnRollouts:
         started, asked = time.monotonic(), self._asked_in(batch)
         rollouts = generate(asked)
         written = Written(rollouts=rollouts, seconds=time.monotonic() - started)
-        return self._lesson.complete(written, asked, model, batch, generate) if self._lesson else written
+        if self._lesson:
+            written = self._lesson.complete(written, asked, model, batch, generate)
+        if self._stage.targets is None:
+            return written
+        rows, length = self._stage.training.rows, self._stage.training.row_length
+        ids = self._stage.targets.likeliest(
+            model, written.rollouts, self._context.mesh, rows=rows, length=length, pad_id=self._context.tokenizer.pad_id
+        )
+        return dataclasses.replace(written, student_ids=ids)
 
     def _requests(self, asked: Asked, numbers: Mapping[str, Iterator[int]], batch: int) -> list[Request]:
         stage = self._stage
@@ -344,7 +359,7 @@ class OwnRollouts:
         return [self._score(written, number) for number in range(self._parts)]
 
     def _score(self, written: Written, number: int) -> Sequence[Batch]:
-        """A part's packed rows, with the teacher's hidden states: computed, or where the teacher has devices of its
+        """A part's packed rows, with what the teacher says of them: computed, or where the teacher has devices of its
         own, being computed there while the student trains on the rows before them."""
         part = self._part(number)
         rollouts = written.rollouts[part]
@@ -355,13 +370,17 @@ class OwnRollouts:
             masks = [chosen(rollout, self._stage.token_share) for rollout in rollouts]
             rooms = [room(own, int(mask.sum()), self._places, length) for own, mask in zip(rooms, masks, strict=True)]
             rollouts = [dataclasses.replace(one, loss_mask=mask) for one, mask in zip(rollouts, masks, strict=True)]
+        asked = [
+            {_ASKED: with_sampled(rollout, ids)}
+            for rollout, ids in zip(rollouts, written.student_ids[part], strict=bool(written.student_ids))
+        ]
         needed = -(-rows_needed(rooms, length) // rows) * rows
         packed = pack_rollouts(
-            [*zip(rollouts, more, strict=True)],
+            [*zip(rollouts, more, asked or [{}] * len(rollouts), strict=True)],
             rows=needed,
             length=length,
             one_per_row=False,
-            to_example=lambda record: rollout_example(record[0], **record[1]),
+            to_example=lambda record: rollout_example(record[0], **record[1], **record[2]),
             rooms=rooms,
         )
         batches = []
@@ -376,17 +395,15 @@ class OwnRollouts:
             jax.block_until_ready([batch.targets for batch in batches])
         return batches
 
-    def _targets(self, arrays: Mapping[str, np.ndarray], places: np.ndarray | None) -> Hidden | None:
+    def _targets(self, arrays: Mapping[str, np.ndarray], places: np.ndarray | None) -> Hidden | AtIds | None:
+        """What a divergence under the current student is computed from, whoever generated the rollouts."""
         if self._scorer is None:
             return None
-        rows = arrays["tokens"], arrays["positions"], arrays["segment_ids"]
-        targets = self._scorer.hidden(*rows, arrays["loss_mask"], places)
-        if not isinstance(targets, Hidden):
-            raise ValueError(
-                f"targets are {type(targets).__name__}; an on-policy divergence is computed under the current "
-                "student from Hidden targets, whoever generated the rollouts"
-            )
-        return targets
+        rows, wanted = (arrays["tokens"], arrays["positions"], arrays["segment_ids"]), arrays["loss_mask"]
+        if self._stage.targets is None:
+            return self._scorer.hidden(*rows, wanted, places)
+        ids = arrays[_ASKED] if places is None else taken_at(arrays[_ASKED], places)
+        return self._scorer.at_ids(*rows, ids, wanted, places, top_k=self._stage.targets.k)
 
     def _judged(self, step: int, batch: int, written: Written, part: slice) -> dict[str, float]:
         """Of all that was generated for a part, by mode: length, and of those that were no prefixes accuracy where

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Shaped
 
 from qwen3.rollout import Rollout
 
@@ -54,6 +54,13 @@ def places_of(mask: Bool[np.ndarray, "B T"], places: int) -> Int32[np.ndarray, "
 
 def at_places(arrays: Mapping[str, Any], places: Int32[np.ndarray, "B K"]) -> dict[str, Any]:
     """A packed batch whose arrays about what is trained stand at the chosen places alone."""
-    length = arrays["loss_mask"].shape[1]
-    chosen_modes = np.take_along_axis(arrays["mode"], np.minimum(places, length - 1), axis=1)
-    return {**arrays, "loss_mask": places < length, "mode": chosen_modes, "places": places}
+    chosen_modes = taken_at(arrays["mode"], places)
+    return {**arrays, "loss_mask": places < arrays["loss_mask"].shape[1], "mode": chosen_modes, "places": places}
+
+
+def taken_at(
+    array: Shaped[np.ndarray, "B T *rest"], places: Int32[np.ndarray, "B K"]
+) -> Shaped[np.ndarray, "B K *rest"]:
+    """What stands at the places; in those that are left, what stands at the last position."""
+    where = np.minimum(places, array.shape[1] - 1)
+    return np.take_along_axis(array, where.reshape(*where.shape, *(1,) * (array.ndim - 2)), axis=1)

@@ -7,12 +7,12 @@ scoring takes is known from the compiler before a request is accepted.
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from qwen3.decoder.model import Qwen3
 from qwen3.sharding import batch_sharding, batch_shares, fetch, place
@@ -127,7 +127,7 @@ class Programs:
         taken: list[int] = []
         for kind in KINDS:
             for shape in self.shapes:
-                program = _program(kind, model, mesh, shape, self._entries[kind])
+                program = _program(kind, model, mesh, shape, self._entries)
                 compiled = program.function.lower(*program.arguments).compile()
                 self._compiled[kind, shape] = compiled
                 if (memory := compiled.memory_analysis()) is not None:
@@ -152,7 +152,7 @@ class Programs:
             arrays.put(unit, where, number)
         with self.turn:
             results = self._compiled[kind, shape](self._model, *place(arrays.all, self._placement))
-        return Launched(kind=kind, units=units, places=places, shape=shape, results=results)
+        return Launched(kind=kind, units=units, places=places, shape=shape, most=self._entries, results=results)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,13 +163,15 @@ class Launched:
     units: Sequence[Unit]
     places: Sequence[tuple[int, slice]]
     shape: Shape
+    most: Mapping[Kind, int]
+    """Entries a position for which the programs are compiled."""
     results: Any
 
     def answers(self) -> list[Answer]:
         """What is said about each sequence, on the host, once the devices have finished."""
         results = fetch(self.results)
         return [
-            _answer(self.kind, unit, results, (row, slice(span.start + unit.start, span.stop)))
+            _answer(self.kind, unit, self.most, results, (row, slice(span.start + unit.start, span.stop)))
             for unit, (row, span) in zip(self.units, self.places, strict=True)
         ]
 
@@ -205,26 +207,30 @@ class _Rows:
             self.all[-1][row, span, : unit.request.entries] = uniform
 
 
-def _program(kind: Kind, model: Qwen3, mesh: Mesh, shape: Shape, entries: int) -> ScoringProgram:
-    rows, length = shape.rows, shape.length
+def _program(kind: Kind, model: Qwen3, mesh: Mesh, shape: Shape, most: Mapping[Kind, int]) -> ScoringProgram:
+    rows, length, entries = shape.rows, shape.length, most[kind]
     if kind == "top_k":
         return top_k_and_following_program(model, mesh, rows=rows, length=length, k=entries)
     if kind == "at_ids":
-        return at_ids_program(model, mesh, rows=rows, length=length, entries=entries)
+        return at_ids_program(model, mesh, rows=rows, length=length, entries=entries, top_k=most["top_k"])
     if kind == "sampled":
         return by_uniform_program(model, mesh, rows=rows, length=length, sampled_tokens=entries)
     return hidden_program(model, mesh, rows=rows, length=length)
 
 
-def _answer(kind: Kind, unit: Unit, results: Any, where: tuple[int, slice]) -> Answer:
+def _answer(kind: Kind, unit: Unit, most: Mapping[Kind, int], results: Any, where: tuple[int, slice]) -> Answer:
     entries = unit.request.entries
     if kind == "hidden":
         return {"hidden": results.hidden[where]}
     if kind == "at_ids":
+        # The teacher's own come after as many ids as a request may hold.
+        own = most["at_ids"] + unit.request.top_k
+        chosen = [*range(entries), *range(most["at_ids"], own)]
+        logprobs = results.logprobs[where]
         return {
-            "ids": results.ids[where][:, :entries],
-            "logprobs": results.logprobs[where][:, :entries],
-            "log_tail": results.log_tail[where],
+            "ids": results.ids[where][:, chosen],
+            "logprobs": logprobs[:, chosen],
+            "log_tail": _tail(logprobs[:, own:], results.log_tail[where]),
         }
     if kind == "sampled":
         return {
@@ -234,12 +240,15 @@ def _answer(kind: Kind, unit: Unit, results: Any, where: tuple[int, slice]) -> A
         }
     top, following = results
     logprobs = top.logprobs[where]
-    # What the program has found beyond the k that are asked for belongs to the tail.
-    beyond = np.concatenate((logprobs[:, entries:], top.log_tail[where][:, None]), axis=1)
     return {
         "ids": top.ids[where][:, :entries],
         "logprobs": logprobs[:, :entries],
-        "log_tail": np.logaddexp.reduce(beyond, axis=1),
+        "log_tail": _tail(logprobs[:, entries:], top.log_tail[where]),
         "following_logprobs": following.logprobs[where],
         "following_ranks": following.ranks[where],
     }
+
+
+def _tail(beyond: Float32[np.ndarray, "R J"], log_tail: Float32[np.ndarray, "R"]) -> Float32[np.ndarray, "R"]:
+    """With what a program has found beyond the k that are asked for."""
+    return np.logaddexp.reduce(np.concatenate((beyond, log_tail[:, None]), axis=1), axis=1)

@@ -169,7 +169,7 @@ def test_logits_of_all_tokens_never_exist(model, rows):
     logits_bytes = 8 * 512 * config.vocab_size * 4
     for program, more in (
         (scoring._top_k, (K,)),
-        (scoring._at_ids, (jax.ShapeDtypeStruct((8, 512, K), np.int32),)),
+        (scoring._at_ids, (jax.ShapeDtypeStruct((8, 512, K), np.int32), K)),
         (scoring._hidden, ()),
     ):
         compiled = program.lower(large, shape, shape, shape, *more, mesh).compile()

@@ -102,11 +102,17 @@ def test_chosen_ids(client, service, sequences, logprobs):
     request = TargetsRequest(targets="at_ids", sequences=sequences, starts=STARTS, entries=4, ids=ids)
     found = asked(client, request)
     assert found["ids"][0].tolist() == [5, -1, -1, 7]
-    known = found["ids"] >= 0
-    whole = np.take_along_axis(np.concatenate(logprobs), np.maximum(found["ids"], 0), -1)
-    np.testing.assert_allclose(found["logprobs"][known], whole[known], **TOLERANCE)
-    assert np.all(np.isneginf(found["logprobs"][~known]))
-    np.testing.assert_allclose(np.exp(found["log_tail"]) + np.exp(found["logprobs"]).sum(-1), 1, **TOLERANCE)
+    with_own = asked(client, dataclasses.replace(request, top_k=2))
+    np.testing.assert_array_equal(with_own["ids"][:, :4], found["ids"])
+    likeliest = np.argsort(-np.concatenate(logprobs), -1)[:, :2]
+    repeated = (likeliest[:, :, None] == found["ids"][:, None, :]).any(-1)
+    np.testing.assert_array_equal(with_own["ids"][:, 4:], np.where(repeated, -1, likeliest))
+    for said in (found, with_own):
+        known = said["ids"] >= 0
+        whole = np.take_along_axis(np.concatenate(logprobs), np.maximum(said["ids"], 0), -1)
+        np.testing.assert_allclose(said["logprobs"][known], whole[known], **TOLERANCE)
+        assert np.all(np.isneginf(said["logprobs"][~known]))
+        np.testing.assert_allclose(np.exp(said["log_tail"]) + np.exp(said["logprobs"]).sum(-1), 1, **TOLERANCE)
 
 
 def test_sampled_tokens_depend_on_seed_and_position_alone(client, sequences, logprobs):

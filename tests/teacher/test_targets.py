@@ -75,6 +75,13 @@ def test_at_ids_answers_each_question_once(teacher, block_tokens):
     # float32 logits of size ten
     np.testing.assert_allclose(np.asarray(targets.logprobs)[~absent], expected[~absent], atol=1e-5)
     np.testing.assert_allclose(targets.log_tail, log_tail(words, np.asarray(targets.ids)), atol=1e-5)
+    more = jax.jit(at_ids_targets, static_argnames=("top_k", "block_tokens"))(
+        hidden, head, ids, top_k=J, block_tokens=block_tokens
+    )
+    np.testing.assert_array_equal(more.ids[..., : J + 2], targets.ids)
+    named = np.concatenate((ids, np.argsort(-words, -1)[..., :J]), axis=-1)
+    np.testing.assert_array_equal(more.ids, unique_ids(named))
+    np.testing.assert_allclose(more.log_tail, log_tail(words, named), atol=1e-5)
 
 
 def test_top_k_and_at_ids_agree(teacher):
