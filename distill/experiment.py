@@ -19,6 +19,7 @@ from qwen3.checkpoint.quantisation import Quantisation
 from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
 from qwen3.field_types import MOST, Bounds, Positive, check_fields
+from qwen3.rollout import MODES
 from qwen3.sharding import MeshShape, check_batch, check_rows, make_mesh
 from student.init import FromCheckpoint, FromScratch
 from teacher.placement import own_mesh
@@ -86,7 +87,10 @@ class Experiment:
     student: FromCheckpoint | FromScratch
     """Who learns: a checkpoint's weights, or fresh ones of a stated architecture."""
     teacher: Teacher | None = None
-    """None where no stage learns from one."""
+    """None where no stage learns from one, or where there are several."""
+    teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
+    """Several teachers in place of one, by name. Each is asked about the problems of the task of its name, or about
+    those whose `teacher_column` names it. They share one tokenizer; equal ones are loaded once."""
     tasks: Mapping[str, Arithmetic | ReasoningGym | PromptFile]
     """Where problems come from, by a name of your choice; each task gives its share by weight."""
     stages: Mapping[str, Stage]
@@ -121,19 +125,32 @@ class Experiment:
         for name in self.tasks:
             if not re.fullmatch(r"\S(.*\S)?", name):
                 yield f"tasks has {name!r}; give every task a name of one line, without white space around it"
+        yield from self._wrong_teachers()
         names = list(self.stages)
         for index, (name, stage) in enumerate(self.stages.items()):
             if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in _RESERVED:
                 yield f"stages has {name!r}; use letters, digits and '_', and none of {', '.join(_RESERVED)}"
             yield from self._wrong_references(name, stage, names[:index])
-            if self.teacher is None and isinstance(stage, Grpo) and stage.teacher_kl:
+            if not self.all_teachers and isinstance(stage, Grpo) and stage.teacher_kl:
                 yield f"stages.{name}.teacher_kl is {stage.teacher_kl:g} and needs a teacher; give the experiment one"
-            elif self.teacher is None and not isinstance(stage, Sft | Grpo):
+            elif not self.all_teachers and not isinstance(stage, Sft | Grpo):
                 yield f"stages.{name} needs a teacher; give the experiment one"
         if self.export_adapter and self.adapted_base is None:
             yield "export_adapter is True, but the student has no adapters; give student.lora, or leave it"
         if self.export_stage is not None and self.export_stage not in self.stages:
             yield _unknown_stage("export_stage", self.export_stage, names)
+
+    def _wrong_teachers(self) -> Iterator[str]:
+        if self.teacher is not None and self.teachers:
+            yield "teacher and teachers are both given; leave one of them"
+        for name, teacher in self.teachers.items():
+            if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in (*MODES, "all"):
+                yield f"teachers has {name!r}; use letters, digits and '_', and neither a mode's name nor 'all'"
+            if teacher.placement == "own_mesh":
+                yield (
+                    f"teachers.{name}.placement is own_mesh, which one teacher alone can have: devices are given to "
+                    "one; use colocated or service"
+                )
 
     def _wrong_references(self, name: str, stage: Stage, earlier: list[str]) -> Iterator[str]:
         fields = ("start_from", "targets_of", "flops_of")
@@ -169,9 +186,14 @@ class Experiment:
         return max(named, default=int(one))
 
     @property
+    def all_teachers(self) -> Mapping[str, Teacher]:
+        """All teachers by name, an only one by the empty name; none where no stage learns from one."""
+        return self.teachers if self.teacher is None else {"": self.teacher}
+
+    @property
     def compares(self) -> bool:
         """Whether evaluations compare students with the teacher."""
-        return self.teacher is not None and self.evaluation.problems > 0
+        return bool(self.all_teachers) and self.evaluation.problems > 0
 
     @property
     def adapted_base(self) -> str | None:
@@ -191,7 +213,7 @@ class Experiment:
 
     def check_meshes(self, mesh: Mesh, teacher_mesh: Mesh) -> None:
         """Refuses whatever the devices of student or teacher cannot share."""
-        evaluated_on = (mesh,) if self.teacher is None else (mesh, teacher_mesh)
+        evaluated_on = (mesh, teacher_mesh) if self.all_teachers else (mesh,)
         for its_mesh in evaluated_on if self.evaluation.problems else ():
             check_rows("evaluation.batch_size", self.evaluation.batch_size, its_mesh)
         for name, stage in self.stages.items():
@@ -225,6 +247,11 @@ class Experiment:
         raw = _plain(self)
         assert isinstance(raw, dict)
         return raw
+
+
+def teacher_field(name: str) -> str:
+    """How the experiment calls the teacher of this name, which is empty for an only one."""
+    return f"teachers.{name}" if name else "teacher"
 
 
 def asks_teacher(stage: Stage) -> bool:

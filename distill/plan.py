@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.experiment import Experiment
+from distill.experiment import Experiment, teacher_field
 from distill.monitor.terminal import make_console
 from distill.planner.compile import compile_all, workers_here
 from distill.planner.programs import architectures
@@ -72,11 +72,13 @@ def _main(arguments: list[str]) -> int:
         return 0 if {"--help", "-h"} & {*arguments} else 2
     path = Path(own.experiment)
     experiment = overridden(load_experiment(path), fields, path, parser)
-    if experiment.teacher is not None and experiment.teacher.placement == "service":
-        raise UserError(
-            "teacher.placement is service, and a plan knows nothing of the servers' devices; to plan for teacher and "
-            "student together: --teacher.placement own_mesh --teacher.urls"
-        )
+    for name, teacher in experiment.all_teachers.items():
+        if teacher.placement == "service":
+            field = teacher_field(name)
+            raise UserError(
+                f"{field}.placement is service, and a plan knows nothing of the servers' devices; to plan for teacher "
+                f"and student together: --{field}.placement {'colocated' if name else 'own_mesh'} --{field}.urls"
+            )
     if not own.topology:
         raise UserError("--topology is missing; name one or more, such as v5p:4x4x4 or v6e:8x8,h100:8x8")
     values = {name: getattr(own, name) for name in _ASSUMED}

@@ -38,6 +38,8 @@ class Rollout:
     sampler_entropies: Float32[np.ndarray, "T"] | None = None
     """Entropy in nats of the distribution that the next token was drawn from, at temperature 1 and without truncation;
     0 where masked. None where the engine did not record it."""
+    teacher: str = ""
+    """Which of several teachers judges it, by name; empty where there is one."""
 
     @property
     def response(self) -> Int32[np.ndarray, "R"]:

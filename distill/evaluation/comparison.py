@@ -39,6 +39,7 @@ TOKENS_AT_ONCE = 4_096
 class Figures(TypedDict, total=False):
     """The fields of an `EvaluationRow` that compare a student with its teacher, less those that no token tells."""
 
+    forward_kl_by_teacher: Mapping[str, float]
     forward_kl: float
     reverse_kl: float
     reverse_kl_own: float
@@ -53,24 +54,29 @@ class Comparison:
     def __init__(self, sizes: EngineSizes, context: RunContext, responses: Sequence[Rollout]):
         """`responses` are the teacher's, of every mode; `sizes` bound them and the students'."""
         self._context, self._responses = context, responses
-        self._rows, self._length = scoring_shape(sizes, context.mesh, context.load_teacher().mesh)
+        of_teacher = context.load_teacher(context.teachers[0])
+        self._rows, self._length = scoring_shape(sizes, context.mesh, of_teacher.mesh)
 
     def figures(self, name: str, model: Qwen3, mode: Mode, own: Sequence[Rollout]) -> Figures:
         """Of `model`, which has given the responses `own`.
 
         Raises Interrupted between batches where the run was asked to stop, UserError where a figure is not finite.
         """
-        teacher = self._context.load_teacher()
-        # Not kept: between two meshes it holds a copy of the teacher's head.
-        scorer = teacher.scorer(self._context.mesh)
         of_teacher = [rollout for rollout in self._responses if rollout.mode == mode]
         title = f"scoring {name}, {mode.replace('_', '-')}"
+        on_teachers, on_own = collections.Counter[str](), collections.Counter[str]()
+        by_teacher: dict[str, float] = {}
         with self._context.progress.task(title, len(of_teacher) + len(own), unit="responses") as bar:
-            on_teachers = self._sums(name, model, scorer, of_teacher, bar)
-            on_own = self._sums(name, model, scorer, own, bar)
-        figures = Figures()
+            # Not kept: between two meshes they hold copies of the teachers' heads.
+            for teacher, scorer in self._context.scorers().items():
+                sums = self._sums(name, model, scorer, [one for one in of_teacher if one.teacher == teacher], bar)
+                if sums.get("tokens") and teacher:
+                    by_teacher[teacher] = sums["forward_kl"] / sums["tokens"]
+                on_teachers.update(sums)
+                on_own.update(self._sums(name, model, scorer, [one for one in own if one.teacher == teacher], bar))
+        figures = Figures(forward_kl_by_teacher=by_teacher)
         if tokens := on_teachers["tokens"]:
-            figures = Figures(
+            figures |= Figures(
                 forward_kl=on_teachers["forward_kl"] / tokens,
                 reverse_kl=on_teachers["reverse_kl"] / tokens,
                 perplexity=perplexity(on_teachers["cross_entropy"] / tokens),
@@ -79,8 +85,8 @@ class Comparison:
             )
         if on_own["tokens"]:
             figures["reverse_kl_own"] = on_own["reverse_kl"] / on_own["tokens"]
-        for field, value in cast("dict[str, float]", figures).items():
-            if not math.isfinite(value):
+        for field, value in cast("dict[str, Any]", figures).items():
+            if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(
                     f"evaluation of {name}: {field} is {value}; look for weights that are not finite or far too large "
                     "in the student's and the teacher's checkpoints"

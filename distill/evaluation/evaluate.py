@@ -12,19 +12,18 @@ from distill.evaluation.comparison import Comparison, Figures, perplexity
 from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
 from distill.hosts.processes import require_same
 from distill.monitor.metrics import RolloutSample
-from distill.report.results import TEACHER, EvaluationRow, LengthHistogram, scalars_of, with_error
+from distill.report.results import EvaluationRow, LengthHistogram, scalars_of, with_error
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.stopping import Interrupted
 from distill.tasks.problem import Problem
 from distill.tasks.requests import asked_in, prompt_ids
-from distill.tasks.samples import judge
+from distill.tasks.samples import judge, judged_by
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from qwen3.field_types import MOST_PROBLEMS, Count, Natural, check_fields, check_product
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
 from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode, Rollout
-from teacher.served import ServedModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,6 @@ class Evaluator:
         self,
         evaluation: Evaluation,
         context: RunContext,
-        model: Qwen3 | ServedModel,
         teacher_responses: Callable[[], Sequence[Rollout]] | None = None,
     ):
         """With `teacher_responses`, which are asked for when the first of them is needed, models are compared with the
@@ -110,7 +108,6 @@ class Evaluator:
         self._evaluation, self._context, self._teacher_responses = evaluation, context, teacher_responses
         # The problems do not depend on the run's seed, so that runs of several seeds can be compared.
         self._problems = context.tasks.problems("held_out", evaluation.problems, seed=0)
-        self._engine = context.engine(model, evaluation.generation)
 
     @functools.cached_property
     def _comparison(self) -> Comparison | None:
@@ -118,8 +115,10 @@ class Evaluator:
             return None
         return Comparison(self._evaluation.generation, self._context, self._teacher_responses())
 
-    def evaluate(self, name: str, model: Qwen3 | ServedModel) -> Evaluated:
-        """Raises Interrupted between batches where the run was asked to stop."""
+    def evaluate(self, name: str, model: Qwen3 | None) -> Evaluated:
+        """Of a student, or where `model` is None of the teacher, of several each on the problems it is asked about.
+
+        Raises Interrupted between batches where the run was asked to stop."""
         # The teacher comes before the first student that is compared with it.
         comparison = self._comparison
         rows: list[EvaluationRow] = []
@@ -129,10 +128,10 @@ class Evaluator:
             problems = asked_in(mode, self._problems)
             rollouts, samples = self._sampled(name, model, mode, problems)
             own = rollouts[:: self._evaluation.samples_per_problem]
-            if comparison is not None and not isinstance(model, ServedModel):
+            if comparison is not None and model is not None:
                 figures = comparison.figures(name, model, mode, own)
             else:
-                figures = _of_teacher(own) if name == TEACHER else Figures()
+                figures = _of_teacher(own) if model is None else Figures()
             rows.append(self._row(name, mode, problems, samples, figures))
             responses += own
             firsts = samples[:: self._evaluation.samples_per_problem]
@@ -147,7 +146,7 @@ class Evaluator:
         return Evaluated(rows=rows, responses=responses)
 
     def _sampled(
-        self, name: str, model: Qwen3 | ServedModel, mode: Mode, problems: Sequence[Problem]
+        self, name: str, model: Qwen3 | None, mode: Mode, problems: Sequence[Problem]
     ) -> tuple[list[Rollout], list[RolloutSample]]:
         """`samples_per_problem` to each problem in turn, and what they are judged to be."""
         evaluation, context = self._evaluation, self._context
@@ -170,9 +169,24 @@ class Evaluator:
                 if context.stop.agreed():
                     raise Interrupted(f"evaluation of {name}: it starts again with the next run")
 
-            rollouts = self._engine.generate(
-                model, requests, seed=context.stage_seed("evaluation"), policy_step=0, on_progress=on_progress
-            )
+            asked = [problem for problem in problems for _ in range(evaluation.samples_per_problem)]
+            found: dict[int, Rollout] = {}
+            for teacher in context.teachers if model is None else ("",):
+                own = [place for place, one in enumerate(asked) if model is not None or one.teacher == teacher]
+                if own:
+                    answering = context.load_teacher(teacher).model if model is None else model
+                    found |= zip(
+                        own,
+                        context.engine(answering, evaluation.generation).generate(
+                            answering,
+                            [requests[place] for place in own],
+                            seed=context.stage_seed("evaluation"),
+                            policy_step=0,
+                            on_progress=on_progress,
+                        ),
+                        strict=True,
+                    )
+            rollouts = judged_by([found[place] for place in range(len(requests))], asked)
             samples = self._judged(problems, rollouts)
             bar.result = self._result(samples)
         return rollouts, samples
@@ -223,6 +237,7 @@ class Evaluator:
             length_histogram=LengthHistogram.of(lengths, evaluation.sampling(mode).max_new_tokens),
             by_task=parts.scores(with_answer, parts.task, correct, count),
             by_family=parts.scores(with_answer, parts.family, correct, count),
+            by_teacher=parts.scores(with_answer, parts.teacher, correct, count),
             **figures,
         )
 

@@ -19,6 +19,11 @@ def task(problem: Problem) -> str:
     return problem.source
 
 
+def teacher(problem: Problem) -> str:
+    """The teacher that is asked about it; empty where there is one only."""
+    return problem.teacher
+
+
 def scores(
     problems: Sequence[Problem], part_of: Callable[[Problem], str], correct: Sequence[int], samples: int
 ) -> dict[str, Score]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from distill.evaluation.comparison import SumsProgram, scoring_shape, sums_program
-from distill.experiment import Experiment, asks_for_hidden, asks_teacher, scoring_passes
+from distill.experiment import Experiment, Teacher, asks_for_hidden, asks_teacher, scoring_passes, teacher_field
 from distill.planner.program import EVALUATION, Program, Purpose, Role
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.stages.context import EngineSizes, make_engine
@@ -55,15 +55,15 @@ def programs(experiment: Experiment, devices: list[jax.Device]) -> list[Program]
 
 
 def architectures(experiment: Experiment) -> dict[str, tuple[ModelConfig, str]]:
-    """By role, the architecture and the folder that says so: the checkpoint's, or `planned_as` as long as it lacks a
+    """By field, the architecture and the folder that says so: the checkpoint's, or `planned_as` as long as it lacks a
     config.json. Raises UserError where there is neither."""
     student = experiment.student
     if isinstance(student, FromCheckpoint):
         found = {"student": _architecture(student.path, student.planned_as)}
     else:
         found = {"student": (student.model_config(), student.tokenizer)}
-    if experiment.teacher is not None:
-        found["teacher"] = _architecture(experiment.teacher.path, experiment.teacher.planned_as)
+    for name, teacher in experiment.all_teachers.items():
+        found[teacher_field(name)] = _architecture(teacher.path, teacher.planned_as)
     return found
 
 
@@ -119,13 +119,14 @@ class _Planned:
         known = architectures(experiment)
         named = experiment.tokens_per_target
         self._student = self._placed(self._fresh_student(known["student"][0]), self._mesh, tokens_per_target=named)
-        self._teacher: Qwen3 | None = None
-        if experiment.teacher is not None:
-            dtype = jnp.dtype(experiment.teacher.dtype)
-            teacher = _fresh(
-                known["teacher"][0], experiment.teacher.quantisation, param_dtype=dtype, compute_dtype=dtype
-            )
-            self._teacher = self._placed(teacher, self._teacher_mesh)
+        # Equal ones are one. Of several the largest is taken to answer all; the others lie in memory.
+        teachers = [
+            self._placed(self._fresh_teacher(teacher, known[field][0]), self._teacher_mesh)
+            for teacher, field in {one: teacher_field(name) for name, one in experiment.all_teachers.items()}.items()
+        ]
+        teachers.sort(key=lambda model: sum(leaf.size for leaf in jax.tree.leaves(model)))
+        self._teacher: Qwen3 | None = teachers.pop() if teachers else None
+        self._other_teachers = teachers
 
     def _placed(self, model: Qwen3, mesh: Mesh, *, tokens_per_target: int = 0) -> Qwen3:
         kernels = self._experiment.kernels
@@ -133,6 +134,10 @@ class _Planned:
             kernels.check(model.config, model.compute_dtype, mesh, tokens_per_target=tokens_per_target)
         model.kernels = kernels
         return placed_shapes(model, mesh)
+
+    def _fresh_teacher(self, teacher: Teacher, config: ModelConfig) -> Qwen3:
+        dtype = jnp.dtype(teacher.dtype)
+        return _fresh(config, teacher.quantisation, param_dtype=dtype, compute_dtype=dtype)
 
     def _fresh_student(self, config: ModelConfig) -> Qwen3:
         student, dtype = self._experiment.student, jnp.dtype(self._experiment.compute_dtype)
@@ -371,7 +376,7 @@ class _Planned:
         the student those with which the stage began, and while it trains those that it changes and their moments."""
         role: Role = "teacher" if purpose.startswith("teacher") else "student"
         stage = self._experiment.stages.get(stage_name)
-        held: dict[str, Any] = {}
+        held: dict[str, Any] = {"other teachers": self._other_teachers} if self._other_teachers else {}
         if self._teacher is not None and role != "teacher" and self._mesh == self._teacher_mesh:
             held["teacher"] = self._teacher
         if role == "teacher" and self._mesh != self._teacher_mesh:

@@ -143,7 +143,8 @@ class _Run:
             return StagePlan(stage=name, calls=calls, student_tokens=student_tokens)
         scores, trains = self._programs[name, "teacher_scores"], self._programs[name, "student_trains"]
         positions = calls["teacher_scores"] * stage.training.rows * trained_places(trains)
-        width = 2 if self._experiment.teacher and self._experiment.teacher.dtype == "bfloat16" else 4
+        dtypes = {teacher.dtype for teacher in self._experiment.all_teachers.values()}
+        width = 4 if "float32" in dtypes else 2
         hidden, named = scores.model.hidden_size * width, stage.targets.entries * _STORED_BYTES if stage.targets else 0
         return StagePlan(
             stage=name,
@@ -181,7 +182,7 @@ class _Run:
             response = self._assumed.response_share * params.max_new_tokens
             count = asked.problems * asked.samples_per_problem
             for role, times in (("student", students), ("teacher", 1)):
-                if role == "teacher" and self._experiment.teacher is None:
+                if role == "teacher" and not self._experiment.all_teachers:
                     continue
                 _add(calls, self._generation(EVALUATION, role, count, response), times)
             if self._experiment.compares:

@@ -78,6 +78,10 @@ class EvaluationRow:
     """By the name of the task; empty where there is one only."""
     by_family: Mapping[str, Score] = dataclasses.field(default_factory=dict)
     """By family, or `task/family` where there are several tasks; empty where there is one only."""
+    by_teacher: Mapping[str, Score] = dataclasses.field(default_factory=dict)
+    """By the teacher that is asked about a problem; empty where there is one only."""
+    forward_kl_by_teacher: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """`forward_kl` on each one's responses; empty where there is one only."""
     forward_kl: float | None = None
     """KL(teacher‖student) on the teacher's responses, in nats a token."""
     reverse_kl: float | None = None
@@ -101,6 +105,7 @@ class EvaluationRow:
         shares = {"pass_at_1": self.pass_at_1, **{f"pass_at_k[{k}]": v for k, v in self.pass_at_k.items()}}
         shares |= {f"by_task[{name}]": score.pass_at_1 for name, score in self.by_task.items()}
         shares |= {f"by_family[{name}]": score.pass_at_1 for name, score in self.by_family.items()}
+        shares |= {f"by_teacher[{name}]": score.pass_at_1 for name, score in self.by_teacher.items()}
         shares |= {name: getattr(self, name) for name in ("working_correct", "finished", "top_1_agreement")}
         for name, value in shares.items():
             if value is not None and not 0 <= value <= 1:
@@ -256,6 +261,7 @@ def scalars_of(rows: Sequence[EvaluationRow]) -> dict[str, float]:
             f"held_out_response_tokens/{row.mode}": row.mean_response_tokens,
             f"held_out_finished/{row.mode}": row.finished,
             f"held_out_forward_kl/{row.mode}": row.forward_kl,
+            **{f"held_out_forward_kl_{name}/{row.mode}": kl for name, kl in row.forward_kl_by_teacher.items()},
             f"held_out_reverse_kl/{row.mode}": row.reverse_kl,
             f"held_out_reverse_kl_own/{row.mode}": row.reverse_kl_own,
             f"held_out_perplexity/{row.mode}": row.perplexity,

@@ -117,11 +117,13 @@ def score_table(report: Report) -> dict[str, Any]:
 
 
 def score_parts(report: Report) -> list[dict[str, Any]]:
-    """pass@1 by task and by family, where there are several: tables with a line a part and mode, a column a model."""
+    """pass@1 by task, family and teacher, where there are several: tables with a line a part and mode, a column a
+    model."""
     tables: list[dict[str, Any]] = []
     kinds: tuple[tuple[str, Callable[[EvaluationRow], Mapping[str, Score]]], ...] = (
         ("task", lambda row: row.by_task),
         ("family", lambda row: row.by_family),
+        ("teacher", lambda row: row.by_teacher),
     )
     for title, of in kinds:
         parts = {name: score.problems for row in report.rows for name, score in of(row).items()}

@@ -14,11 +14,10 @@ from qwen3.rollout import Rollout
 class Evaluations:
     """Evaluates what no earlier process has; nothing at all where the experiment evaluates no problems."""
 
-    def __init__(self, experiment: Experiment, context: RunContext, run: RunDirectory, student: Qwen3):
-        """`student` is any student of the run: they are all of one architecture."""
+    def __init__(self, experiment: Experiment, context: RunContext, run: RunDirectory):
         self._experiment, self._context, self._run = experiment, context, run
         compared = self._teacher_responses if experiment.compares else None
-        self._evaluator = Evaluator(experiment.evaluation, context, student, compared)
+        self._evaluator = Evaluator(experiment.evaluation, context, compared)
 
     def of_student(self, name: str, model: Qwen3) -> list[EvaluationRow]:
         """Of the student after stage `name`, or before all of them."""
@@ -43,8 +42,7 @@ class Evaluations:
 
     @functools.cached_property
     def _evaluated_teacher(self) -> tuple[list[EvaluationRow], list[Rollout]]:
-        teacher = self._context.load_teacher().model
-        evaluated = Evaluator(self._experiment.evaluation, self._context, teacher).evaluate(TEACHER, teacher)
+        evaluated = Evaluator(self._experiment.evaluation, self._context).evaluate(TEACHER, None)
         # The rows last: once they are there, so are the responses.
         self._run.keep_teacher_responses(evaluated.responses)
         self._run.keep_evaluation(TEACHER, [record_json(row) for row in evaluated.rows])

@@ -25,7 +25,7 @@ from distill.runner.export_folder import check_export_record, export_student
 from distill.runner.parts import parts_of
 from distill.runner.preflight import preflight
 from distill.runner.run_directory import RunDirectory
-from distill.runner.teachers import keep_identity, load_teacher, served_teacher
+from distill.runner.teachers import Teachers, check_one_tokenizer
 from distill.stages import Grpo, Stage
 from distill.stages.context import RunContext, StopRequest
 from distill.stages.loop import Spent, trained_model
@@ -49,11 +49,12 @@ def execute(
         first_says(lambda: check_export_record(directory))
         mesh, teacher_mesh = experiment.meshes()
         tokenizer = _tokenizer(experiment, run.began)
-        tasks = TaskMixture(experiment.tasks)
+        tasks = TaskMixture(experiment.tasks, experiment.teachers)
         agreements = _agreements(experiment, tokenizer, run.began)
         finished = [name for name in experiment.stages if run.cost(name) is not None]
         preflight(experiment, mesh, teacher_mesh, tokenizer, tasks, progress, finished)
-        served = opened.enter_context(served_teacher(experiment, run, mesh, progress))
+        teachers = Teachers(experiment, tokenizer, teacher_mesh, progress)
+        opened.enter_context(teachers.served(run))
         student = _student(experiment, tokenizer, mesh)
         rewards = any(isinstance(stage, Grpo) for stage in experiment.stages.values())
         agreements += selftest.check_numerics(student, tokenizer, experiment.evaluation.modes[0], mesh, rewards=rewards)
@@ -63,8 +64,7 @@ def execute(
         began_with = run.begin(command)
         if began_with.get("commit") != (now := commit()):
             progress.print(f"this run began with commit {began_with.get('commit')} and goes on with {now}")
-        if served is not None:
-            first_says(functools.partial(keep_identity, run.path, served))
+        first_says(functools.partial(teachers.keep_identities, run.path))
         metrics = opened.enter_context(_metrics(directory))
         metrics.config(experiment.to_json())
         costs: dict[str, StageCost] = {}
@@ -75,7 +75,8 @@ def execute(
             mesh=mesh,
             tokenizer=tokenizer,
             tasks=tasks,
-            load_teacher=functools.cache(lambda: served or load_teacher(experiment, tokenizer, teacher_mesh, progress)),
+            load_teacher=teachers.load,
+            teachers=tuple(experiment.all_teachers) or ("",),
             metrics=metrics,
             progress=progress,
             stop=stop,
@@ -86,7 +87,7 @@ def execute(
         _say_lost_records(run, experiment, metrics, progress)
         names = (STUDENT_INITIAL, *experiment.stages, TEACHER)
         progress.plan(parts_of(experiment, [name for name in names if run.evaluation(name)], finished))
-        evaluations = Evaluations(experiment, context, run, student)
+        evaluations = Evaluations(experiment, context, run)
         rows = evaluations.of_student(STUDENT_INITIAL, student)
         models: dict[str | None, Qwen3] = {None: student}
         for name, stage in experiment.stages.items():
@@ -97,7 +98,7 @@ def execute(
         rows += evaluations.of_teacher()
         context.require_directory()
         export_student(experiment, models[experiment.lineage()[-1]], context)
-        teacher_folder = experiment.teacher.path if experiment.teacher else None
+        folders = {teacher.path for teacher in experiment.all_teachers.values()}
         report = Report(
             experiment=experiment.name,
             description=experiment.description,
@@ -106,7 +107,7 @@ def execute(
             lineage=experiment.lineage(),
             student_parameters=_parameters(student.config),
             adapter_parameters=adapter_parameters(student) or None,
-            teacher_parameters=_parameters(ModelConfig.from_folder(teacher_folder)) if teacher_folder else None,
+            teacher_parameters=sum(_parameters(ModelConfig.from_folder(folder)) for folder in folders) or None,
             wall_seconds=first_says(run.clock.total),
             provenance=_provenance(experiment, began_with),
         )
@@ -117,7 +118,8 @@ def execute(
 
 def _provenance(experiment: Experiment, began_with: Mapping[str, Any]) -> dict[str, Any]:
     """What makes the same run again: the command and the commit with which this one began."""
-    known = {"seed": experiment.seed, "teacher": experiment.teacher.path if experiment.teacher else None}
+    paths = {name: teacher.path for name, teacher in experiment.all_teachers.items()}
+    known: dict[str, Any] = {"seed": experiment.seed, "teacher": paths.get("", ", ".join(paths.values())) or None}
     known |= {name: began_with.get(name) for name in ("command", "commit")}
     return {name: value for name, value in known.items() if value is not None}
 
@@ -148,21 +150,23 @@ def _student(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh) -> Qw
 
 def _tokenizer(experiment: Experiment, began: datetime) -> ChatTokenizer:
     """The teacher's; without a teacher the student's, which then stops where the turns end that it learns to write."""
-    if experiment.teacher is not None:
-        return ChatTokenizer.from_folder(experiment.teacher.path, now=began)
+    if teachers := experiment.all_teachers:
+        check_one_tokenizer(teachers)
+        return ChatTokenizer.from_folder(next(iter(teachers.values())).path, now=began)
     return ChatTokenizer.from_folder(experiment.student.tokenizer_folder, now=began).stopping_at_turns()
 
 
 def _agreements(experiment: Experiment, tokenizer: ChatTokenizer, began: datetime) -> list[selftest.Agreement]:
     """What student and teacher, whose tokenizer is given, agree upon."""
-    if experiment.teacher is None:
-        return []
-    return selftest.check_tokenizers(
-        ChatTokenizer.from_folder(experiment.student.tokenizer_folder, now=began),
-        experiment.student.model_config(),
-        tokenizer,
-        ModelConfig.from_folder(experiment.teacher.path),
-    )
+    found: list[selftest.Agreement] = []
+    for path in dict.fromkeys(teacher.path for teacher in experiment.all_teachers.values()):
+        found = selftest.check_tokenizers(
+            ChatTokenizer.from_folder(experiment.student.tokenizer_folder, now=began),
+            experiment.student.model_config(),
+            tokenizer,
+            ModelConfig.from_folder(path),
+        )
+    return found
 
 
 def _stage(name: str, stage: Stage, start: Qwen3, context: RunContext, run: RunDirectory) -> tuple[Qwen3, StageCost]:

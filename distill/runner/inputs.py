@@ -10,7 +10,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 
-from distill.experiment import Experiment
+from distill.experiment import Experiment, teacher_field
 from distill.tasks import PromptFile, ReasoningGym
 from qwen3.chat.tokenizer import tokenizer_paths
 from qwen3.errors import UserError
@@ -91,7 +91,9 @@ def states_from_json(raw: object) -> dict[str, FileState]:
 
 def _input_paths(experiment: Experiment) -> dict[str, list[Path]]:
     student = experiment.student
-    paths = {} if experiment.teacher is None else {"teacher.path": _model_paths(experiment.teacher.path)}
+    paths = {
+        f"{teacher_field(name)}.path": _model_paths(teacher.path) for name, teacher in experiment.all_teachers.items()
+    }
     if isinstance(student, FromCheckpoint):
         paths["student.path"] = _model_paths(student.path)
     else:

@@ -54,12 +54,14 @@ def preflight(
     experiment.kernels.check(
         models["student"], experiment.compute_dtype, mesh, tokens_per_target=experiment.tokens_per_target
     )
-    if experiment.teacher is not None and experiment.teacher.placement != "service":
-        experiment.kernels.check(models["teacher"], experiment.teacher.dtype, teacher_mesh)
     on_policy = any(asks_for_hidden(stage) for stage in stages.values())
-    if "teacher" in models and (on_policy or experiment.compares):
-        # On-policy and in evaluation, the teacher's head goes to the student's devices.
-        partition_spec(("embed",), (models["teacher"].hidden_size,), mesh)
+    for name, teacher in experiment.all_teachers.items():
+        config = models[_role(name)]
+        if teacher.placement != "service":
+            experiment.kernels.check(config, teacher.dtype, teacher_mesh)
+        if on_policy or experiment.compares:
+            # On-policy and in evaluation, the teacher's head goes to the student's devices.
+            partition_spec(("embed",), (config.hidden_size,), mesh)
     check_chat_format(experiment, stages, tokenizer)
     if experiment.evaluation.problems:
         _check_evaluation_lengths(experiment.evaluation, models)
@@ -87,12 +89,16 @@ def _checked_models(experiment: Experiment, teacher_mesh: Mesh) -> dict[str, Mod
     models = {"student": experiment.student.model_config()}
     if isinstance(experiment.student, FromCheckpoint):
         hf.check(experiment.student.path)
-    if experiment.teacher is not None:
+    for name, teacher in experiment.all_teachers.items():
         # Of a served teacher the weights are elsewhere.
-        served = experiment.teacher.placement == "service"
-        path = experiment.teacher.path
-        models["teacher"] = ModelConfig.from_folder(path) if served else hf.check(path, teacher_mesh)
+        served, path = teacher.placement == "service", teacher.path
+        models[_role(name)] = ModelConfig.from_folder(path) if served else hf.check(path, teacher_mesh)
     return models
+
+
+def _role(teacher: str) -> str:
+    """What messages call the teacher of this name, which is empty for an only one."""
+    return f"teacher {teacher}" if teacher else "teacher"
 
 
 def _check_evaluation_lengths(evaluation: Evaluation, models: Mapping[str, ModelConfig]) -> None:
@@ -104,17 +110,13 @@ def _check_stage_lengths(field: str, stage: Stage, models: Mapping[str, ModelCon
     if isinstance(stage, Sft) or (isinstance(stage, OffPolicy) and stage.targets_of is not None):
         return
     _check_positions(field, stage.max_prompt_tokens, [stage.thinking, stage.non_thinking], models)
-    if isinstance(stage, OffPolicy) and stage.sampled_tokens is None and stage.top_k > models["teacher"].vocab_size:
+    smallest = min(config.vocab_size for config in models.values())
+    if isinstance(stage, OffPolicy) and stage.sampled_tokens is None and stage.top_k > smallest:
         raise UserError(
-            f"{field}.top_k is {stage.top_k}, but the teacher's vocabulary has {models['teacher'].vocab_size} entries; "
-            "lower it"
+            f"{field}.top_k is {stage.top_k}, but the teacher's vocabulary has {smallest} entries; lower it"
         )
-    if isinstance(stage, OnPolicy | Grpo) and stage.targets is not None:
-        vocabulary = models["student"].vocab_size
-        if stage.targets.k > vocabulary:
-            raise UserError(
-                f"{field}.targets.k is {stage.targets.k}, but the vocabulary has {vocabulary} entries; lower it"
-            )
+    if isinstance(stage, OnPolicy | Grpo) and stage.targets is not None and stage.targets.k > smallest:
+        raise UserError(f"{field}.targets.k is {stage.targets.k}, but the vocabulary has {smallest} entries; lower it")
 
 
 def _check_positions(

@@ -31,19 +31,23 @@ _WORK = ("evaluations", "stages", "targets", "checkpoints")
 _INPUTS = "inputs.json"
 _ENVIRONMENT = "environment.json"
 _WHERE_SERVED = ("urls", "outage_seconds")
-SERVED_TEACHER = "teacher.json"
-"""Who answered for a served teacher when the run began."""
+_SERVED_TEACHER = "teacher.json"
 _TRUSTED = "delete it if you are certain that the experiment's files are those that the run began with"
 EXPORT_RECORD = "export.json"
 """What lies in export/ of this run's writing."""
 _WRITTEN = (
-    *_WORK, _INPUTS, SERVED_TEACHER, EXPORT_RECORD, "wall_seconds.json", "config.json", _ENVIRONMENT, "run_id",
+    *_WORK, _INPUTS, _SERVED_TEACHER, EXPORT_RECORD, "wall_seconds.json", "config.json", _ENVIRONMENT, "run_id",
     "began", ".lock",
     "tensorboard", "metrics.jsonl", "rollouts.jsonl", "report.json", "report.html", "export", ".export.partial",
     ".export.previous",
 )  # fmt: skip
 """All that a run writes into its directory."""
 Kept = TypeVar("Kept")
+
+
+def identity_file(teacher: str) -> str:
+    """Says who answered for a served teacher when the run began; an only teacher has the empty name."""
+    return f"teacher.{teacher}.json" if teacher else _SERVED_TEACHER
 
 
 class RunDirectory:
@@ -225,12 +229,20 @@ def _known_environment(path: Path) -> dict[str, Any]:
 
 
 def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what may change from one part of a run to the next: where its teacher is to be asked,
-    since `SERVED_TEACHER` says who that is."""
-    teacher = config.get("teacher")
-    if not isinstance(teacher, dict):
-        return dict(config)
-    return {**config, "teacher": {name: value for name, value in teacher.items() if name not in _WHERE_SERVED}}
+    """A configuration without what may change from one part of a run to the next: where its teachers are to be asked,
+    since `identity_file` says who they are."""
+
+    def without_place(teacher: Any) -> Any:
+        if not isinstance(teacher, dict):
+            return teacher
+        return {name: value for name, value in teacher.items() if name not in _WHERE_SERVED}
+
+    deciding = dict(config)
+    if "teacher" in config:
+        deciding["teacher"] = without_place(config["teacher"])
+    if isinstance(config.get("teachers"), dict):
+        deciding["teachers"] = {name: without_place(teacher) for name, teacher in config["teachers"].items()}
+    return deciding
 
 
 def _json_object(raw: Any) -> dict[str, Any]:

@@ -3,18 +3,18 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from distill.experiment import Experiment, asks_teacher
+from distill.experiment import Experiment, Teacher, asks_teacher, teacher_field
 from distill.monitor.progress import Progress
 from distill.monitor.records import read_json, write_atomically
 from distill.runner import selftest
-from distill.runner.run_directory import SERVED_TEACHER, RunDirectory
+from distill.runner.run_directory import RunDirectory, identity_file
 from distill.stages import OffPolicy, Sft
 from distill.stages.context import EngineSizes, TeacherModel
 from qwen3.chat.chat import ChatTokenizer
@@ -29,72 +29,112 @@ from teacher.limits import Limits
 from teacher.served import ServedModel
 
 
-def load_teacher(experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh, progress: Progress) -> TeacherModel:
-    """The teacher's weights on `mesh`. Raises UserError where they cannot be read or score no numbers."""
-    assert experiment.teacher is not None
-    path, dtype, kind = experiment.teacher.path, jnp.dtype(experiment.teacher.dtype), experiment.teacher.quantisation
-    with progress.reading("loading the teacher") as on_read:
-        model = hf.load(path, param_dtype=dtype, compute_dtype=dtype, mesh=mesh, on_read=on_read, quantisation=kind)
-    model.kernels = experiment.kernels
-    selftest.check_scores(model, path, tokenizer, experiment.evaluation.modes[0], mesh)
-    if kind is not None:
-        kept, saved = (f"{count / 1e6:,.1f} MB" for count in (_bytes(model), saved_bytes(model, dtype)))
-        progress.print(f"teacher    its weights take {kept} with {kind}, {saved} less than in {dtype.name} alone")
-    return TeacherModel(model=model, mesh=mesh, fingerprint=known_as(path, kind))
+class Teachers:
+    """An experiment's teachers, each loaded or reached when it is first asked for; equal ones are one."""
 
+    def __init__(self, experiment: Experiment, tokenizer: ChatTokenizer, mesh: Mesh, progress: Progress):
+        """`mesh` is where their weights lie, and where what servers say comes to."""
+        self._experiment, self._tokenizer, self._mesh, self._progress = experiment, tokenizer, mesh, progress
+        self._known: dict[Teacher, TeacherModel] = {}
 
-@contextlib.contextmanager
-def served_teacher(
-    experiment: Experiment, run: RunDirectory, mesh: Mesh, progress: Progress
-) -> Iterator[TeacherModel | None]:
-    """The teacher behind the experiment's servers, while the block lasts; None where it has none.
+    def load(self, name: str) -> TeacherModel:
+        """The teacher of that name, an only one by the empty name. Raises UserError where its weights cannot be read or
+        score no numbers."""
+        teacher = self._experiment.all_teachers[name]
+        if teacher not in self._known:
+            self._known[teacher] = self._loaded(teacher)
+        return self._known[teacher]
 
-    Raises UserError where no server answers, one answers for another teacher than the others, than the
-    run began with, or than the tokenizer at `teacher.path`, or where they do not take what the stages ask for.
-    """
-    teacher = experiment.teacher
-    if teacher is None or teacher.placement != "service":
-        yield None
-        return
-    if jax.process_count() > 1:
-        raise UserError(
-            f"teacher.placement is service, which {jax.process_count()} processes that run together cannot ask as one; "
-            "run one process, or set teacher.placement to own_mesh"
-        )
-    file = run.path / SERVED_TEACHER
-    remedy = "delete it if the servers have the teacher with which the run began"
-    known = read_json(file, TeacherIdentity.from_json, remedy) if file.exists() and run.holds_work else None
-    client = TeacherClient(teacher.urls, outage_seconds=teacher.outage_seconds, expected=known)
-    with contextlib.closing(client):
-        if client.identity.dtype != teacher.dtype:
-            raise UserError(
-                f"teacher.dtype is {teacher.dtype}, but the teacher at {teacher.urls[0]} computes in "
-                f"{client.identity.dtype}; say the same here and there (--dtype)"
+    def _loaded(self, teacher: Teacher) -> TeacherModel:
+        experiment, progress = self._experiment, self._progress
+        path, dtype, kind = teacher.path, jnp.dtype(teacher.dtype), teacher.quantisation
+        with progress.reading("loading the teacher") as on_read:
+            model = hf.load(
+                path, param_dtype=dtype, compute_dtype=dtype, mesh=self._mesh, on_read=on_read, quantisation=kind
             )
-        tokenizer, template = tokenizer_hashes(teacher.path)
-        for what, here in (("tokenizer", tokenizer), ("template", template)):
-            if getattr(client.identity, what) != here:
+        model.kernels = experiment.kernels
+        selftest.check_scores(model, path, self._tokenizer, experiment.evaluation.modes[0], self._mesh)
+        if kind is not None:
+            kept, saved = (f"{count / 1e6:,.1f} MB" for count in (_bytes(model), saved_bytes(model, dtype)))
+            progress.print(f"teacher    its weights take {kept} with {kind}, {saved} less than in {dtype.name} alone")
+        return TeacherModel(model=model, mesh=self._mesh, fingerprint=known_as(path, kind))
+
+    @contextlib.contextmanager
+    def served(self, run: RunDirectory) -> Iterator[None]:
+        """Reaches those behind servers, while the block lasts.
+
+        Raises UserError where no server answers, one answers for another teacher than the others, than the
+        run began with, or than the tokenizer at its path, or where they do not take what the stages ask for.
+        """
+        with contextlib.ExitStack() as opened:
+            for name, teacher in self._experiment.all_teachers.items():
+                if teacher.placement == "service" and teacher not in self._known:
+                    self._known[teacher] = opened.enter_context(self._reached(name, teacher, run))
+            yield
+
+    @contextlib.contextmanager
+    def _reached(self, name: str, teacher: Teacher, run: RunDirectory) -> Iterator[TeacherModel]:
+        field = teacher_field(name)
+        if jax.process_count() > 1:
+            raise UserError(
+                f"{field}.placement is service, which {jax.process_count()} processes that run together cannot ask as "
+                f"one; run one process, or set {field}.placement to own_mesh"
+            )
+        file = run.path / identity_file(name)
+        remedy = "delete it if the servers have the teacher with which the run began"
+        known = read_json(file, TeacherIdentity.from_json, remedy) if file.exists() and run.holds_work else None
+        client = TeacherClient(teacher.urls, outage_seconds=teacher.outage_seconds, expected=known)
+        with contextlib.closing(client):
+            if client.identity.dtype != teacher.dtype:
                 raise UserError(
-                    f"the {what} in teacher.path {teacher.path} is not that of the teacher at {teacher.urls[0]}; name "
-                    "a folder with the served teacher's config.json and tokenizer"
+                    f"{field}.dtype is {teacher.dtype}, but the teacher at {teacher.urls[0]} computes in "
+                    f"{client.identity.dtype}; say the same here and there (--dtype)"
                 )
-        config = ModelConfig.from_folder(teacher.path)
-        if config.vocab_size != client.vocab_size:
-            raise UserError(
-                f"{teacher.path}/config.json has vocab_size {config.vocab_size}, the teacher at {teacher.urls[0]} "
-                f"{client.vocab_size}; name a folder with the served teacher's config.json"
+            tokenizer, template = tokenizer_hashes(teacher.path)
+            for what, here in (("tokenizer", tokenizer), ("template", template)):
+                if getattr(client.identity, what) != here:
+                    raise UserError(
+                        f"the {what} in {field}.path {teacher.path} is not that of the teacher at {teacher.urls[0]}; "
+                        "name a folder with the served teacher's config.json and tokenizer"
+                    )
+            config = ModelConfig.from_folder(teacher.path)
+            if config.vocab_size != client.vocab_size:
+                raise UserError(
+                    f"{teacher.path}/config.json has vocab_size {config.vocab_size}, the teacher at {teacher.urls[0]} "
+                    f"{client.vocab_size}; name a folder with the served teacher's config.json"
+                )
+            _check_limits(self._experiment, client.limits)
+            self._progress.print(f"teacher    served by {', '.join(teacher.urls)}, weights {client.identity.weights}")
+            model = ServedModel(client=client, config=config)
+            yield TeacherModel(model=model, mesh=self._mesh, fingerprint=client.identity.weights)
+
+    def keep_identities(self, directory: Path) -> None:
+        """Writes down who answers, for the run's later parts to insist on."""
+        for name, teacher in self._experiment.all_teachers.items():
+            model = self._known[teacher].model if teacher in self._known else None
+            if isinstance(model, ServedModel):
+                identity = dataclasses.asdict(model.client.identity)
+                write_atomically(directory / identity_file(name), json.dumps(identity, indent=2) + "\n")
+
+
+def check_one_tokenizer(teachers: Mapping[str, Teacher]) -> None:
+    """Refuses teachers of which one has another tokenizer or chat template than the first: the same prompts go to all
+    of them. Raises UserError."""
+    (first, known), *others = teachers.items()
+    hashes = tokenizer_hashes(known.path)
+    for name, teacher in others:
+        differing = [
+            what
+            for what, one, other in zip(
+                ("tokenizer", "chat template"), hashes, tokenizer_hashes(teacher.path), strict=True
             )
-        _check_limits(experiment, client.limits)
-        progress.print(f"teacher    served by {', '.join(teacher.urls)}, weights {client.identity.weights}")
-        model = ServedModel(client=client, config=config)
-        yield TeacherModel(model=model, mesh=mesh, fingerprint=client.identity.weights)
-
-
-def keep_identity(directory: Path, served: TeacherModel) -> None:
-    """Writes down who answers, for the run's later parts to insist on."""
-    assert isinstance(served.model, ServedModel)
-    identity = dataclasses.asdict(served.model.client.identity)
-    write_atomically(directory / SERVED_TEACHER, json.dumps(identity, indent=2) + "\n")
+            if one != other
+        ]
+        if differing:
+            raise UserError(
+                f"the {' and '.join(differing)} of {teacher_field(name)}, {teacher.path}, is another than that of "
+                f"{teacher_field(first)}, {known.path}; prompts are shared, so take teachers of one family"
+            )
 
 
 def _check_limits(experiment: Experiment, limits: Limits) -> None:

@@ -20,6 +20,7 @@ from distill.monitor.run_identity import require_id
 from distill.report.results import StageCost
 from distill.stages.stopping import StopRequest
 from distill.tasks.mixture import TaskMixture
+from distill.training.train_step import TeacherHeads
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
@@ -107,8 +108,10 @@ class RunContext:
     mesh: Mesh
     tokenizer: ChatTokenizer
     tasks: TaskMixture
-    load_teacher: Callable[[], TeacherModel]
-    """Loads the teacher at the first call and gives the same one afterwards."""
+    load_teacher: Callable[[str], TeacherModel]
+    """Loads the teacher of that name at the first call and gives the same one afterwards."""
+    teachers: tuple[str, ...] = ("",)
+    """The names of several teachers; one has the empty name."""
     metrics: MetricsWriter
     progress: Progress
     stop: StopRequest
@@ -118,6 +121,20 @@ class RunContext:
     """The model that each stage starts from, by name of the stage: `student_initial` or another stage."""
     keep_time: Callable[[], None]
     """Called when work is saved: the time until then counts as the run's."""
+
+    @property
+    def named_teachers(self) -> tuple[str, ...]:
+        """The teachers' names where there are several, by which measurements are told apart."""
+        return self.teachers if self.teachers != ("",) else ()
+
+    def scorers(self) -> dict[str, Scorer | ServedScorer]:
+        """What scores with each teacher for the student, by name; loads them."""
+        return {name: self.load_teacher(name).scorer(self.mesh) for name in self.teachers}
+
+    def heads(self, scorers: Mapping[str, Scorer | ServedScorer]) -> TeacherHeads:
+        """The output matrices of these teachers, as training takes them."""
+        heads = {name: scorer.head for name, scorer in scorers.items()}
+        return heads if len(heads) > 1 else next(iter(heads.values()), None)
 
     def require_directory(self) -> None:
         """Raises UserError, in all processes, where the directory has become another run's or is gone."""

@@ -236,17 +236,15 @@ class Grpo:
 
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         assert self.training.steps is not None
-        scorer = None
-        if self.teacher_kl:
-            teacher = context.load_teacher()
-            self.check_meshes(name, context.mesh, teacher.mesh)
-            scorer = teacher.scorer(context.mesh)
+        scorers = context.scorers() if self.teacher_kl else {}
+        if scorers:
+            self.check_meshes(name, context.mesh, context.load_teacher(context.teachers[0]).mesh)
         asked = self.asked(context.tasks, context.stage_seed(name))
         lesson = _FromRewards(self, model, context, asked[self.prompts_per_step * fresh_steps(self) :])
-        with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorer=scorer, lesson=lesson)) as data:
+        with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorers=scorers, lesson=lesson)) as data:
             return train(
                 name, model, self.training, self.loss, data, context, steps=self.training.steps,
-                teacher_head=None if scorer is None or self.targets else scorer.head, policy=self.objective,
+                teacher_head=None if self.targets else context.heads(scorers), policy=self.objective,
             )  # fmt: skip
 
 

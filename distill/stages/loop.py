@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
 
 from distill.hosts.processes import require_same
 from distill.monitor.metrics import require_finite
@@ -20,7 +19,7 @@ from distill.training.losses import Loss
 from distill.training.optimizer import Optimizer
 from distill.training.policy import Policy
 from distill.training.train_state import TrainState, abstract_state
-from distill.training.train_step import Batch, TrainStep
+from distill.training.train_step import Batch, TeacherHeads, TrainStep
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from qwen3.field_types import Count, check_fields, check_product
@@ -114,7 +113,7 @@ def train(
     *,
     steps: int,
     before: Spent | None = None,
-    teacher_head: Float[Array, "V D"] | None = None,
+    teacher_head: TeacherHeads = None,
     policy: Policy | None = None,
 ) -> tuple[Qwen3, Spent]:
     """Train `model` for `steps` steps, or what is left of them, and return it with what the stage has spent.
@@ -142,6 +141,7 @@ def train(
             rematerialise=training.rematerialise,
             teacher_head=teacher_head,
             policy=policy,
+            teachers=context.named_teachers,
         )
         if done == steps:
             return state.model, spent

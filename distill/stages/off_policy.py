@@ -5,19 +5,22 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 from distill.hosts.processes import first_says, require_same
-from distill.stages.context import EngineSizes, RunContext, Stopwatch
+from distill.stages.context import EngineSizes, Generator, RunContext, Stopwatch
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.stages.packed import documents_flops
 from distill.stages.stopping import Interrupted
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix, prompt_ids
+from distill.tasks.samples import judged_by
 from distill.training.flops import forward_flops, training_flops
 from distill.training.losses import Loss
-from distill.training.packing import packed_batches, rows_needed, scored_example
+from distill.training.packing import Example, packed_batches, rows_needed, scored_example
 from distill.training.train_step import Batch
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.model import Qwen3
@@ -27,6 +30,8 @@ from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
 from qwen3.rollout import THINKING, Mode
 from teacher.scored_rollout import ScoredRollout
+from teacher.scoring import Scorer
+from teacher.served import ServedModel, ServedScorer
 from teacher.store import TargetStore, TargetStoreWriter
 from teacher.targets import Sampled, TopK
 
@@ -113,7 +118,7 @@ class OffPolicy:
                 f"{self.training.row_length}; raise it"
             )
         steps = self.training.steps or self._affordable_steps(store, model, context, spent)
-        data = _StoredTargets(self, context.stage_seed(name), model, store)
+        data = _StoredTargets(self, context.stage_seed(name), model, store, context.named_teachers)
         return train(name, model, self.training, self.loss, data, context, steps=steps, before=spent)
 
     def _affordable_steps(self, store: TargetStore, model: Qwen3, context: RunContext, spent: Spent) -> int:
@@ -143,6 +148,7 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     """Write the stage's target store, or what a killed run left unwritten of it, and count what it cost."""
     seed = context.stage_seed(name)
     directory = context.directory / "targets" / name
+    asked = stage.asked(context.tasks, seed)
     requests = [
         Request(
             prompt_ids=prompt_ids(problem, mode, context.tokenizer, flag_fraction=stage.modes.flag_fraction),
@@ -151,14 +157,17 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
             mode=mode,
             params=stage.thinking if mode == THINKING else stage.non_thinking,
         )
-        for problem, mode in stage.asked(context.tasks, seed)
+        for problem, mode in asked
     ]
-    teacher = context.load_teacher()
+    teachers = {one: context.load_teacher(one) for one in context.teachers}
     sampling = {"thinking": dataclasses.asdict(stage.thinking), "non_thinking": dataclasses.asdict(stage.non_thinking)}
-    prompts = hashlib.blake2b(repr([(r.prompt_ids, r.mode) for r in requests]).encode(), digest_size=16).hexdigest()
+    whose = [(problem.teacher,) if problem.teacher else () for problem, _ in asked]
+    what = [(r.prompt_ids, r.mode, *one) for r, one in zip(requests, whose, strict=True)]
+    prompts = hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest()
+    fingerprints = {one: teacher.fingerprint for one, teacher in teachers.items()}
     identity = {
-        "teacher": teacher.fingerprint, "top_k": stage.top_k, "sampled_tokens": stage.sampled_tokens, "seed": seed,
-        "prompts": prompts, "sampling": sampling, "batch_size": stage.batch_size,
+        "teacher": fingerprints.get("", fingerprints), "top_k": stage.top_k, "sampled_tokens": stage.sampled_tokens,
+        "seed": seed, "prompts": prompts, "sampling": sampling, "batch_size": stage.batch_size,
     }  # fmt: skip
     require_same(f"the prompts of stage {name}", prompts.encode)
 
@@ -169,8 +178,12 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     begun = first_says(begin)
     watch = Stopwatch(directory / "seconds.json")
     if not begun["finished"]:
-        engine = context.engine(teacher.model, stage.generation)
-        scorer = teacher.scorer(teacher.mesh)
+        answering = {
+            one: _Answering(
+                context.engine(teacher.model, stage.generation), teacher.model, teacher.scorer(teacher.mesh)
+            )
+            for one, teacher in teachers.items()
+        }
         firsts = range(0, len(requests), stage.batch_size)
         done = begun["shards"]
         written = min(len(requests), len(done) * stage.batch_size)
@@ -180,37 +193,54 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
             for shard, first in enumerate(firsts):
                 if shard in done:
                     continue
-                with watch.timing("write"):
-                    rollouts = engine.generate(
-                        teacher.model, requests[first : first + stage.batch_size], seed=seed, policy_step=0
-                    )
-                with watch.timing("score"):
-                    length, pad_id = stage.longest_tokens, context.tokenizer.pad_id
-                    shape = {"rows": stage.batch_size, "length": length, "pad_id": pad_id}
-                    records = (
-                        scorer.score_rollouts(rollouts, k=stage.top_k, **shape)
-                        if stage.sampled_tokens is None
-                        else scorer.sample_rollouts(
-                            rollouts, sampled_tokens=stage.sampled_tokens, seed=seed, number=shard, **shape
+                places = range(first, min(first + stage.batch_size, len(requests)))
+                found: dict[int, ScoredRollout] = {}
+                for one, each in answering.items():
+                    own = [place for place in places if asked[place][0].teacher == one]
+                    if not own:
+                        continue
+                    with watch.timing("write"):
+                        rollouts = each.engine.generate(
+                            each.model, [requests[place] for place in own], seed=seed, policy_step=0
                         )
-                    )
+                        rollouts = judged_by(rollouts, [asked[place][0] for place in own])
+                    with watch.timing("score"):
+                        length, pad_id = stage.longest_tokens, context.tokenizer.pad_id
+                        shape = {"rows": stage.batch_size, "length": length, "pad_id": pad_id}
+                        scored = (
+                            each.scorer.score_rollouts(rollouts, k=stage.top_k, **shape)
+                            if stage.sampled_tokens is None
+                            else each.scorer.sample_rollouts(
+                                rollouts, sampled_tokens=stage.sampled_tokens, seed=seed, number=shard, **shape
+                            )
+                        )
+                    found |= zip(own, scored, strict=True)
+                records = [found[place] for place in places]
                 context.require_directory()
                 first_says(functools.partial(_write_shard, directory, identity, shard, records, watch))
                 context.keep_time()
-                bar.advance(len(rollouts), tokens=sum(len(rollout.response) for rollout in rollouts))
+                bar.advance(len(records), tokens=sum(len(record.rollout.response) for record in records))
                 if context.stop.agreed() and first != firsts[-1]:
-                    raise Interrupted(f"stage {name}: the teacher has generated {first + len(rollouts)} rollouts")
+                    raise Interrupted(f"stage {name}: the teacher has generated {first + len(records)} rollouts")
         first_says(lambda: TargetStoreWriter(directory, identity).finish())
     store = TargetStore.open(directory, identity)
-    flops = forward_flops(teacher.model.config)
+    flops = {one: forward_flops(teacher.model.config) for one, teacher in teachers.items()}
     for index in range(len(store)):
         rollout = store[index].rollout
         spent.tokens_sampled += len(rollout.response)
         # Once to write and once to score: the engine keeps no distributions.
-        spent.teacher_flops += 2 * flops.of([len(rollout.tokens)])
+        spent.teacher_flops += 2 * flops[rollout.teacher].of([len(rollout.tokens)])
     spent.teacher_generate_seconds = watch.seconds.get("write", 0.0)
     spent.teacher_score_seconds = watch.seconds.get("score", 0.0)
     return store
+
+
+class _Answering(NamedTuple):
+    """A teacher as it answers and scores."""
+
+    engine: Generator
+    model: Qwen3 | ServedModel
+    scorer: Scorer | ServedScorer
 
 
 def _write_shard(
@@ -223,14 +253,14 @@ def _write_shard(
 class _StoredTargets:
     """Packed batches from a target store."""
 
-    def __init__(self, stage: OffPolicy, seed: int, model: Qwen3, store: TargetStore):
+    def __init__(self, stage: OffPolicy, seed: int, model: Qwen3, store: TargetStore, teachers: Sequence[str]):
         self._batches = packed_batches(
             store,
             rows=stage.training.rows,
             length=stage.training.row_length,
             seed=seed,
             prefetch_batches=2,
-            to_example=scored_example,
+            to_example=functools.partial(_example, teachers),
         )
         self._microbatches = stage.microbatches_per_step
         self._flops = training_flops(model.config, adapter_parameters(model), microbatches=self._microbatches)
@@ -247,6 +277,14 @@ class _StoredTargets:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._batches.set_state(state["batches"])
+
+
+def _example(teachers: Sequence[str], record: ScoredRollout) -> Example:
+    """As it is packed; of several teachers with the number of its own."""
+    example, rollout = scored_example(record), record.rollout
+    if teachers:
+        example["teacher"] = np.full(len(rollout.tokens), teachers.index(rollout.teacher), np.uint8)
+    return example
 
 
 def _targets(batch: Mapping[str, Any]) -> TopK | Sampled:

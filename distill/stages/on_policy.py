@@ -110,12 +110,11 @@ class OnPolicy:
 
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         assert self.training.steps is not None
-        teacher = context.load_teacher()
-        self.check_meshes(name, context.mesh, teacher.mesh)
-        scorer = teacher.scorer(context.mesh)
+        scorers = context.scorers()
         asked = self.asked(context.tasks, context.stage_seed(name))
-        with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorer=scorer)) as data:
+        self.check_meshes(name, context.mesh, context.load_teacher(context.teachers[0]).mesh)
+        with contextlib.closing(OwnRollouts(self, name, model, context, asked, scorers=scorers)) as data:
             return train(
                 name, model, self.training, self.loss, data, context, steps=self.training.steps,
-                teacher_head=scorer.head if self.targets is None else None,
+                teacher_head=context.heads(scorers) if self.targets is None else None,
             )  # fmt: skip

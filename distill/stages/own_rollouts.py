@@ -11,7 +11,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -26,9 +27,9 @@ from distill.stages.student_top_k import StudentTopK, with_sampled
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix, prompt_ids
-from distill.tasks.samples import judge
+from distill.tasks.samples import judge, judged_by
 from distill.training.flops import forward_flops, training_flops
-from distill.training.packing import pack_rollouts, rollout_example, rows_needed
+from distill.training.packing import Example, pack_rollouts, rollout_example, rows_needed
 from distill.training.policy import PolicyData
 from distill.training.token_choice import at_places, chosen, places_in_row, places_of, room, taken_at
 from distill.training.train_step import Batch
@@ -196,22 +197,24 @@ class OwnRollouts:
         context: RunContext,
         asked: Asked,
         *,
-        scorer: Scorer | ServedScorer | None = None,
+        scorers: Mapping[str, Scorer | ServedScorer] = MappingProxyType({}),
         lesson: Lesson | None = None,
     ):
         """`asked` are the prompts of all steps, of which the model generates; what comes after those is the lesson's.
-        `lesson` may add rewards to what the `scorer` says."""
+        `lesson` may add rewards to what the `scorers`, of every teacher by name, say."""
         assert stage.training.steps is not None
-        self._stage, self._name, self._context, self._scorer, self._lesson = stage, name, context, scorer, lesson
+        self._stage, self._name, self._context, self._scorers, self._lesson = stage, name, context, scorers, lesson
         self._seed = context.stage_seed(name)
         self._asked = asked
         self._engine = context.engine(model, stage.generation)
         self._adapter_parameters = adapter_parameters(model)
         self._sample_flops = forward_flops(model.config, self._adapter_parameters)
-        self._teacher_flops = None if scorer is None else forward_flops(context.load_teacher().model.config)
+        teachers = {one: context.load_teacher(one) for one in scorers}
+        self._teacher_flops = {one: forward_flops(teacher.model.config) for one, teacher in teachers.items()}
+        self._teacher_mesh = next((teacher.mesh for teacher in teachers.values()), None)
         self._parts = stage.updates_per_batch
         self._updates = self._parts * stage.passes
-        self._places = places_of_stage(stage, context.mesh, context.load_teacher().mesh) if scorer else None
+        self._places = places_of_stage(stage, context.mesh, self._teacher_mesh) if self._teacher_mesh else None
         threads = context.mesh.size == 1
         self._batches = stage.training.steps // self._updates
         self._ahead = (
@@ -252,8 +255,9 @@ class OwnRollouts:
                 spent.student_sample_flops += self._sample_flops.of(len(one.tokens) for one in written.rollouts)
             speed = written.tokens / written.seconds / self._context.mesh.size
             metrics["tokens_per_second_per_device/generation"] = speed
-        if self._teacher_flops is not None and first_pass:
-            spent.teacher_flops += self._teacher_flops.of(lengths, heads)
+        for teacher, flops in self._teacher_flops.items() if first_pass else ():
+            own = [len(one.tokens) for one in rollouts if one.teacher == teacher]
+            spent.teacher_flops += flops.of(own, None if heads is None else heads * sum(own) / sum(lengths))
         spent.student_sample_seconds += sampled - started
         spent.teacher_score_seconds += scored - sampled
         if self._ahead or self._updates > 1:
@@ -262,11 +266,11 @@ class OwnRollouts:
             metrics["chosen_tokens"] = heads / sum(rollout.loss_mask.sum() for rollout in rollouts)
         if self._ahead:
             metrics["rollout_wait_seconds"] = scored - started
-        flops = training_flops(model.config, self._adapter_parameters, microbatches=len(batches))
+        training = training_flops(model.config, self._adapter_parameters, microbatches=len(batches))
         self._next = (update + 1) % self._updates
         return StepData(
             batches=self._lesson.before(batches) if self._lesson else batches,
-            train_flops=flops.of(lengths, heads),
+            train_flops=training.of(lengths, heads),
             metrics=metrics,
             learned=self._lesson.after if self._lesson else None,
         )
@@ -306,7 +310,7 @@ class OwnRollouts:
         numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
         def generate(asked: Asked) -> list[Rollout]:
-            return self._engine.generate(
+            rollouts = self._engine.generate(
                 model,
                 self._requests(asked, numbers, batch),
                 seed=self._seed,
@@ -314,6 +318,8 @@ class OwnRollouts:
                 step=batch,
                 on_progress=self._ahead.require_open if self._ahead else None,
             )
+            problems = [problem for problem, _ in asked for _ in range(self._stage.samples_per_prompt)]
+            return judged_by(rollouts, problems)
 
         started, asked = time.monotonic(), self._asked_in(batch)
         rollouts = generate(asked)
@@ -364,46 +370,64 @@ class OwnRollouts:
         part = self._part(number)
         rollouts = written.rollouts[part]
         more = self._lesson.per_token(written, part) if self._lesson and self._lesson.learns else [{}] * len(rollouts)
-        rows, length = self._stage.training.rows, self._stage.training.row_length
-        rooms = [len(rollout.tokens) for rollout in rollouts]
-        if self._places is not None:
-            masks = [chosen(rollout, self._stage.token_share) for rollout in rollouts]
-            rooms = [room(own, int(mask.sum()), self._places, length) for own, mask in zip(rooms, masks, strict=True)]
-            rollouts = [dataclasses.replace(one, loss_mask=mask) for one, mask in zip(rollouts, masks, strict=True)]
-        asked = [
-            {_ASKED: with_sampled(rollout, ids)}
-            for rollout, ids in zip(rollouts, written.student_ids[part], strict=bool(written.student_ids))
-        ]
-        needed = -(-rows_needed(rooms, length) // rows) * rows
-        packed = pack_rollouts(
-            [*zip(rollouts, more, asked or [{}] * len(rollouts), strict=True)],
-            rows=needed,
-            length=length,
-            one_per_row=False,
-            to_example=lambda record: rollout_example(record[0], **record[1], **record[2]),
-            rooms=rooms,
-        )
-        batches = []
-        for first in range(0, needed, rows):
-            arrays = {name: array[first : first + rows] for name, array in packed.items()}
-            places = None if self._places is None else places_of(arrays["loss_mask"], self._places)
-            targets = self._targets(arrays, places)
-            policy = _policy_data({name: arrays[name] for name in more[0]}) if more[0] else None
-            batches.append(Batch.of(arrays if places is None else at_places(arrays, places), targets, policy))
-        if self._scorer is not None and self._context.load_teacher().mesh == self._context.mesh:
+        ids = written.student_ids[part] or [None] * len(rollouts)
+        records = [_Record(*record) for record in zip(rollouts, more, ids, strict=True)]
+        named = self._context.named_teachers
+        batches: list[Batch] = []
+        # What several teachers say comes in rows of their own.
+        for teacher in named or ("",):
+            if own := [record for record in records if record.rollout.teacher == teacher]:
+                number = {"teacher": named.index(teacher)} if named else {}
+                batches += self._packed(own, self._scorers.get(teacher), number)
+        if self._teacher_mesh == self._context.mesh:
             # Without waiting, the teacher's time would be counted as the student's.
             jax.block_until_ready([batch.targets for batch in batches])
         return batches
 
-    def _targets(self, arrays: Mapping[str, np.ndarray], places: np.ndarray | None) -> Hidden | AtIds | None:
+    def _packed(
+        self, records: Sequence["_Record"], scorer: Scorer | ServedScorer | None, number: Mapping[str, int]
+    ) -> Iterator[Batch]:
+        """Microbatches of what one teacher, if there is any, is asked about; `number` says which one."""
+        rows, length = self._stage.training.rows, self._stage.training.row_length
+        rooms = [len(record.rollout.tokens) for record in records]
+        if self._places is not None:
+            masks = [chosen(record.rollout, self._stage.token_share) for record in records]
+            rooms = [room(own, int(mask.sum()), self._places, length) for own, mask in zip(rooms, masks, strict=True)]
+            records = [
+                record._replace(rollout=dataclasses.replace(record.rollout, loss_mask=mask))
+                for record, mask in zip(records, masks, strict=True)
+            ]
+        needed = -(-rows_needed(rooms, length) // rows) * rows
+        packed = pack_rollouts(
+            records,
+            rows=needed,
+            length=length,
+            one_per_row=False,
+            to_example=lambda record: record.example(number),
+            rooms=rooms,
+        )
+        for first in range(0, needed, rows):
+            arrays = {name: array[first : first + rows] for name, array in packed.items()}
+            places = None if self._places is None else places_of(arrays["loss_mask"], self._places)
+            targets = self._targets(arrays, places, scorer)
+            policy = {name: arrays[name] for name in records[0].per_token}
+            yield Batch.of(
+                arrays if places is None else at_places(arrays, places),
+                targets,
+                _policy_data(policy) if policy else None,
+            )
+
+    def _targets(
+        self, arrays: Mapping[str, np.ndarray], places: np.ndarray | None, scorer: Scorer | ServedScorer | None
+    ) -> Hidden | AtIds | None:
         """What a divergence under the current student is computed from, whoever generated the rollouts."""
-        if self._scorer is None:
+        if scorer is None:
             return None
         rows, wanted = (arrays["tokens"], arrays["positions"], arrays["segment_ids"]), arrays["loss_mask"]
         if self._stage.targets is None:
-            return self._scorer.hidden(*rows, wanted, places)
+            return scorer.hidden(*rows, wanted, places)
         ids = arrays[_ASKED] if places is None else taken_at(arrays[_ASKED], places)
-        return self._scorer.at_ids(*rows, ids, wanted, places, top_k=self._stage.targets.k)
+        return scorer.at_ids(*rows, ids, wanted, places, top_k=self._stage.targets.k)
 
     def _judged(self, step: int, batch: int, written: Written, part: slice) -> dict[str, float]:
         """Of all that was generated for a part, by mode: length, and of those that were no prefixes accuracy where
@@ -432,6 +456,11 @@ class OwnRollouts:
             metrics["rollouts_in_full"] = len(whole) / len(samples)
             if whole:
                 metrics["never_stopped"] = _mean(not sample.finished for sample in whole)
+        by_teacher = collections.defaultdict[str, list[bool]](list)
+        for rollout, sample in zip(written.rollouts[part], samples, strict=True):
+            if rollout.teacher and sample.correct is not None and self._may_end(batch, sample):
+                by_teacher[rollout.teacher].append(sample.correct)
+        metrics |= {f"accuracy/{teacher}": _mean(correct) for teacher, correct in by_teacher.items()}
         if step % self._stage.samples_every_steps == 0:
             self._context.metrics.samples(step + 1, shown, stage=self._name)
         return metrics | (self._lesson.told(written, part) if self._lesson else {})
@@ -465,6 +494,23 @@ class OwnRollouts:
     def close(self) -> None:
         if self._ahead:
             self._ahead.close()
+
+
+class _Record(NamedTuple):
+    """A rollout as it is packed."""
+
+    rollout: Rollout
+    per_token: Mapping[str, np.ndarray]
+    """Arrays [T] by the names of `PolicyData`."""
+    student_ids: np.ndarray | None
+    """[T, k], see `StudentTopK`."""
+
+    def example(self, number: Mapping[str, int]) -> Example:
+        arrays = dict(self.per_token)
+        arrays |= {name: np.full(len(self.rollout.tokens), value, np.uint8) for name, value in number.items()}
+        if self.student_ids is not None:
+            arrays[_ASKED] = with_sampled(self.rollout, self.student_ids)
+        return rollout_example(self.rollout, **arrays)
 
 
 def _policy_data(arrays: Mapping[str, Any]) -> PolicyData:

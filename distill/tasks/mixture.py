@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from distill.tasks.drawing import stream_seed, turns_by_weight
 from distill.tasks.problem import Excluded, Problem, Split, Task
@@ -18,12 +18,13 @@ class TaskMixture:
     problems with two verifiers.
     """
 
-    def __init__(self, tasks: Mapping[str, Task]):
+    def __init__(self, tasks: Mapping[str, Task], teachers: Collection[str] = ()):
+        """With several `teachers`, each problem names the one that its data names, or that of its task's name."""
         if not tasks:
             raise UserError("tasks is empty; an experiment needs at least one task to take problems from")
         if not any(task.weight for task in tasks.values()):
             raise UserError(f"tasks.{next(iter(tasks))}.weight is 0, as that of all tasks; give one a positive weight")
-        self._tasks = dict(tasks)
+        self._tasks, self._teachers = dict(tasks), tuple(teachers)
 
     def problems(self, split: Split, count: int, seed: int, *, repeat: bool = False) -> list[Problem]:
         """`count` problems, of each task its share by weight, rounded down or up, in this as in every smaller count,
@@ -67,7 +68,29 @@ class TaskMixture:
                     break
         except UserError as error:
             raise UserError(f"task {name!r}: {error}") from None
-        return found if len(self._tasks) == 1 else [dataclasses.replace(problem, source=name) for problem in found]
+        source = "" if len(self._tasks) == 1 else name
+        named = {problem.teacher: self._teacher_of(name, problem) for problem in found}
+        if not source and [*named] == [*named.values()]:
+            return found
+        return [dataclasses.replace(problem, source=source, teacher=named[problem.teacher]) for problem in found]
+
+    def _teacher_of(self, name: str, problem: Problem) -> str:
+        """The teacher that is asked about a problem of task `name`. Raises UserError where there is none."""
+        if not self._teachers:
+            if problem.teacher:
+                raise UserError(
+                    f"task {name!r}: its data asks for teacher {problem.teacher!r}, but the experiment has one teacher "
+                    "without a name; give it teachers, or leave out teacher_column"
+                )
+            return ""
+        teacher = problem.teacher or name
+        if teacher not in self._teachers:
+            asked = f"its data asks for teacher {teacher!r}, which" if problem.teacher else "its name"
+            raise UserError(
+                f"task {name!r}: {asked} is none of teachers ({', '.join(self._teachers)}); name a teacher after the "
+                "task, or let teacher_column of a PromptFile name one for each row"
+            )
+        return teacher
 
     def _held_out_by_others(self, name: str) -> Excluded | None:
         others = [task for other, task in self._tasks.items() if other != name]

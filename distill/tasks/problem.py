@@ -40,6 +40,8 @@ class Problem:
     """The whole conversation up to the answer, where it is more than one user turn."""
     tools: tuple[Mapping[str, Any], ...] | None = None
     """JSON schemas of the functions that the chat template tells the policy of."""
+    teacher: str = ""
+    """Which of several teachers is asked about it, by name; empty where an experiment has only one."""
     details: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
     """What the task's own verifier needs besides the answer."""
     problem_id: str = dataclasses.field(init=False)

@@ -65,6 +65,9 @@ class PromptFile:
     mode_column: str | None = None
     """Column that says `thinking` or `non_thinking`, in which alone a row is then asked; null leaves the choice to
     stage and evaluation. A question in both modes has two rows."""
+    teacher_column: str | None = None
+    """Of several teachers, column that names the one who is asked about a row; null, or no column, leaves it to the one
+    that has the task's name."""
     verifier: Verifier = "exact"
     """`exact`: the same text but for white space; `integer`: one whole number; `math`: the same mathematical object,
     see `distill.tasks.verifiers.equal_mathematics`. An answer that no text can equal is refused with its row."""
@@ -193,7 +196,8 @@ class PromptFile:
             prompt=prompt,
             answer=answer,
             solution=_solution(where, self.solution_column, row) or (thinking or "").strip() or None,
-            family=_family(where, self.family_column, row) or family,
+            family=_name(where, self.family_column, row) or family,
+            teacher=_name(where, self.teacher_column, row) or "",
             mode=mode,
             messages=messages,
             tools=checked_tools(where, self.tools_column, row[self.tools_column]) if self.tools_column else None,
@@ -203,7 +207,7 @@ class PromptFile:
         """The columns that are read, and of each what else can be done where a row lacks it."""
         question = self.prompt_column if self.messages_column is None else self.messages_column
         others = (self.tools_column, self.solution_column if solutions else None, self.family_column, self.mode_column)
-        remedies = dict.fromkeys((question, *others), "") | {
+        remedies = dict.fromkeys((question, *others, self.teacher_column), "") | {
             self.answer_column: "; give null in a row without an answer, or set answer_column to None for all"
         }
         return {column: remedy for column, remedy in remedies.items() if column is not None}
@@ -229,7 +233,7 @@ def _solution(where: str, column: str | None, row: Mapping[str, Any]) -> str | N
     return text if thinking is None else thinking
 
 
-def _family(where: str, column: str | None, row: Mapping[str, Any]) -> str | None:
+def _name(where: str, column: str | None, row: Mapping[str, Any]) -> str | None:
     return None if column is None or row[column] is None else _as_text(where, column, row[column])
 
 

@@ -1,10 +1,21 @@
 """A rollout as people read it: decoded, split into thinking and answer, and judged."""
 
+import dataclasses
+from collections.abc import Sequence
+
 from distill.monitor.metrics import RolloutSample
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.rollout import Rollout
+
+
+def judged_by(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> list[Rollout]:
+    """The rollouts with the teacher that each one's problem names."""
+    return [
+        dataclasses.replace(rollout, teacher=problem.teacher) if problem.teacher else rollout
+        for rollout, problem in zip(rollouts, problems, strict=True)
+    ]
 
 
 def judge(

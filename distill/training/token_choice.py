@@ -54,8 +54,8 @@ def places_of(mask: Bool[np.ndarray, "B T"], places: int) -> Int32[np.ndarray, "
 
 def at_places(arrays: Mapping[str, Any], places: Int32[np.ndarray, "B K"]) -> dict[str, Any]:
     """A packed batch whose arrays about what is trained stand at the chosen places alone."""
-    chosen_modes = taken_at(arrays["mode"], places)
-    return {**arrays, "loss_mask": places < arrays["loss_mask"].shape[1], "mode": chosen_modes, "places": places}
+    taken = {name: taken_at(arrays[name], places) for name in ("mode", "teacher") if name in arrays}
+    return {**arrays, **taken, "loss_mask": places < arrays["loss_mask"].shape[1], "places": places}
 
 
 def taken_at(

@@ -32,6 +32,8 @@ from qwen3.sharding import TOKENS, at_places, batch_sharding, place, placed_shap
 from teacher.targets import following_tokens
 
 MODE_CODES = {THINKING: 1, NON_THINKING: 0}
+TeacherHeads = Float[Array, "V D"] | Mapping[str, Float[Array, "V D"]] | None
+"""A teacher's output matrix, of several teachers by name, or none."""
 
 
 @jax.tree_util.register_dataclass
@@ -51,13 +53,15 @@ class Batch:
     """What the rewards say; None where none are learned from, and where places were chosen."""
     places: Int[Array, "B K"] | None = None
     """The positions of each row that heads are multiplied out at, T in places that are left; None: all."""
+    teacher: UInt8[Array, "B K"] | None = None
+    """Of several teachers, the number of the one whose targets these are; of hidden states the same in all rows."""
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any], targets: Any, policy: PolicyData | None = None) -> "Batch":
         """From the arrays that packing makes; other entries are left where they are."""
         names = ("tokens", "positions", "segment_ids", "loss_mask", "mode")
-        known = {name: arrays[name] for name in names}
-        return cls(**known, targets=targets, policy=policy, places=arrays.get("places"))
+        known = {name: arrays[name] for name in names} | {name: arrays.get(name) for name in ("places", "teacher")}
+        return cls(**known, targets=targets, policy=policy)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,14 +95,16 @@ class TrainStep:
         loss: Loss,
         mesh: Mesh,
         rematerialise: bool = False,
-        teacher_head: Float[Array, "V D"] | None = None,
+        teacher_head: TeacherHeads = None,
         policy: Policy | None = None,
+        teachers: tuple[str, ...] = (),
     ):
         """`teacher_head` is needed where targets are the teacher's hidden states. With a `policy` rewards are learned
-        from, and `loss` weighs what that says; without, `loss` is all there is."""
+        from, and `loss` weighs what that says; without, `loss` is all there is. Several `teachers` are measured apart,
+        and each has a head of its own."""
         self._mesh = mesh
-        self._teacher_head = teacher_head
-        self._accumulate = _gradient_program(loss, mesh, rematerialise, policy)
+        self._teacher_head, self._teachers = teacher_head, teachers
+        self._accumulate = _gradient_program(loss, mesh, rematerialise, policy, teachers)
         self._add_load = _load_program(mesh)
         self._growth = Growth()
 
@@ -130,7 +136,8 @@ class TrainStep:
                 load = self._add_load(trained_state.model, frozen, load, place(_rows(batch), self._sharding))
         for batch in batches:
             placed = place(batch, self._sharding)
-            sums = self._accumulate(trained_state.model, frozen, sums, placed, denominator, self._teacher_head, load)
+            head = self._head_of(batch)
+            sums = self._accumulate(trained_state.model, frozen, sums, placed, denominator, head, load)
         trained_state, measured = self._apply(trained_state, sums)
         metrics = _means({name: float(value) for name, value in jax.device_get(measured).items()})
         self._growth.give_back()
@@ -160,6 +167,13 @@ class TrainStep:
             update=(self._apply, (trained, sums)),
         )
 
+    def _head_of(self, batch: Batch) -> Float[Array, "V D"] | None:
+        if not isinstance(self._teacher_head, Mapping):
+            return self._teacher_head
+        assert batch.teacher is not None
+        # Padding counts as the first teacher's.
+        return self._teacher_head[self._teachers[int(np.max(batch.teacher))]]
+
     @property
     def _sharding(self) -> NamedSharding:
         return batch_sharding(self._mesh)
@@ -179,7 +193,9 @@ class TrainPrograms(NamedTuple):
 
 
 @functools.cache
-def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool, policy: Policy | None) -> Callable[..., _Sums]:
+def _gradient_program(
+    loss: Loss, mesh: Mesh, rematerialise: bool, policy: Policy | None, teachers: tuple[str, ...]
+) -> Callable[..., _Sums]:
     """Adds one microbatch's gradients and metrics to the sums; shared by all stages with this loss."""
     # A divergence of weight 1 is not multiplied, so that it is the same program with rewards as without.
     divergence_weight = 1.0 if policy is None else policy.teacher_kl
@@ -226,7 +242,7 @@ def _gradient_program(loss: Loss, mesh: Mesh, rematerialise: bool, policy: Polic
         if numbers is not None:
             rewarded, found = gradient_of_rewards(model, hidden, batch, numbers)
             total, stats, parts = total + rewarded, {**found, **stats}, {"policy_loss": rewarded}
-        metrics = _by_mode(stats, batch) | parts | {"loss": total}
+        metrics = _by_part(stats, batch, teachers) | parts | {"loss": total}
         if out.router is not None and balances_load(model.config):
             balance = load_balancing_loss(out.router, out.router if load is None else load)
             metrics["load_balance"] = balance
@@ -277,25 +293,27 @@ def _sequences(batch: Batch) -> Int[Array, "B T"]:
     return jnp.arange(rows)[:, None] * (length + 1) + batch.segment_ids
 
 
-def _by_mode(stats: Mapping[str, Float[Array, "B T"]], batch: Batch) -> dict[str, Array]:
-    """Sums of every statistic over trained positions, whole and by mode, with the counts to divide by."""
+def _by_part(stats: Mapping[str, Float[Array, "B T"]], batch: Batch, teachers: tuple[str, ...]) -> dict[str, Array]:
+    """Sums of every statistic over trained positions, whole, by mode and by teacher, with the counts to divide by."""
     sums: dict[str, Array] = {}
     masks = {"all": batch.loss_mask} | {
         mode: batch.loss_mask & (batch.mode == code) for mode, code in MODE_CODES.items()
     }
-    for mode, mask in masks.items():
-        sums[f"count/{mode}"] = jnp.sum(mask)
+    if batch.teacher is not None:
+        masks |= {name: batch.loss_mask & (batch.teacher == number) for number, name in enumerate(teachers)}
+    for part, mask in masks.items():
+        sums[f"count/{part}"] = jnp.sum(mask)
         for name, values in stats.items():
-            sums[f"{name}/{mode}"] = jnp.sum(jnp.where(mask, values, 0))
+            sums[f"{name}/{part}"] = jnp.sum(jnp.where(mask, values, 0))
     return sums
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Divide each sum by the count of its mode; a mode that did not occur has no metrics."""
+    """Divide each sum by the count of its part; a mode or teacher that did not occur has no metrics."""
     counts = {name.removeprefix("count/"): value for name, value in sums.items() if name.startswith("count/")}
     means = {name: value for name, value in sums.items() if "/" not in name}
     for name, value in sums.items():
-        statistic, _, mode = name.partition("/")
-        if mode and statistic != "count" and counts[mode]:
-            means[statistic if mode == "all" else name] = value / counts[mode]
+        statistic, _, part = name.partition("/")
+        if part and statistic != "count" and counts[part]:
+            means[statistic if part == "all" else name] = value / counts[part]
     return means

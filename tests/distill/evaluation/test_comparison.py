@@ -95,7 +95,14 @@ def comparison(
 ) -> Comparison:
     mesh, teacher_mesh = meshes
     model = TeacherModel(model=teacher, mesh=teacher_mesh, fingerprint="")
-    context: Any = SimpleNamespace(load_teacher=lambda: model, mesh=mesh, progress=progress, stop=stop)
+    context: Any = SimpleNamespace(
+        load_teacher=lambda name: model,
+        teachers=("",),
+        scorers=lambda: {"": model.scorer(mesh)},
+        mesh=mesh,
+        progress=progress,
+        stop=stop,
+    )
     return Comparison(SIZES, context, responses)
 
 

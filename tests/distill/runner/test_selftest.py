@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from distill.monitor.progress import Progress
 from distill.runner import selftest
-from distill.runner.teachers import load_teacher
+from distill.runner.teachers import Teachers
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.checkpoint import hf
 from qwen3.decoder.config import ModelConfig
@@ -131,10 +131,10 @@ def test_a_teacher_that_scores_nan_is_found_as_it_is_loaded(teacher: Path, tmp_p
     experiment, tokenizer = miniature.experiment(str(teacher)), ChatTokenizer.from_folder(teacher)
     assert experiment.teacher is not None
     for mesh in (make_mesh(MeshShape(), jax.devices()[:1]), make_mesh(MeshShape(fsdp=2, tensor=1, context=4))):
-        assert load_teacher(experiment, tokenizer, mesh, Progress()).mesh == mesh
+        assert Teachers(experiment, tokenizer, mesh, Progress()).load("").mesh == mesh
         bad = dataclasses.replace(experiment, teacher=dataclasses.replace(experiment.teacher, path=spoilt))
         with pytest.raises(UserError) as caught:
-            load_teacher(bad, tokenizer, mesh, Progress())
+            Teachers(bad, tokenizer, mesh, Progress()).load("")
         assert f"the teacher's log-probabilities are NaN: its weights in {spoilt} compute no" in str(caught.value)
         assert f"({name} goes up to 3e+38)" in str(caught.value)
 

@@ -49,7 +49,9 @@ def rollouts_of(stage: OnPolicy, teacher: str, model: Qwen3, tasks: TaskMixture)
         tokenizer=tokenizer,
         mesh=jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]),
         engine=lambda model, sizes: make_engine(model.config, tokenizer, sizes),
-        load_teacher=lambda: SimpleNamespace(model=model),
+        load_teacher=lambda name: SimpleNamespace(model=model),
+        teachers=("",),
+        named_teachers=(),
     )
     return OwnRollouts(stage, "ahead", model, context, stage.asked(tasks, 3))  # type: ignore[arg-type]
 
