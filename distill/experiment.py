@@ -6,6 +6,7 @@ import json
 import numbers
 import re
 from collections.abc import Iterator, Mapping
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 import jax
@@ -46,6 +47,11 @@ class Teacher:
     has not, scoring the next rows while the student trains on those before; of several processes each gives both
     equally many. service: behind servers, python -m teacher.serve; of its folder only config.json and the tokenizer
     need be here."""
+    prompt: str | None = None
+    """What this teacher alone reads in place of a problem's question, with {prompt}, {solution} and {answer} of the
+    problem in it, where the data has no teacher_prompt of its own. The student's response is scored behind it; prompts
+    are never trained. `<think>{solution}</think>` at its end is the teacher's own thinking before a non-thinking
+    answer. None: what the student reads."""
     urls: tuple[str, ...] = ()
     """With service the addresses of the servers, http://HOST:PORT, all of the same teacher. Beyond this machine the
     environment variable TEACHER_TOKEN is their token."""
@@ -58,6 +64,12 @@ class Teacher:
         check_fields(self, "teacher")
         if not self.path:
             raise UserError("teacher.path is empty; name a folder in Hugging Face format")
+        fields = {field for _, field, _, _ in _parsed(self.prompt or "") if field is not None}
+        if unknown := sorted(fields - {"prompt", "solution", "answer"}):
+            raise UserError(
+                f"teacher.prompt names {{{unknown[0]}}}; use {{prompt}}, {{solution}} and {{answer}}, and write braces "
+                "twice that stand for themselves"
+            )
         if self.placement != "own_mesh" and self.mesh != MeshShape():
             where = "on the student's mesh" if self.placement == "colocated" else "on the servers' devices"
             raise UserError(
@@ -247,6 +259,15 @@ class Experiment:
         raw = _plain(self)
         assert isinstance(raw, dict)
         return raw
+
+
+def _parsed(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        return list(Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(
+            f"teacher.prompt is {template!r}: {error}; write braces that stand for themselves twice"
+        ) from None
 
 
 def teacher_field(name: str) -> str:

@@ -47,6 +47,24 @@ class Rollout:
         return self.tokens[self.prompt_length :]
 
 
+def with_prompt(rollout: Rollout, prompt_ids: Sequence[int]) -> Rollout:
+    """The same response after another prompt, with what is known of its tokens: prompts have no part in that."""
+    first, last = rollout.prompt_length - 1, len(prompt_ids) - 1
+
+    def moved(array: np.ndarray) -> np.ndarray:
+        return np.concatenate((np.zeros(last, array.dtype), array[first:]))
+
+    entropies = rollout.sampler_entropies
+    return dataclasses.replace(
+        rollout,
+        tokens=np.concatenate((np.asarray(prompt_ids, np.int32), rollout.response)),
+        prompt_length=len(prompt_ids),
+        loss_mask=moved(rollout.loss_mask),
+        sampler_logprobs=moved(rollout.sampler_logprobs),
+        sampler_entropies=None if entropies is None else moved(entropies),
+    )
+
+
 _ARRAYS: Final = {
     "tokens": np.int32,
     "loss_mask": np.bool_,

@@ -6,6 +6,7 @@ so nothing that is read can run code.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import safetensors.numpy
 from jaxtyping import Float32, Int32
 
 from qwen3.errors import UserError
-from qwen3.rollout import Rollout
+from qwen3.rollout import Rollout, with_prompt
 
 
 class EmptyTargets(NamedTuple):
@@ -70,6 +71,19 @@ class ScoredRollout:
             raise UserError(
                 f"rollout {self.rollout.prompt_id!r}: the teacher's log-probabilities are NaN; check its weights"
             )
+
+
+def after_prompt(record: ScoredRollout, prompt_ids: Sequence[int]) -> ScoredRollout:
+    """What the teacher said of the response, for a student that reads another prompt before it."""
+    rollout = with_prompt(record.rollout, prompt_ids)
+    filling: dict[str, Any] = empty_targets(record.ids.shape[1])._asdict() | {"entropy": 0}
+    first, last = record.rollout.prompt_length - 1, len(prompt_ids) - 1
+    moved = {}
+    for name, fill in filling.items():
+        if (said := getattr(record, name)) is not None:
+            moved[name] = np.empty((len(rollout.tokens), *said.shape[1:]), said.dtype)
+            moved[name][:last], moved[name][last:] = fill, said[first:]
+    return dataclasses.replace(record, rollout=rollout, **moved)
 
 
 def encode(record: ScoredRollout) -> bytes:

@@ -8,7 +8,7 @@ scores it, as on-policy distillation does. Both models' distributions are whole;
 import collections
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
@@ -20,13 +20,15 @@ from jaxtyping import Array, Float
 from distill.monitor.progress import Task as Bar
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.stopping import Interrupted
+from distill.tasks import Problem
+from distill.tasks.requests import teacher_prompt_ids
 from distill.training.losses import Loss, distillation_loss
-from distill.training.packing import pack_rollouts, rollout_example, rows_needed
+from distill.training.packing import Example, pack_rollouts, places_read, read_at, rollout_example, rows_needed
 from distill.training.train_step import Batch
 from kernels_pallas.linear_kl import DivergenceName
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
-from qwen3.rollout import Mode, Rollout
+from qwen3.rollout import Mode, Rollout, with_prompt
 from qwen3.sharding import TOKENS, batch_sharding, batch_shares, place, row_shapes, to_pieces
 from teacher.scoring import Scorer
 from teacher.served import ServedScorer
@@ -51,8 +53,16 @@ class Figures(TypedDict, total=False):
 class Comparison:
     """Compares students of one architecture with the teacher; the programs are compiled once and serve all of them."""
 
-    def __init__(self, sizes: EngineSizes, context: RunContext, responses: Sequence[Rollout]):
-        """`responses` are the teacher's, of every mode; `sizes` bound them and the students'."""
+    def __init__(
+        self,
+        sizes: EngineSizes,
+        context: RunContext,
+        responses: Sequence[Rollout],
+        problems: Sequence[Problem] = (),
+    ):
+        """`responses` are the teacher's, of every mode; `sizes` bound them and the students'. Of `problems` with a
+        prompt for the teacher alone it reads that."""
+        self._hinted = {one.problem_id: one for one in problems if one.teacher_prompt is not None}
         self._context, self._responses = context, responses
         of_teacher = context.load_teacher(context.teachers[0])
         self._rows, self._length = scoring_shape(sizes, context.mesh, of_teacher.mesh)
@@ -97,8 +107,10 @@ class Comparison:
         self, name: str, model: Qwen3, scorer: Scorer | ServedScorer, rollouts: Sequence[Rollout], bar: Bar
     ) -> Mapping[str, float]:
         sums: collections.Counter[str] = collections.Counter()
-        for arrays in self._batches(rollouts):
-            targets = scorer.hidden(arrays["tokens"], arrays["positions"], arrays["segment_ids"], arrays["loss_mask"])
+        for arrays, read in self._batches(rollouts):
+            rows = read["tokens"], read["positions"], read["segment_ids"]
+            places = None if read is arrays else places_read(arrays, read)
+            targets = scorer.hidden(*rows, read["loss_mask"], places)
             batch = place(Batch.of(arrays, targets), batch_sharding(self._context.mesh))
             measured = jax.device_get(_sums(model, batch, scorer.head, self._context.mesh))
             sums.update({what: float(value) for what, value in measured.items()})
@@ -107,15 +119,38 @@ class Comparison:
                 raise Interrupted(f"evaluation of {name}: it starts again with the next run")
         return sums
 
-    def _batches(self, rollouts: Sequence[Rollout]) -> Iterator[dict[str, np.ndarray]]:
-        """Packed rows, all of one shape."""
+    def _batches(self, rollouts: Sequence[Rollout]) -> Iterator[tuple[Example, Example]]:
+        """Packed rows, all of one shape, as the student reads them and as the teacher does."""
         if not rollouts:
             return
-        needed = rows_needed([len(rollout.tokens) for rollout in rollouts], self._length)
-        whole = -(-needed // self._rows) * self._rows
-        arrays = pack_rollouts(rollouts, rows=whole, length=self._length, one_per_row=False, to_example=rollout_example)
+        views = [self._as_read(rollout) for rollout in rollouts] if self._hinted else rollouts
+        rooms = [max(len(rollout.tokens), len(view.tokens)) for rollout, view in zip(rollouts, views, strict=True)]
+        whole = -(-rows_needed(rooms, self._length) // self._rows) * self._rows
+
+        def packed(records: Sequence[Any], to_example: Callable[[Any], Example]) -> Example:
+            return pack_rollouts(
+                records, rows=whole, length=self._length, one_per_row=False, to_example=to_example, rooms=rooms
+            )
+
+        if views is rollouts:
+            arrays = read = packed(rollouts, rollout_example)
+        else:
+            pairs = [*zip(rollouts, views, strict=True)]
+            arrays = packed(pairs, lambda pair: rollout_example(pair[0], read_at=read_at(*pair)))
+            read = packed(views, rollout_example)
         for first in range(0, whole, self._rows):
-            yield {name: array[first : first + self._rows] for name, array in arrays.items()}
+            part = {name: array[first : first + self._rows] for name, array in arrays.items()}
+            yield (
+                part,
+                part if read is arrays else {name: array[first : first + self._rows] for name, array in read.items()},
+            )
+
+    def _as_read(self, rollout: Rollout) -> Rollout:
+        """After the prompt that the teacher reads."""
+        problem = self._hinted.get(rollout.prompt_id)
+        if problem is None:
+            return rollout
+        return with_prompt(rollout, teacher_prompt_ids(problem, rollout.mode, self._context.tokenizer))
 
 
 def perplexity(nats: float) -> float:

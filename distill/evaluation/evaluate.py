@@ -16,14 +16,14 @@ from distill.report.results import EvaluationRow, LengthHistogram, scalars_of, w
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.stopping import Interrupted
 from distill.tasks.problem import Problem
-from distill.tasks.requests import asked_in, prompt_ids
+from distill.tasks.requests import asked_in, prompt_ids, teacher_prompt_ids
 from distill.tasks.samples import judge, judged_by
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from qwen3.field_types import MOST_PROBLEMS, Count, Natural, check_fields, check_product
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
-from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode, Rollout
+from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode, Rollout, with_prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class Evaluator:
     def _comparison(self) -> Comparison | None:
         if self._teacher_responses is None:
             return None
-        return Comparison(self._evaluation.generation, self._context, self._teacher_responses())
+        return Comparison(self._evaluation.generation, self._context, self._teacher_responses(), self._problems)
 
     def evaluate(self, name: str, model: Qwen3 | None) -> Evaluated:
         """Of a student, or where `model` is None of the teacher, of several each on the problems it is asked about.
@@ -152,7 +152,7 @@ class Evaluator:
         evaluation, context = self._evaluation, self._context
         requests = [
             Request(
-                prompt_ids=prompt_ids(problem, mode, context.tokenizer),
+                prompt_ids=(teacher_prompt_ids if model is None else prompt_ids)(problem, mode, context.tokenizer),
                 prompt_id=problem.problem_id,
                 sample_index=sample,
                 mode=mode,
@@ -187,6 +187,14 @@ class Evaluator:
                         strict=True,
                     )
             rollouts = judged_by([found[place] for place in range(len(requests))], asked)
+            if model is None:
+                # Students are compared on the responses after the prompts that they read.
+                rollouts = [
+                    with_prompt(rollout, prompt_ids(problem, mode, context.tokenizer))
+                    if problem.teacher_prompt
+                    else rollout
+                    for rollout, problem in zip(rollouts, asked, strict=True)
+                ]
             samples = self._judged(problems, rollouts)
             bar.result = self._result(samples)
         return rollouts, samples

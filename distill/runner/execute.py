@@ -49,7 +49,7 @@ def execute(
         first_says(lambda: check_export_record(directory))
         mesh, teacher_mesh = experiment.meshes()
         tokenizer = _tokenizer(experiment, run.began)
-        tasks = TaskMixture(experiment.tasks, experiment.teachers)
+        tasks = TaskMixture(experiment.tasks, {name: one.prompt for name, one in experiment.all_teachers.items()})
         agreements = _agreements(experiment, tokenizer, run.began)
         finished = [name for name in experiment.stages if run.cost(name) is not None]
         preflight(experiment, mesh, teacher_mesh, tokenizer, tasks, progress, finished)

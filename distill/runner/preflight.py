@@ -19,7 +19,7 @@ from distill.stages.context import stage_seed
 from distill.stages.own_rollouts import fresh_steps
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
-from distill.tasks.requests import asked_in, prompt_ids, raw_document, worked_document
+from distill.tasks.requests import asked_in, prompt_ids, raw_document, teacher_prompt_ids, worked_document
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.checkpoint import hf
 from qwen3.decoder.config import ModelConfig
@@ -157,7 +157,10 @@ class _Asked:
             return len(raw_document(problem, tokenizer).tokens)
         if self.documents == "chat":
             return len(worked_document(problem, mode, tokenizer, flag_fraction=self.flag_fraction).tokens)
-        return len(prompt_ids(problem, mode, tokenizer, flag_fraction=self.flag_fraction))
+        return max(
+            len(ids(problem, mode, tokenizer, flag_fraction=self.flag_fraction))
+            for ids in (prompt_ids, teacher_prompt_ids)[: 1 + (problem.teacher_prompt is not None)]
+        )
 
 
 def _of_evaluation(evaluation: Evaluation, tasks: TaskMixture) -> _Asked:

@@ -16,7 +16,7 @@ from distill.stages.packed import documents_flops
 from distill.stages.stopping import Interrupted
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
-from distill.tasks.requests import ModeMix, prompt_ids
+from distill.tasks.requests import ModeMix, prompt_ids, teacher_prompt_ids
 from distill.tasks.samples import judged_by
 from distill.training.flops import forward_flops, training_flops
 from distill.training.losses import Loss
@@ -29,7 +29,7 @@ from qwen3.field_types import Count, Problems, check_fields
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
 from qwen3.rollout import THINKING, Mode
-from teacher.scored_rollout import ScoredRollout
+from teacher.scored_rollout import ScoredRollout, after_prompt
 from teacher.scoring import Scorer
 from teacher.served import ServedModel, ServedScorer
 from teacher.store import TargetStore, TargetStoreWriter
@@ -149,9 +149,11 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     seed = context.stage_seed(name)
     directory = context.directory / "targets" / name
     asked = stage.asked(context.tasks, seed)
+    fraction = stage.modes.flag_fraction
+    own_prompts = [prompt_ids(problem, mode, context.tokenizer, flag_fraction=fraction) for problem, mode in asked]
     requests = [
         Request(
-            prompt_ids=prompt_ids(problem, mode, context.tokenizer, flag_fraction=stage.modes.flag_fraction),
+            prompt_ids=teacher_prompt_ids(problem, mode, context.tokenizer, flag_fraction=fraction),
             prompt_id=problem.problem_id,
             sample_index=0,
             mode=mode,
@@ -161,8 +163,12 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     ]
     teachers = {one: context.load_teacher(one) for one in context.teachers}
     sampling = {"thinking": dataclasses.asdict(stage.thinking), "non_thinking": dataclasses.asdict(stage.non_thinking)}
-    whose = [(problem.teacher,) if problem.teacher else () for problem, _ in asked]
-    what = [(r.prompt_ids, r.mode, *one) for r, one in zip(requests, whose, strict=True)]
+    what = [
+        (request.prompt_ids, request.mode)
+        + ((problem.teacher,) if problem.teacher else ())
+        + ((own,) if problem.teacher_prompt else ())
+        for request, own, (problem, _) in zip(requests, own_prompts, asked, strict=True)
+    ]
     prompts = hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest()
     fingerprints = {one: teacher.fingerprint for one, teacher in teachers.items()}
     identity = {
@@ -215,7 +221,10 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
                             )
                         )
                     found |= zip(own, scored, strict=True)
-                records = [found[place] for place in places]
+                records = [
+                    after_prompt(found[place], own_prompts[place]) if asked[place][0].teacher_prompt else found[place]
+                    for place in places
+                ]
                 context.require_directory()
                 first_says(functools.partial(_write_shard, directory, identity, shard, records, watch))
                 context.keep_time()

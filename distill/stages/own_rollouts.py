@@ -26,10 +26,10 @@ from distill.stages.rollout_schedule import RolloutSchedule
 from distill.stages.student_top_k import StudentTopK, with_sampled
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
-from distill.tasks.requests import ModeMix, prompt_ids
+from distill.tasks.requests import ModeMix, prompt_ids, teacher_prompt_ids
 from distill.tasks.samples import judge, judged_by
 from distill.training.flops import forward_flops, training_flops
-from distill.training.packing import Example, pack_rollouts, rollout_example, rows_needed
+from distill.training.packing import Example, pack_rollouts, places_read, read_at, rollout_example, rows_needed
 from distill.training.policy import PolicyData
 from distill.training.token_choice import at_places, chosen, places_in_row, places_of, room, taken_at
 from distill.training.train_step import Batch
@@ -39,7 +39,7 @@ from qwen3.errors import UserError
 from qwen3.field_types import MOST_PROBLEMS, check_product
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
-from qwen3.rollout import MODES, THINKING, Mode, Rollout
+from qwen3.rollout import MODES, THINKING, Mode, Rollout, with_prompt
 from teacher.scoring import Scorer
 from teacher.served import ServedScorer
 from teacher.targets import AtIds, Hidden
@@ -206,6 +206,8 @@ class OwnRollouts:
         self._stage, self._name, self._context, self._scorers, self._lesson = stage, name, context, scorers, lesson
         self._seed = context.stage_seed(name)
         self._asked = asked
+        self._hinted = {problem.problem_id: problem for problem, _ in asked if problem.teacher_prompt is not None}
+        """Problems of which the teacher reads more than the student."""
         self._engine = context.engine(model, stage.generation)
         self._adapter_parameters = adapter_parameters(model)
         self._sample_flops = forward_flops(model.config, self._adapter_parameters)
@@ -397,19 +399,24 @@ class OwnRollouts:
                 record._replace(rollout=dataclasses.replace(record.rollout, loss_mask=mask))
                 for record, mask in zip(records, masks, strict=True)
             ]
+        views = self._as_read(records) if scorer is not None else None
+        if views is not None:
+            records = [record._replace(read=view) for record, view in zip(records, views, strict=True)]
+            rooms = [max(own, len(view.tokens)) for own, view in zip(rooms, views, strict=True)]
         needed = -(-rows_needed(rooms, length) // rows) * rows
-        packed = pack_rollouts(
-            records,
-            rows=needed,
-            length=length,
-            one_per_row=False,
-            to_example=lambda record: record.example(number),
-            rooms=rooms,
-        )
+
+        def rows_of(documents: Sequence[Any], to_example: Callable[[Any], Example]) -> Mapping[str, np.ndarray]:
+            return pack_rollouts(
+                documents, rows=needed, length=length, one_per_row=False, to_example=to_example, rooms=rooms
+            )
+
+        packed = rows_of(records, lambda record: record.example(number))
+        read = None if views is None else rows_of(views, rollout_example)
         for first in range(0, needed, rows):
             arrays = {name: array[first : first + rows] for name, array in packed.items()}
             places = None if self._places is None else places_of(arrays["loss_mask"], self._places)
-            targets = self._targets(arrays, places, scorer)
+            as_read = None if read is None else {name: array[first : first + rows] for name, array in read.items()}
+            targets = self._targets(arrays, as_read, places, scorer)
             policy = {name: arrays[name] for name in records[0].per_token}
             yield Batch.of(
                 arrays if places is None else at_places(arrays, places),
@@ -417,16 +424,42 @@ class OwnRollouts:
                 _policy_data(policy) if policy else None,
             )
 
+    def _as_read(self, records: Sequence["_Record"]) -> list[Rollout] | None:
+        """The rollouts after the prompts that the teacher reads; None where it reads the student's."""
+        if not self._hinted:
+            return None
+        fraction, views = self._stage.modes.flag_fraction, []
+        for rollout, *_ in records:
+            problem = self._hinted.get(rollout.prompt_id)
+            if problem is not None:
+                ids = teacher_prompt_ids(problem, rollout.mode, self._context.tokenizer, flag_fraction=fraction)
+            views.append(rollout if problem is None else with_prompt(rollout, ids))
+        return views
+
     def _targets(
-        self, arrays: Mapping[str, np.ndarray], places: np.ndarray | None, scorer: Scorer | ServedScorer | None
+        self,
+        arrays: Mapping[str, np.ndarray],
+        read: Mapping[str, np.ndarray] | None,
+        places: np.ndarray | None,
+        scorer: Scorer | ServedScorer | None,
     ) -> Hidden | AtIds | None:
-        """What a divergence under the current student is computed from, whoever generated the rollouts."""
+        """What a divergence under the current student is computed from, whoever generated the rollouts; `read` are the
+        rows as the teacher reads them, where they are others."""
         if scorer is None:
             return None
-        rows, wanted = (arrays["tokens"], arrays["positions"], arrays["segment_ids"]), arrays["loss_mask"]
+        ids = None if self._stage.targets is None else arrays[_ASKED]
+        if ids is not None and places is not None:
+            ids = taken_at(ids, places)
+        if read is not None:
+            there = places_read(arrays, read)
+            places = (
+                there if places is None else np.where(places < there.shape[1], taken_at(there, places), there.shape[1])
+            )
+        seen = arrays if read is None else read
+        rows, wanted = (seen["tokens"], seen["positions"], seen["segment_ids"]), seen["loss_mask"]
         if self._stage.targets is None:
             return scorer.hidden(*rows, wanted, places)
-        ids = arrays[_ASKED] if places is None else taken_at(arrays[_ASKED], places)
+        assert ids is not None
         return scorer.at_ids(*rows, ids, wanted, places, top_k=self._stage.targets.k)
 
     def _judged(self, step: int, batch: int, written: Written, part: slice) -> dict[str, float]:
@@ -504,12 +537,16 @@ class _Record(NamedTuple):
     """Arrays [T] by the names of `PolicyData`."""
     student_ids: np.ndarray | None
     """[T, k], see `StudentTopK`."""
+    read: Rollout | None = None
+    """The rollout after the prompt that the teacher reads; None where that is the student's."""
 
     def example(self, number: Mapping[str, int]) -> Example:
         arrays = dict(self.per_token)
         arrays |= {name: np.full(len(self.rollout.tokens), value, np.uint8) for name, value in number.items()}
         if self.student_ids is not None:
             arrays[_ASKED] = with_sampled(self.rollout, self.student_ids)
+        if self.read is not None:
+            arrays["read_at"] = read_at(self.rollout, self.read)
         return rollout_example(self.rollout, **arrays)
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from string import Formatter
+from types import MappingProxyType
 
 from distill.tasks.drawing import stream_seed, turns_by_weight
 from distill.tasks.problem import Excluded, Problem, Split, Task
@@ -18,13 +20,14 @@ class TaskMixture:
     problems with two verifiers.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], teachers: Collection[str] = ()):
-        """With several `teachers`, each problem names the one that its data names, or that of its task's name."""
+    def __init__(self, tasks: Mapping[str, Task], teachers: Mapping[str, str | None] = MappingProxyType({})):
+        """`teachers` are by name, an only one by the empty name, with the prompt that they read, see `Teacher.prompt`.
+        Of several, each problem names the one that its data names, or that of its task's name."""
         if not tasks:
             raise UserError("tasks is empty; an experiment needs at least one task to take problems from")
         if not any(task.weight for task in tasks.values()):
             raise UserError(f"tasks.{next(iter(tasks))}.weight is 0, as that of all tasks; give one a positive weight")
-        self._tasks, self._teachers = dict(tasks), tuple(teachers)
+        self._tasks, self._teachers = dict(tasks), dict(teachers)
 
     def problems(self, split: Split, count: int, seed: int, *, repeat: bool = False) -> list[Problem]:
         """`count` problems, of each task its share by weight, rounded down or up, in this as in every smaller count,
@@ -68,15 +71,30 @@ class TaskMixture:
                     break
         except UserError as error:
             raise UserError(f"task {name!r}: {error}") from None
-        source = "" if len(self._tasks) == 1 else name
-        named = {problem.teacher: self._teacher_of(name, problem) for problem in found}
-        if not source and [*named] == [*named.values()]:
-            return found
-        return [dataclasses.replace(problem, source=source, teacher=named[problem.teacher]) for problem in found]
+        if len(self._tasks) > 1:
+            found = [dataclasses.replace(problem, source=name) for problem in found]
+        return [self._for_teacher(name, problem) for problem in found]
+
+    def _for_teacher(self, name: str, problem: Problem) -> Problem:
+        """A problem of task `name` with whom it is asked, and what that one reads."""
+        teacher = self._teacher_of(name, problem)
+        prompt, template = problem.teacher_prompt, self._teachers.get(teacher)
+        if prompt is None and template is not None:
+            known = {"prompt": problem.prompt, "solution": problem.solution, "answer": problem.answer}
+            if missing := [field for _, field, _, _ in Formatter().parse(template) if field and known[field] is None]:
+                raise UserError(
+                    f"task {name!r}: problem {problem.problem_id} of family {problem.family!r} has no {missing[0]}, "
+                    "which the teacher's prompt names; give the data one, or take it out of the prompt"
+                )
+            prompt = template.format(**known)
+        if (teacher, prompt) == (problem.teacher, problem.teacher_prompt):
+            return problem
+        return dataclasses.replace(problem, teacher=teacher, teacher_prompt=prompt)
 
     def _teacher_of(self, name: str, problem: Problem) -> str:
         """The teacher that is asked about a problem of task `name`. Raises UserError where there is none."""
-        if not self._teachers:
+        named = [one for one in self._teachers if one]
+        if not named:
             if problem.teacher:
                 raise UserError(
                     f"task {name!r}: its data asks for teacher {problem.teacher!r}, but the experiment has one teacher "
@@ -84,10 +102,10 @@ class TaskMixture:
                 )
             return ""
         teacher = problem.teacher or name
-        if teacher not in self._teachers:
+        if teacher not in named:
             asked = f"its data asks for teacher {teacher!r}, which" if problem.teacher else "its name"
             raise UserError(
-                f"task {name!r}: {asked} is none of teachers ({', '.join(self._teachers)}); name a teacher after the "
+                f"task {name!r}: {asked} is none of teachers ({', '.join(named)}); name a teacher after the "
                 "task, or let teacher_column of a PromptFile name one for each row"
             )
         return teacher

@@ -42,6 +42,10 @@ class Problem:
     """JSON schemas of the functions that the chat template tells the policy of."""
     teacher: str = ""
     """Which of several teachers is asked about it, by name; empty where an experiment has only one."""
+    teacher_prompt: str | tuple[Mapping[str, Any], ...] | None = None
+    """What only the teacher reads in place of the user's last turn, or in place of the whole conversation: a hint, a
+    worked solution, a system turn. A think block at its end is the teacher's own thinking before a non-thinking answer.
+    None: the teacher reads what the student reads."""
     details: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
     """What the task's own verifier needs besides the answer."""
     problem_id: str = dataclasses.field(init=False)
@@ -78,6 +82,18 @@ class Problem:
         if self.messages is None:
             return [{"role": "user", "content": self.prompt}]
         return [dict(message) for message in self.messages]
+
+    @property
+    def teacher_conversation(self) -> list[dict[str, Any]]:
+        """`conversation` as the teacher reads it."""
+        if self.teacher_prompt is None:
+            return self.conversation
+        if not isinstance(self.teacher_prompt, str):
+            return [dict(message) for message in self.teacher_prompt]
+        messages = self.conversation
+        last = max(place for place, message in enumerate(messages) if message["role"] == "user" or place == 0)
+        messages[last]["content"] = self.teacher_prompt
+        return messages
 
     @property
     def question_text(self) -> str:

@@ -68,6 +68,10 @@ class PromptFile:
     teacher_column: str | None = None
     """Of several teachers, column that names the one who is asked about a row; null, or no column, leaves it to the one
     that has the task's name."""
+    teacher_prompt_column: str | None = None
+    """Column of what only the teacher reads in place of the question, a text or a conversation; null for what the
+    student reads. The student's response is scored behind it. A think block at its end is the teacher's own thinking
+    before a non-thinking answer."""
     verifier: Verifier = "exact"
     """`exact`: the same text but for white space; `integer`: one whole number; `math`: the same mathematical object,
     see `distill.tasks.verifiers.equal_mathematics`. An answer that no text can equal is refused with its row."""
@@ -198,6 +202,7 @@ class PromptFile:
             solution=_solution(where, self.solution_column, row) or (thinking or "").strip() or None,
             family=_name(where, self.family_column, row) or family,
             teacher=_name(where, self.teacher_column, row) or "",
+            teacher_prompt=_teacher_prompt(where, self.teacher_prompt_column, row),
             mode=mode,
             messages=messages,
             tools=checked_tools(where, self.tools_column, row[self.tools_column]) if self.tools_column else None,
@@ -207,7 +212,8 @@ class PromptFile:
         """The columns that are read, and of each what else can be done where a row lacks it."""
         question = self.prompt_column if self.messages_column is None else self.messages_column
         others = (self.tools_column, self.solution_column if solutions else None, self.family_column, self.mode_column)
-        remedies = dict.fromkeys((question, *others, self.teacher_column), "") | {
+        others += self.teacher_column, self.teacher_prompt_column
+        remedies = dict.fromkeys((question, *others), "") | {
             self.answer_column: "; give null in a row without an answer, or set answer_column to None for all"
         }
         return {column: remedy for column, remedy in remedies.items() if column is not None}
@@ -231,6 +237,15 @@ def _solution(where: str, column: str | None, row: Mapping[str, Any]) -> str | N
         return None
     thinking, text = split_response(checked_text(where, column, row[column]))
     return text if thinking is None else thinking
+
+
+def _teacher_prompt(
+    where: str, column: str | None, row: Mapping[str, Any]
+) -> str | tuple[Mapping[str, Any], ...] | None:
+    if column is None or row[column] is None:
+        return None
+    value = row[column]
+    return checked_text(where, column, value) if isinstance(value, str) else checked_messages(where, column, value)
 
 
 def _name(where: str, column: str | None, row: Mapping[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,39 @@ def prompt_ids(problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_f
     holds a token that ends turns, as prompts do to which a chat template was applied already, or where the template
     leaves the problem's tools out.
     """
-    messages = problem.conversation
+    return _prompt_ids(problem, problem.conversation, mode, tokenizer, flag_fraction)
+
+
+def teacher_prompt_ids(
+    problem: Problem, mode: Mode, tokenizer: ChatTokenizer, *, flag_fraction: float = 0.0
+) -> list[int]:
+    """What the teacher reads before the response: `prompt_ids`, unless the problem has a prompt of its own for it.
+
+    Raises UserError as `prompt_ids`, or where the teacher's own thinking would stand before a response that begins with
+    a think block itself.
+    """
+    messages = problem.teacher_conversation
+    turn = messages[-1]
+    before, start, rest = str(turn.get("content", "")).partition(THINK_START)
+    if problem.teacher_prompt is None or not start:
+        return _prompt_ids(problem, messages, mode, tokenizer, flag_fraction)
+    thinking, end, after = rest.partition(THINK_END)
+    whose = f"problem {problem.problem_id} of family {problem.family!r}"
+    if not end or after.strip():
+        raise UserError(f"{whose}: its teacher_prompt has a think block that does not end it; put it last and close it")
+    if mode == THINKING or _flagged(problem, flag_fraction, tokenizer):
+        raise UserError(
+            f"{whose}: its teacher_prompt ends with a think block, which takes the place of the empty one before a "
+            "non-thinking answer; ask in non_thinking mode without flags: modes.thinking_fraction 0, "
+            "modes.flag_fraction 0, evaluation.modes ('non_thinking',)"
+        )
+    turn["content"] = before.rstrip()
+    return _prompt_ids(problem, messages, THINKING, tokenizer, 0) + tokenizer.thinking_ids(thinking.strip("\n"))
+
+
+def _prompt_ids(
+    problem: Problem, messages: list[dict[str, Any]], mode: Mode, tokenizer: ChatTokenizer, flag_fraction: float
+) -> list[int]:
     for message in messages:
         _require_none_of(_ends(tokenizer), problem, f"{message['role']} turn", str(message.get("content", "")))
     # Without any, but by the same one of several templates.

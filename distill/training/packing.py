@@ -14,6 +14,7 @@ from typing import Any, Protocol, SupportsIndex, TypeVar
 
 import grain
 import numpy as np
+from jaxtyping import Int32
 
 from qwen3.errors import UserError
 from qwen3.rollout import THINKING, Rollout, first_fit_rows
@@ -172,6 +173,23 @@ def pack_rollouts(
         batch["positions"][row, place] = np.arange(document_length)
         batch["segment_ids"][row, place] = documents[row]
     return batch
+
+
+def read_at(rollout: Rollout, read: Rollout) -> Int32[np.ndarray, "T"]:
+    """Of each position of a rollout, the position at which the same response stands after another prompt; that is read
+    from the last token of the prompt on."""
+    return np.maximum(np.arange(len(rollout.tokens)) + read.prompt_length - rollout.prompt_length, 0).astype(np.int32)
+
+
+def places_read(packed: Batch, read: Batch) -> Int32[np.ndarray, "B T"]:
+    """Where in `read`, rows of the same documents after other prompts, each trained position of `packed` stands, which
+    has `read_at`; T at all others."""
+    rows, length = packed["tokens"].shape
+    starts = np.zeros((rows, length + 1), np.int32)
+    row, column = np.nonzero((read["positions"] == 0) & (read["segment_ids"] > 0))
+    starts[row, read["segment_ids"][row, column]] = column
+    found = np.take_along_axis(starts, packed["segment_ids"], axis=1) + packed["read_at"]
+    return np.where(packed["loss_mask"], found, length).astype(np.int32)
 
 
 def rows_needed(lengths: Sequence[int], length: int) -> int:

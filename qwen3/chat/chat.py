@@ -169,13 +169,21 @@ class ChatTokenizer:
             raise ValueError(
                 f"thinking: {thinking!r} in {mode} mode; pass text, possibly empty, in thinking mode and None otherwise"
             )
-        text = self._turns.lead + answer if thinking is None else join_response(thinking, answer)
-        if self.starts_in_thinking(mode):
-            line_end = "\n" if self._turns.openings[mode].endswith("\n") else ""
-            text = text.removeprefix(THINK_START + line_end)
+        text = self._turns.lead + answer if thinking is None else self._opened(join_response(thinking, answer), mode)
         if self._turns.end is None:
             raise self._endless()
         return self._behind(f"?{self._turns.openings[mode]}", text + self._turns.end)
+
+    def thinking_ids(self, thinking: str) -> list[int]:
+        """Ids that continue `prompt_ids` of thinking mode as worked thinking, up to where the answer begins."""
+        return self._behind(f"?{self._turns.openings[THINKING]}", self._opened(join_response(thinking, ""), THINKING))
+
+    def _opened(self, response: str, mode: Mode) -> str:
+        """A response with thinking, without the mark that the prompt has opened its block with, if it has."""
+        if not self.starts_in_thinking(mode):
+            return response
+        line_end = "\n" if self._turns.openings[mode].endswith("\n") else ""
+        return response.removeprefix(THINK_START + line_end)
 
     def split_response_ids(self, ids: Sequence[int], mode: Mode) -> tuple[str | None, str]:
         """`split_response` for sampled ids: stop and other special tokens are dropped first."""
