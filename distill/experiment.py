@@ -16,6 +16,7 @@ from distill.evaluation.evaluate import Evaluation
 from distill.rewards.reward import Reward, reward_name, reward_source
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.tasks import Arithmetic, PromptFile, ReasoningGym
+from distill.tasks.mixture import TaskMixture
 from qwen3.checkpoint.quantisation import Quantisation
 from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
@@ -201,6 +202,10 @@ class Experiment:
     def all_teachers(self) -> Mapping[str, Teacher]:
         """All teachers by name, an only one by the empty name; none where no stage learns from one."""
         return self.teachers if self.teacher is None else {"": self.teacher}
+
+    def mixture(self) -> TaskMixture:
+        """The tasks as one source of problems, each with the teacher that is asked about it and what that one reads."""
+        return TaskMixture(self.tasks, {name: teacher.prompt for name, teacher in self.all_teachers.items()})
 
     @property
     def compares(self) -> bool:

@@ -13,7 +13,6 @@ from rich.console import Console
 from distill.monitor.progress import Progress
 from distill.runner.experiment_file import load_experiment
 from distill.runner.preflight import preflight
-from distill.tasks.mixture import TaskMixture
 from qwen3.chat.chat import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,8 +74,9 @@ def test_an_example_would_begin(name: str, folder: Path, first_run: str, monkeyp
     monkeypatch.syspath_prepend(str(folder))
     experiment = load_experiment(Path(f"{name}.py"))
     mesh, teacher_mesh = experiment.meshes(jax.devices()[: 2 if name == "own_mesh" else 1])
-    source = experiment.teacher.path if experiment.teacher else experiment.student.tokenizer_folder
-    tokenizer, tasks = ChatTokenizer.from_folder(source), TaskMixture(experiment.tasks)
+    teachers = [teacher.path for teacher in experiment.all_teachers.values()]
+    tokenizer = ChatTokenizer.from_folder((*teachers, experiment.student.tokenizer_folder)[0])
+    tasks = experiment.mixture()
     preflight(experiment, mesh, teacher_mesh, tokenizer, tasks, Progress(Console(quiet=True)))
 
 

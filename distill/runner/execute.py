@@ -29,7 +29,6 @@ from distill.runner.teachers import Teachers, check_one_tokenizer
 from distill.stages import Grpo, Stage
 from distill.stages.context import RunContext, StopRequest
 from distill.stages.loop import Spent, trained_model
-from distill.tasks.mixture import TaskMixture
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.config import ModelConfig
@@ -49,7 +48,7 @@ def execute(
         first_says(lambda: check_export_record(directory))
         mesh, teacher_mesh = experiment.meshes()
         tokenizer = _tokenizer(experiment, run.began)
-        tasks = TaskMixture(experiment.tasks, {name: one.prompt for name, one in experiment.all_teachers.items()})
+        tasks = experiment.mixture()
         agreements = _agreements(experiment, tokenizer, run.began)
         finished = [name for name in experiment.stages if run.cost(name) is not None]
         preflight(experiment, mesh, teacher_mesh, tokenizer, tasks, progress, finished)

@@ -29,6 +29,7 @@ from qwen3.field_types import Count, Problems, check_fields
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
 from qwen3.rollout import THINKING, Mode
+from teacher.identity import tokenizer_hashes
 from teacher.scored_rollout import ScoredRollout, after_prompt
 from teacher.scoring import Scorer
 from teacher.served import ServedModel, ServedScorer
@@ -174,6 +175,7 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     identity = {
         "teacher": fingerprints.get("", fingerprints), "top_k": stage.top_k, "sampled_tokens": stage.sampled_tokens,
         "seed": seed, "prompts": prompts, "sampling": sampling, "batch_size": stage.batch_size,
+        "tokenizer": tokenizer_hashes(context.tokenizer.folder)[0],
     }  # fmt: skip
     require_same(f"the prompts of stage {name}", prompts.encode)
 

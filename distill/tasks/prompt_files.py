@@ -211,8 +211,11 @@ class PromptFile:
     def _columns(self, *, solutions: bool) -> Mapping[str, str]:
         """The columns that are read, and of each what else can be done where a row lacks it."""
         question = self.prompt_column if self.messages_column is None else self.messages_column
-        others = (self.tools_column, self.solution_column if solutions else None, self.family_column, self.mode_column)
-        others += self.teacher_column, self.teacher_prompt_column
+        solution_column = self.solution_column if solutions else None
+        others = (
+            self.tools_column, solution_column, self.family_column, self.mode_column, self.teacher_column,
+            self.teacher_prompt_column,
+        )  # fmt: skip
         remedies = dict.fromkeys((question, *others), "") | {
             self.answer_column: "; give null in a row without an answer, or set answer_column to None for all"
         }

@@ -1,4 +1,4 @@
-"""Where off-policy targets are kept; `python -m teacher.store show|stats|verify DIR` looks into one."""
+"""Where off-policy targets are kept; `python -m teacher.store show|stats|verify|merge DIR` looks into one."""
 
 from teacher.store.target_store import TargetStore, TargetStoreWriter
 

@@ -1,4 +1,5 @@
-"""`python -m teacher.store show|stats|verify DIR`: what a target store holds, in numbers, and whether it is whole."""
+"""`python -m teacher.store show|stats|verify|merge DIR`: what a target store holds, whether it is whole, several as
+one."""
 
 import argparse
 import collections
@@ -13,7 +14,7 @@ import numpy as np
 from qwen3.commands import OneLineParser, reported, spell_out
 from qwen3.errors import UserError
 from teacher.scored_rollout import ScoredRollout
-from teacher.store.target_store import TargetStore
+from teacher.store.target_store import TargetStore, merged
 
 _DESCRIPTION = """\
 Look into a store of a teacher's targets, such as runs/NAME/targets/STAGE.
@@ -21,6 +22,7 @@ Look into a store of a teacher's targets, such as runs/NAME/targets/STAGE.
   python -m teacher.store show DIR      whose targets they are, how many, and the first record's
   python -m teacher.store stats DIR     sizes, lengths, and how much of the teacher's mass is kept
   python -m teacher.store verify DIR    reads every byte and compares hashes
+  python -m teacher.store merge DIR DIR --to NEW    all records of stores of one teacher, in a new store
 """
 _EPILOGUE = """\
 --json gives the same as one JSON object. Exit status: 0 done; 2 the store is damaged, unfinished or not there, said
@@ -42,15 +44,22 @@ def _main(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("command", choices=("show", "stats", "verify"), help="what to do")
-    parser.add_argument("directory", metavar="DIR", help="the store")
+    parser.add_argument("command", choices=("show", "stats", "verify", "merge"), help="what to do")
+    parser.add_argument("directories", metavar="DIR", nargs="+", help="the store; to merge, all of them")
+    parser.add_argument("--to", metavar="NEW", help="where merged stores go")
     parser.add_argument("--record", metavar="N", type=int, default=0, help="the record to show (default: 0)")
     parser.add_argument("--json", action="store_true", help="for machines")
     own = parser.parse_args(arguments)
-    store = TargetStore.open(Path(own.directory), verify_digests=own.command == "verify")
+    directories = [Path(one) for one in own.directories]
+    if (own.command == "merge") != (own.to is not None):
+        raise UserError("merge needs --to NEW, and nothing else does")
+    if (own.command == "merge") != (len(directories) > 1):
+        raise UserError(f"{own.command} was given {len(directories)} stores; merge takes several, all else one")
+    stores = [TargetStore.open(one, verify_digests=own.command == "verify") for one in directories]
+    store = stores[0] if own.command != "merge" else merged(stores, own.to)
     if own.command == "show":
         found = shown(store, own.record)
-    elif own.command == "stats":
+    elif own.command in ("stats", "merge"):
         found = statistics(store)
     else:
         found = verified(store)

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, SupportsIndex
@@ -19,7 +20,9 @@ from array_record.python import array_record_data_source, array_record_module
 from qwen3.errors import UserError
 from teacher.scored_rollout import ScoredRollout, decode, encode
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+_READ_FORMATS: Final = (1, FORMAT)
+"""Records say themselves how they are laid out; a store may have been begun in an earlier format."""
 INDEX_NAME: Final = "index.json"
 # zstd:1 takes a third off the ids at a few percent of the time a teacher needs; higher levels gain nothing.
 # Groups of one record are what makes a random read touch one record.
@@ -106,6 +109,27 @@ class TargetStoreWriter:
                 unfinished.unlink()
             raise UserError(f"shard {number} of target store {self.directory} cannot be written: {error}") from error
 
+    def copy_shard(self, number: int, source: "TargetStore", shard: int) -> None:
+        """Shard `shard` of another store as shard `number`, byte for byte, all or nothing.
+
+        Raises UserError where it does not match its hash, or where the disk refuses."""
+        entry, path = source.shards[shard], _shard_path(self.directory, number)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        try:
+            shutil.copyfile(_shard_path(source.directory, shard), unfinished)
+            if _durable_digest(unfinished) != entry["sha256"]:
+                raise UserError(
+                    f"target store shard {_shard_path(source.directory, shard)} does not match its SHA-256 in the "
+                    f"index; it was changed: restore it or delete {source.directory} and rewrite"
+                )
+            unfinished.rename(path)
+            shards = {**self._index["shards"], str(number): dict(entry)}
+            self._write_index({**self._index, "entries": source.entries, "shards": shards})
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise UserError(f"shard {number} of target store {self.directory} cannot be written: {error}") from error
+
     def finish(self) -> None:
         """Declares the store complete; raises ValueError when it is empty or a shard number is left out."""
         numbers = self.completed_shards()
@@ -136,6 +160,8 @@ class TargetStore:
         self.entries: int = index["entries"]
         """J, the teacher entries per token."""
         shards = [index["shards"][str(number)] for number in range(len(index["shards"]))]
+        self.shards: Sequence[Mapping[str, Any]] = shards
+        """What the index says of each."""
         self.tokens = sum(shard["tokens"] for shard in shards)
         self.targets = sum(shard["targets"] for shard in shards)
         """Positions that carry a target."""
@@ -209,6 +235,48 @@ class TargetStore:
         return f"TargetStore({os.fspath(self.directory)!r}, records={len(self)})"
 
 
+_SAME_TO_MERGE: Final = ("teacher", "tokenizer", "top_k", "sampled_tokens")
+
+
+def merged(stores: Sequence[TargetStore], directory: str | os.PathLike[str]) -> TargetStore:
+    """All records of several finished stores as one new store in `directory`; a merge that was cut off goes on.
+
+    Its identity has what all of them share, and `merged`, the identity of each. Raises UserError naming the stores and
+    what differs where they are of another teacher, tokenizer or kind of targets, or where two are the same.
+    """
+    first, *others = stores
+    for place, other in enumerate(others, start=1):
+        differing = [name for name in _SAME_TO_MERGE if first.identity.get(name) != other.identity.get(name)]
+        if differing or first.entries != other.entries:
+            what = "; ".join(
+                f"{name}: {_shown(first.identity.get(name))} and {_shown(other.identity.get(name))}"
+                for name in differing
+            )
+            raise UserError(
+                f"target stores {first.directory} and {other.directory} differ in "
+                f"{what or f'entries per token: {first.entries} and {other.entries}'}; merge only stores of one "
+                "teacher, tokenizer and kind of targets"
+            )
+        if same := next((one for one in stores[:place] if one.identity == other.identity), None):
+            raise UserError(
+                f"target stores {same.directory} and {other.directory} hold the same prompts by the same seed; merge "
+                "each once"
+            )
+    shared = {name: first.identity[name] for name in _SAME_TO_MERGE if name in first.identity}
+    writer = TargetStoreWriter(directory, shared | {"merged": [dict(store.identity) for store in stores]})
+    if not writer.finished:
+        places = [(store, shard) for store in stores for shard in range(len(store.shards))]
+        for number, (store, shard) in enumerate(places):
+            if number not in writer.completed_shards():
+                writer.copy_shard(number, store, shard)
+        writer.finish()
+    return TargetStore.open(directory)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
 class _WholeShard(NamedTuple):
     """array_record's FileInstruction: with the count known, opening a store need not open every shard."""
 
@@ -232,7 +300,7 @@ def _read_index(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"target store index {path} cannot be read: {error}; restore it or delete {directory} and rewrite"
         ) from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    if not isinstance(index, dict) or index.get("format") not in _READ_FORMATS:
         raise UserError(f"target store index {path} is not of format {FORMAT}; rewrite the store with this version")
     if wrong := _wrong_in(index):
         raise UserError(f"target store index {path} is damaged: {wrong}; restore it or delete {directory} and rewrite")
