@@ -8,9 +8,11 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
@@ -18,14 +20,23 @@ from distill.experiment import Experiment, Teacher
 from distill.monitor.progress import Progress
 from distill.runner.execute import execute
 from distill.stages.stopping import StopRequest
+from distill.training.losses import Loss
+from distill.training.packing import pack_rollouts, rollout_example, scored_example
 from distill.training.train_state import TrainState
 from distill.training.train_step import Batch, StepResult, TrainStep
+from qwen3.chat.chat import ChatTokenizer
 from qwen3.checkpoint import hf
 from qwen3.errors import UserError
-from qwen3.sharding import MeshShape
+from qwen3.rollout import MODES, Rollout
+from qwen3.sharding import MeshShape, make_mesh
 from student.init import FromScratch
+from teacher.client import TeacherClient
+from teacher.scoring import Scorer
 from teacher.serve.app import Standing
 from teacher.serve.service import Service
+from teacher.served import ServedModel, ServedScorer
+from teacher.store import TargetStore, TargetStoreWriter
+from teacher.targets import TopK
 from tests.distill.faults import scalars
 from tests.distill.miniature import DENSE, make_teacher
 from tests.distill.miniature import experiment as miniature
@@ -154,6 +165,83 @@ def test_metrics_weights_and_store_equal_those_of_a_colocated_teacher(
         pytest.raises(UserError, match=r"serves another teacher than was expected: it differs in weights"),
     ):
         run(served_by(colocated, another), tmp_path / "service")
+
+
+@pytest.mark.long
+def test_every_placement_says_and_teaches_the_same(colocated: Experiment, service: Service, tmp_path: Path) -> None:
+    """Colocated, on devices of its own, behind a server and from a store: the same targets of the same rollouts, and
+    after 20 steps the same weights."""
+    assert colocated.teacher is not None
+    folder = colocated.teacher.path
+    here, there = (make_mesh(MeshShape(), jax.devices()[place : place + 1]) for place in (0, 1))
+    teacher = hf.load(folder, mesh=here)
+    tokenizer, rng = ChatTokenizer.from_folder(folder), np.random.default_rng(0)
+    rollouts = []
+    for number, (prompt, response) in enumerate(rng.integers(2, 40, (8, 2))):
+        length = int(prompt + response)
+        mask = (np.arange(length) >= prompt - 1) & (np.arange(length) < length - 1)
+        rollouts.append(
+            Rollout(
+                tokens=rng.integers(0, tokenizer.vocab_size, length).astype(np.int32), prompt_length=int(prompt),
+                loss_mask=mask, sampler_logprobs=np.zeros(length, np.float32), mode=MODES[number % 2],
+                prompt_id=str(number), sample_index=0, policy_step=0, finished=True,
+            )
+        )  # fmt: skip
+    with serving(Standing(service)) as url, contextlib.closing(TeacherClient([url])) as client:
+        scorers = {
+            "colocated": Scorer(teacher, here),
+            "own_mesh": Scorer(hf.load(folder, mesh=there), there, wanted_on=here),
+            "service": ServedScorer(ServedModel(client=client, config=teacher.config), here),
+        }
+        shape = {"rows": 4, "length": 120, "pad_id": tokenizer.pad_id}
+        scored = {name: scorer.score_rollouts(rollouts, k=8, **shape) for name, scorer in scorers.items()}
+        packed = pack_rollouts(rollouts, rows=8, length=120, to_example=rollout_example)
+        rows, mask = (packed["tokens"], packed["positions"], packed["segment_ids"]), packed["loss_mask"]
+        ids = rng.integers(0, tokenizer.vocab_size, (8, 120, 5)).astype(np.int32)
+        hidden = {name: scorer.hidden(*rows, mask) for name, scorer in scorers.items()}
+        at_ids = {name: scorer.at_ids(*rows, ids, mask, top_k=4) for name, scorer in scorers.items()}
+        heads = {name: scorer.head for name, scorer in scorers.items()}
+    writer = TargetStoreWriter(tmp_path / "store", {"teacher": "one"})
+    writer.write_shard(0, scored["colocated"])
+    writer.finish()
+    store = TargetStore.open(tmp_path / "store")
+    scored["store"] = [store[index] for index in range(len(store))]
+    for name, records in scored.items():
+        for one, other in zip(records, scored["colocated"], strict=True):
+            kept = one.rollout.loss_mask
+            np.testing.assert_array_equal(one.ids[kept], other.ids[kept])
+            # float32 sums in another order; a store keeps 16 bits.
+            tolerance = {"rtol": 2**-11} if name == "store" else {"atol": 2e-5}
+            np.testing.assert_allclose(one.logprobs[kept], other.logprobs[kept], **tolerance)
+            np.testing.assert_allclose(one.log_tail[kept], other.log_tail[kept], atol=2e-5)
+    for name in scorers:
+        np.testing.assert_allclose(
+            np.asarray(hidden[name].hidden)[mask], np.asarray(hidden["colocated"].hidden)[mask], atol=2e-5
+        )
+        np.testing.assert_array_equal(np.asarray(at_ids[name].ids)[mask], np.asarray(at_ids["colocated"].ids)[mask])
+        np.testing.assert_allclose(
+            np.asarray(at_ids[name].logprobs)[mask], np.asarray(at_ids["colocated"].logprobs)[mask], atol=2e-5
+        )
+
+    def taught(targets: Any, head: jax.Array | None, loss: str) -> list[np.ndarray]:
+        student = FromScratch(architecture=ONE_LAYER, tokenizer=folder).build(jax.random.key(1), here)
+        transformation = optax.adam(1e-3)
+        train = TrainStep(transformation=transformation, loss=Loss(name=loss), mesh=here, teacher_head=head)
+        state = TrainState.start(student, transformation, here)
+        for _ in range(20):
+            state, _ = train(state, [Batch.of(packed, targets)])
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(state.model)]
+
+    weights = {("hidden", name): taught(hidden[name], heads[name], "reverse_kl") for name in scorers}
+    weights |= {("ids", name): taught(at_ids[name], None, "reverse_kl") for name in scorers}
+    for name, records in scored.items():
+        arrays = pack_rollouts(records, rows=8, length=120, to_example=scored_example)
+        top = TopK(ids=arrays["target_ids"], logprobs=arrays["target_logprobs"], log_tail=arrays["target_log_tail"])
+        weights["top_k", name] = taught(top, None, "forward_kl")
+    for (kind, name), found in weights.items():
+        for one, other in zip(found, weights[kind, "colocated"], strict=True):
+            # Adam makes steps of 1e-3 of rounding where gradients are near nothing; 16 bits are coarser.
+            np.testing.assert_allclose(one, other, atol=2e-3 if name == "store" else 2e-4, err_msg=f"{kind} {name}")
 
 
 def test_what_the_server_does_not_take_is_said_before_anything_is_spent(
