@@ -379,17 +379,17 @@ class OwnRollouts:
         # What several teachers say comes in rows of their own.
         for teacher in named or ("",):
             if own := [record for record in records if record.rollout.teacher == teacher]:
-                number = {"teacher": named.index(teacher)} if named else {}
-                batches += self._packed(own, self._scorers.get(teacher), number)
+                whose = {"teacher": named.index(teacher)} if named else {}
+                batches += self._packed(own, self._scorers.get(teacher), whose)
         if self._teacher_mesh == self._context.mesh:
             # Without waiting, the teacher's time would be counted as the student's.
             jax.block_until_ready([batch.targets for batch in batches])
         return batches
 
     def _packed(
-        self, records: Sequence["_Record"], scorer: Scorer | ServedScorer | None, number: Mapping[str, int]
+        self, records: Sequence["_Record"], scorer: Scorer | ServedScorer | None, whose: Mapping[str, int]
     ) -> Iterator[Batch]:
-        """Microbatches of what one teacher, if there is any, is asked about; `number` says which one."""
+        """Microbatches of what one teacher, if there is any, is asked about; of several, `whose` has its number."""
         rows, length = self._stage.training.rows, self._stage.training.row_length
         rooms = [len(record.rollout.tokens) for record in records]
         if self._places is not None:
@@ -410,7 +410,7 @@ class OwnRollouts:
                 documents, rows=needed, length=length, one_per_row=False, to_example=to_example, rooms=rooms
             )
 
-        packed = rows_of(records, lambda record: record.example(number))
+        packed = rows_of(records, lambda record: record.example(whose))
         read = None if views is None else rows_of(views, rollout_example)
         for first in range(0, needed, rows):
             arrays = {name: array[first : first + rows] for name, array in packed.items()}
@@ -428,12 +428,11 @@ class OwnRollouts:
         """The rollouts after the prompts that the teacher reads; None where it reads the student's."""
         if not self._hinted:
             return None
-        fraction, views = self._stage.modes.flag_fraction, []
-        for rollout, *_ in records:
-            problem = self._hinted.get(rollout.prompt_id)
-            if problem is not None:
+        fraction, views = self._stage.modes.flag_fraction, [record.rollout for record in records]
+        for place, rollout in enumerate(views):
+            if problem := self._hinted.get(rollout.prompt_id):
                 ids = teacher_prompt_ids(problem, rollout.mode, self._context.tokenizer, flag_fraction=fraction)
-            views.append(rollout if problem is None else with_prompt(rollout, ids))
+                views[place] = with_prompt(rollout, ids)
         return views
 
     def _targets(
@@ -540,9 +539,9 @@ class _Record(NamedTuple):
     read: Rollout | None = None
     """The rollout after the prompt that the teacher reads; None where that is the student's."""
 
-    def example(self, number: Mapping[str, int]) -> Example:
+    def example(self, whose: Mapping[str, int]) -> Example:
         arrays = dict(self.per_token)
-        arrays |= {name: np.full(len(self.rollout.tokens), value, np.uint8) for name, value in number.items()}
+        arrays |= {name: np.full(len(self.rollout.tokens), value, np.uint8) for name, value in whose.items()}
         if self.student_ids is not None:
             arrays[_ASKED] = with_sampled(self.rollout, self.student_ids)
         if self.read is not None:
