@@ -14,6 +14,8 @@ from rich.console import Console
 
 from distill.experiment import Experiment
 from distill.monitor.progress import Progress
+from distill.planner.programs import programs
+from distill.planner.whole_run import Assumptions, stage_plans
 from distill.runner.execute import execute
 from distill.stages import OnPolicy
 from distill.stages.ahead import Written
@@ -124,6 +126,29 @@ def test_ids_are_kept_with_the_rollouts_bit_for_bit() -> None:
 def test_more_ids_than_tokens_are_refused() -> None:
     with pytest.raises(UserError, match=r"targets\.k is 0"):
         StudentTopK(k=0)
+
+
+def test_a_plan_knows_the_pass_that_finds_the_ids_and_what_is_sent() -> None:
+    base = quickstart.config()
+    stage = base.stages["on_policy"]
+    assert isinstance(stage, OnPolicy)
+    assert base.teacher is not None
+    experiment = dataclasses.replace(
+        base,
+        teacher=None,
+        teachers={"arithmetic": base.teacher, "other": dataclasses.replace(base.teacher, dtype="bfloat16")},
+        stages={"on_policy": dataclasses.replace(stage, targets=StudentTopK(k=16))},
+        evaluation=dataclasses.replace(base.evaluation, problems=0),
+    )
+    planned = programs(experiment, jax.devices()[:1])
+    purposes = {one.purpose: one for one in planned}
+    assert {"student_scores", "teacher_scores", "student_trains"} <= purposes.keys()
+    assert len(purposes["student_trains"].beside["other teachers"]) == 1
+    (plan,) = stage_plans(experiment, planned, Assumptions())
+    microbatches = plan.calls["student_trains"]
+    assert plan.calls["teacher_scores"] == microbatches
+    assert plan.calls["student_scores"] > 0
+    assert plan.bytes_moved == microbatches * stage.training.rows * stage.training.row_length * 33 * 8
 
 
 @pytest.mark.long

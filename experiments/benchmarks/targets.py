@@ -1,19 +1,21 @@
-"""How far a divergence at the student's own ids is from that over the whole vocabulary, in nats a token.
+"""How far a divergence from coarser targets is from that over the whole vocabulary, in nats a token, and their bytes.
 
-    python -m experiments.benchmarks.student_top_k [--student runs/NAME/export]
-    python -m experiments.benchmarks.student_top_k --synthetic
+    python -m experiments.benchmarks.targets [--student runs/NAME/export]
+    python -m experiments.benchmarks.targets --synthetic
 
-prints a line of JSON for each text, divergence and k. Texts are the student's own answers to held-out problems of the
-quickstart, as on-policy distillation samples them. With `--synthetic` the vocabulary has 151,936 tokens, and both
-models' distributions have Zipf's heavy tail: logits are minus the logarithm of a token's rank, plus a context's
-preference for some tokens, plus a difference between student and teacher. `bias_nats` is what the one bucket for all
-tokens that are not named hides; it is never negative. `gradient_cosine` compares the gradients by the student's hidden
-states of all positions.
+prints a line of JSON for each text, kind of target and divergence: at the student's own ids (`StudentTopK`), at the
+teacher's likeliest tokens as a server sends them, and at these as a store keeps them, in 16 bits. Texts are the
+student's own answers to held-out problems of the quickstart, at the settings of its evaluation. With `--synthetic` the
+vocabulary has 151,936 tokens, and both models' distributions have Zipf's heavy tail: logits are minus the logarithm of
+a token's rank, plus a context's preference for some tokens, plus a difference between student and teacher. `bias_nats`
+is what the one bucket for all tokens that are not named hides. `gradient_cosine` compares the gradients by the
+student's hidden states of all positions.
 """
 
 import dataclasses
 import functools
 import json
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,11 +31,15 @@ from experiments.benchmarks.machine import machine
 from experiments.benchmarks.quantised_teacher import Solving, padded
 from experiments.quickstart import STUDENT, TEACHER
 from qwen3.checkpoint import hf
-from qwen3.rollout import MODES
-from teacher.targets import Hidden, Targets, at_ids_targets, following_tokens, top_k_targets
+from qwen3.rollout import MODES, THINKING, Rollout
+from teacher.scored_rollout import ScoredRollout
+from teacher.store import TargetStore, TargetStoreWriter
+from teacher.targets import Hidden, Targets, TopK, at_ids_targets, following_tokens, top_k_targets
 
 VOCABULARY = 151_936
 _POSITIONS, _WIDTH = 256, 64
+_ENTRY_BYTES = 8
+"""An id and a log-probability, as a server sends them."""
 LOSSES = (Loss(name="forward_kl"), Loss(name="reverse_kl"), Loss(name="jsd", weight=0.5))
 
 
@@ -47,6 +53,10 @@ class Arguments:
     """Held-out problems, each asked in both modes."""
     ks: tuple[int, ...] = (1, 4, 16, 64)
     """Likeliest tokens of student and teacher."""
+    sent: int = 64
+    """The teacher's likeliest tokens that a server sends."""
+    stored: int = 24
+    """Those that a store keeps."""
     synthetic: bool = False
     """Take made-up distributions over 151,936 tokens instead."""
 
@@ -66,8 +76,8 @@ class Pair:
 def main(arguments: Arguments) -> None:
     pairs = [("synthetic", synthetic())] if arguments.synthetic else quickstart(arguments.student, arguments.problems)
     for text, pair in pairs:
-        for row in measured(pair, arguments.ks):
-            print(json.dumps({"benchmark": "student_top_k", "text": text} | row | machine()), flush=True)
+        for row in measured(pair, arguments):
+            print(json.dumps({"benchmark": "targets", "text": text} | row | machine()), flush=True)
 
 
 def quickstart(folder: str, problems: int) -> Iterator[tuple[str, Pair]]:
@@ -117,32 +127,62 @@ def synthetic(vocabulary: int = VOCABULARY, positions: int = _POSITIONS, width: 
     )
 
 
-def measured(pair: Pair, ks: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Every divergence by the whole vocabulary and by each k."""
+def measured(pair: Pair, arguments: Arguments) -> Iterator[dict[str, Any]]:
+    """Every divergence from every kind of target."""
     weights = jnp.asarray(pair.mask / pair.mask.sum(), jnp.float32)
     whole = Hidden(hidden=pair.teacher_hidden)
-    supports = {k: _support(pair, k) for k in ks}
+    width = pair.teacher_hidden.shape[-1]
+    kinds = {f"student's {k}": (_at_students_ids(pair, k), _ENTRY_BYTES * (2 * k + 1) + 4.0) for k in arguments.ks}
+    kinds[f"teacher's {arguments.sent}"] = (
+        top_k_targets(pair.teacher_hidden, pair.teacher_head, arguments.sent),
+        _ENTRY_BYTES * arguments.sent + 4.0,
+    )
+    kinds[f"stored {arguments.stored}"] = stored(pair, arguments.stored)
     for loss in LOSSES:
         (exact, statistics), slopes = _with_gradient(loss, pair, whole, weights, pair.teacher_head)
-        for k, targets in supports.items():
+        yield {"targets": "hidden", "loss": loss.name, "nats": float(exact), "bytes_a_token_in_bfloat16": 2 * width}
+        for kind, (targets, size) in kinds.items():
             (coarse, named), own = _with_gradient(loss, pair, targets, weights, None)
             yield {
+                "targets": kind,
                 "loss": loss.name,
-                "k": k,
                 "positions": int(pair.mask.sum()),
                 "student_entropy_nats": _mean(statistics["student_entropy"], pair.mask),
-                "student_support_mass": _mean(named["student_support_mass"], pair.mask),
-                "whole_nats": float(exact),
-                "ids_nats": float(coarse),
+                "student_mass_outside": 1 - _mean(named["student_support_mass"], pair.mask),
+                "nats": float(coarse),
                 "bias_nats": float(exact - coarse),
                 "gradient_cosine": float(jnp.vdot(slopes, own) / jnp.linalg.norm(slopes) / jnp.linalg.norm(own)),
+                "bytes_a_token": size,
             }
 
 
-def _support(pair: Pair, k: int) -> Targets:
+def _at_students_ids(pair: Pair, k: int) -> Targets:
     likeliest = top_k_targets(pair.hidden, pair.head, k).ids
     asked = jnp.concatenate((likeliest, pair.sampled[..., None]), axis=-1)
     return at_ids_targets(pair.teacher_hidden, pair.teacher_head, asked, top_k=k)
+
+
+def stored(pair: Pair, k: int) -> tuple[TopK, float]:
+    """The teacher's k likeliest tokens as they come back from a store, and its bytes a position with a target."""
+    top = jax.device_get(top_k_targets(pair.teacher_hidden, pair.teacher_head, k))
+    records = []
+    for row, mask in enumerate(pair.mask):
+        length = len(mask)
+        rollout = Rollout(
+            tokens=np.asarray(pair.sampled[row], np.int32), prompt_length=1, loss_mask=mask,
+            sampler_logprobs=np.zeros(length, np.float32), mode=THINKING, prompt_id=str(row), sample_index=0,
+            policy_step=0, finished=True,
+        )  # fmt: skip
+        said = {"ids": top.ids[row], "logprobs": top.logprobs[row], "log_tail": top.log_tail[row]}
+        records.append(ScoredRollout(rollout=rollout, **said))
+    with tempfile.TemporaryDirectory() as folder:
+        writer = TargetStoreWriter(folder, {"teacher": "benchmark"})
+        writer.write_shard(0, records)
+        writer.finish()
+        store = TargetStore.open(folder)
+        read = [store[index] for index in range(len(store))]
+    arrays = {name: np.stack([getattr(record, name) for record in read]) for name in ("ids", "logprobs", "log_tail")}
+    return TopK(**arrays), store.size_bytes / store.targets
 
 
 def _with_gradient(loss: Loss, pair: Pair, targets: Targets, weights: Array, teacher_head: Array | None) -> Any:
