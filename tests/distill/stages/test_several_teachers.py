@@ -81,7 +81,8 @@ def evaluated(directory: Path) -> dict[str, dict[str, Any]]:
     return {row["model"]: row for row in json.loads((directory / "report.json").read_text())["rows"]}
 
 
-def test_each_is_asked_about_its_own_problems(
+@pytest.mark.long
+def test_equal_ones_teach_what_one_teaches(
     alone: Experiment, folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
@@ -100,6 +101,8 @@ def test_each_is_asked_about_its_own_problems(
     for model in ("student_initial", "off_policy", "on_policy"):
         assert other[model]["forward_kl"] == pytest.approx(one[model]["forward_kl"], rel=1e-4)
 
+
+def test_each_is_asked_about_its_own_problems(alone: Experiment, folders: tuple[str, str], tmp_path: Path) -> None:
     different = run(with_teachers(alone, sums=folders[0], more=folders[1]), tmp_path / "different")
     assert all({"accuracy/sums", "accuracy/more"} <= different["on_policy", step].keys() for step in (1, 2))
     rows = evaluated(tmp_path / "different")
