@@ -120,7 +120,7 @@ def test_a_run_learns_what_the_teacher_says_behind_its_own_prompt(
     hint = "{prompt} It is {answer}."
     whole = miniature(folder)
     off_policy, on_policy = whole.stages["off_policy"], whole.stages["on_policy"]
-    training = dataclasses.replace(on_policy.training, steps=1, rows=4, row_length=128)
+    training = dataclasses.replace(on_policy.training, steps=1, rows=8, row_length=128)
     on_policy = dataclasses.replace(
         on_policy, prompts_per_step=5, training=training, targets=targets, max_prompt_tokens=92
     )
