@@ -8,6 +8,7 @@ that the student gives without; only the student's answers are trained.
 """
 
 import dataclasses
+from typing import Any
 
 from distill import Experiment, FromCheckpoint, ModeMix, OnPolicy, Teacher
 from experiments import quickstart
@@ -20,7 +21,7 @@ def config() -> Experiment:
     base = quickstart.config()
     on_policy = base.stages["on_policy"]
     assert isinstance(on_policy, OnPolicy)
-    limits = {"thinking": policy_non_thinking(), "max_prompt_tokens": HINTED_PROMPT_TOKENS}
+    limits: dict[str, Any] = {"thinking": policy_non_thinking(), "max_prompt_tokens": HINTED_PROMPT_TOKENS}
     stage = dataclasses.replace(on_policy, modes=ModeMix(thinking_fraction=0, flag_fraction=0), **limits)
     return dataclasses.replace(
         base,

@@ -108,7 +108,9 @@ class Written:
             rewards=kept.get("rewards", ()),
             failed=kept.get("failed", ()),
             replaced=[Outcome(**one) for one in kept.get("replaced", ())],
-            **{name: per_token(name) for name in _PER_TOKEN},
+            old_logprobs=per_token("old_logprobs"),
+            reference_logprobs=per_token("reference_logprobs"),
+            student_ids=per_token("student_ids"),
         )
 
 

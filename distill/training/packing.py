@@ -181,7 +181,7 @@ def read_at(rollout: Rollout, read: Rollout) -> Int32[np.ndarray, "T"]:
     return np.maximum(np.arange(len(rollout.tokens)) + read.prompt_length - rollout.prompt_length, 0).astype(np.int32)
 
 
-def places_read(packed: Batch, read: Batch) -> Int32[np.ndarray, "B T"]:
+def places_read(packed: Mapping[str, np.ndarray], read: Mapping[str, np.ndarray]) -> Int32[np.ndarray, "B T"]:
     """Where in `read`, rows of the same documents after other prompts, each trained position of `packed` stands, which
     has `read_at`; T at all others."""
     rows, length = packed["tokens"].shape

@@ -181,7 +181,9 @@ def stored(pair: Pair, k: int) -> tuple[TopK, float]:
         writer.finish()
         store = TargetStore.open(folder)
         read = [store[index] for index in range(len(store))]
-    arrays = {name: np.stack([getattr(record, name) for record in read]) for name in ("ids", "logprobs", "log_tail")}
+    arrays: dict[str, Any] = {
+        name: np.stack([getattr(record, name) for record in read]) for name in ("ids", "logprobs", "log_tail")
+    }
     return TopK(**arrays), store.size_bytes / store.targets
 
 
