@@ -7,9 +7,9 @@ prints a line of JSON for each text, kind of target and divergence: at the stude
 teacher's likeliest tokens as a server sends them, and at these as a store keeps them, in 16 bits. Texts are the
 student's own answers to held-out problems of the quickstart, at the settings of its evaluation. With `--synthetic` the
 vocabulary has 151,936 tokens, and both models' distributions have Zipf's heavy tail: logits are minus the logarithm of
-a token's rank, plus a context's preference for some tokens, plus a difference between student and teacher. `bias_nats`
-is what the one bucket for all tokens that are not named hides. `gradient_cosine` compares the gradients by the
-student's hidden states of all positions.
+a token's rank, plus a context's preference for some tokens, plus a difference between student and teacher, all
+multiplied by `--sharpness`. `bias_nats` is what the one bucket for all tokens that are not named hides.
+`gradient_cosine` compares the gradients by the student's hidden states of all positions.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ from teacher.targets import Hidden, Targets, TopK, at_ids_targets, following_tok
 
 VOCABULARY = 151_936
 _POSITIONS, _WIDTH = 256, 64
+_STORED_TARGETS = 20_000
 _ENTRY_BYTES = 8
 """An id and a log-probability, as a server sends them."""
 LOSSES = (Loss(name="forward_kl"), Loss(name="reverse_kl"), Loss(name="jsd", weight=0.5))
@@ -59,6 +60,8 @@ class Arguments:
     """Those that a store keeps."""
     synthetic: bool = False
     """Take made-up distributions over 151,936 tokens instead."""
+    sharpness: float = 2.0
+    """What their logits are multiplied by: at 1 their entropy is 5 nats, as of a language model without a context."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,11 @@ class Pair:
 
 
 def main(arguments: Arguments) -> None:
-    pairs = [("synthetic", synthetic())] if arguments.synthetic else quickstart(arguments.student, arguments.problems)
+    pairs = (
+        [(f"synthetic, sharpness {arguments.sharpness:g}", synthetic(arguments.sharpness))]
+        if arguments.synthetic
+        else quickstart(arguments.student, arguments.problems)
+    )
     for text, pair in pairs:
         for row in measured(pair, arguments):
             print(json.dumps({"benchmark": "targets", "text": text} | row | machine()), flush=True)
@@ -102,8 +109,8 @@ def quickstart(folder: str, problems: int) -> Iterator[tuple[str, Pair]]:
         )
 
 
-def synthetic(vocabulary: int = VOCABULARY, positions: int = _POSITIONS, width: int = _WIDTH) -> Pair:
-    """Zipf's law with exponent 1, contexts that prefer some tokens by a few nats, and a student half a nat off."""
+def synthetic(sharpness: float, vocabulary: int = VOCABULARY, positions: int = _POSITIONS, width: int = _WIDTH) -> Pair:
+    """Zipf's law with exponent `sharpness`, contexts that prefer some tokens by a few nats, and a student half a nat off."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(vocabulary, width)) / np.sqrt(width)
     zipf = -np.log1p(np.arange(vocabulary))[:, None]
@@ -113,7 +120,8 @@ def synthetic(vocabulary: int = VOCABULARY, positions: int = _POSITIONS, width: 
     one = np.ones((1, positions, 1))
     head = jnp.asarray(np.concatenate((features, zipf), axis=1), jnp.float32)
     hidden, teacher_hidden = (
-        jnp.asarray(np.concatenate((states, one), axis=-1), jnp.float32) for states in (context + off, context)
+        jnp.asarray(sharpness * np.concatenate((states, one), axis=-1), jnp.float32)
+        for states in (context + off, context)
     )
     logits = np.einsum("TD,VD->TV", np.asarray(hidden[0], np.float64), np.asarray(head, np.float64))
     gumbel = rng.gumbel(size=logits.shape)
@@ -177,10 +185,11 @@ def stored(pair: Pair, k: int) -> tuple[TopK, float]:
         records.append(ScoredRollout(rollout=rollout, **said))
     with tempfile.TemporaryDirectory() as folder:
         writer = TargetStoreWriter(folder, {"teacher": "benchmark"})
-        writer.write_shard(0, records)
+        # So many that a file's own blocks of 64 KiB do not count.
+        writer.write_shard(0, records * -(-_STORED_TARGETS // int(pair.mask.sum())))
         writer.finish()
         store = TargetStore.open(folder)
-        read = [store[index] for index in range(len(store))]
+        read = [store[index] for index in range(len(records))]
     arrays: dict[str, Any] = {
         name: np.stack([getattr(record, name) for record in read]) for name in ("ids", "logprobs", "log_tail")
     }

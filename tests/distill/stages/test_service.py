@@ -223,14 +223,17 @@ def test_every_placement_says_and_teaches_the_same(colocated: Experiment, servic
             np.asarray(at_ids[name].logprobs)[mask], np.asarray(at_ids["colocated"].logprobs)[mask], atol=2e-5
         )
 
-    def taught(targets: Any, head: jax.Array | None, loss: str) -> list[np.ndarray]:
+    def taught(targets: Any, head: jax.Array | None, loss: str) -> np.ndarray:
+        """How far the weights have come, all in one."""
         student = FromScratch(architecture=ONE_LAYER, tokenizer=folder).build(jax.random.key(1), here)
         transformation = optax.adam(1e-3)
         train = TrainStep(transformation=transformation, loss=Loss(name=loss), mesh=here, teacher_head=head)
         state = TrainState.start(student, transformation, here)
+        start = [np.array(leaf) for leaf in jax.tree.leaves(state.model)]
         for _ in range(20):
             state, _ = train(state, [Batch.of(packed, targets)])
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(state.model)]
+        end = [np.asarray(leaf) for leaf in jax.tree.leaves(state.model)]
+        return np.concatenate([(after - before).ravel() for before, after in zip(start, end, strict=True)])
 
     weights = {("hidden", name): taught(hidden[name], heads[name], "reverse_kl") for name in scorers}
     weights |= {("ids", name): taught(at_ids[name], None, "reverse_kl") for name in scorers}
@@ -238,10 +241,12 @@ def test_every_placement_says_and_teaches_the_same(colocated: Experiment, servic
         arrays = pack_rollouts(records, rows=8, length=120, to_example=scored_example)
         top = TopK(ids=arrays["target_ids"], logprobs=arrays["target_logprobs"], log_tail=arrays["target_log_tail"])
         weights["top_k", name] = taught(top, None, "forward_kl")
-    for (kind, name), found in weights.items():
-        for one, other in zip(found, weights[kind, "colocated"], strict=True):
-            # Adam makes steps of 1e-3 of rounding where gradients are near nothing; 16 bits are coarser.
-            np.testing.assert_allclose(one, other, atol=2e-3 if name == "store" else 2e-4, err_msg=f"{kind} {name}")
+    for (kind, name), way in weights.items():
+        expected = weights[kind, "colocated"]
+        assert np.linalg.norm(expected) > 0.1
+        apart = np.linalg.norm(way - expected) / np.linalg.norm(expected)
+        # Adam makes whole steps of rounding where gradients are near nothing; a store's 16 bits are coarser.
+        assert apart < (0.05 if name == "store" else 0.005), (kind, name, apart)
 
 
 def test_what_the_server_does_not_take_is_said_before_anything_is_spent(
