@@ -110,7 +110,7 @@ def quickstart(folder: str, problems: int) -> Iterator[tuple[str, Pair]]:
 
 
 def synthetic(sharpness: float, vocabulary: int = VOCABULARY, positions: int = _POSITIONS, width: int = _WIDTH) -> Pair:
-    """Zipf's law with exponent `sharpness`, contexts that prefer some tokens by a few nats, and a student half a nat off."""
+    """Zipf's law, contexts that prefer some tokens by a few nats, and a student half a nat off."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(vocabulary, width)) / np.sqrt(width)
     zipf = -np.log1p(np.arange(vocabulary))[:, None]

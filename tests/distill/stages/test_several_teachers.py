@@ -114,7 +114,7 @@ def test_each_is_asked_about_its_own_problems(alone: Experiment, folders: tuple[
         records = [store[index] for index in range(len(store)) if store[index].rollout.teacher == name]
         assert len(records) == {"sums": 3, "more": 6}[name]
         rollouts = [record.rollout for record in records]
-        scored = Scorer(load(path, mesh=mesh), mesh).score_rollouts(
+        scored = Scorer(hf.load(path, mesh=mesh), mesh).score_rollouts(
             rollouts, k=8, rows=4, length=120, pad_id=tokenizer.pad_id
         )
         for ours, theirs in zip(records, scored, strict=True):
@@ -131,16 +131,16 @@ def test_rows_name_their_teacher_in_a_column(tmp_path: Path) -> None:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = PromptFile(path=str(path), held_out_fraction=0, teacher_column="whose")
-    problems = TaskMixture({"a": file}, ("a", "b")).problems("train", 3, seed=0)
+    problems = TaskMixture({"a": file}, {"a": None, "b": None}).problems("train", 3, seed=0)
     assert sorted((problem.prompt, problem.teacher) for problem in problems) == [
         ("What is 0 + 0?", "a"),
         ("What is 1 + 1?", "b"),
         ("What is 2 + 2?", "a"),
     ]
     with pytest.raises(UserError, match=r"task 'a': its data asks for teacher 'b', which is none of teachers \(a, c\)"):
-        TaskMixture({"a": file}, ("a", "c")).problems("train", 3, seed=0)
+        TaskMixture({"a": file}, {"a": None, "c": None}).problems("train", 3, seed=0)
     with pytest.raises(UserError, match=r"task 'sums': its name is none of teachers \(a, b\); name a teacher after"):
-        TaskMixture({"sums": file}, ("a", "b")).problems("train", 3, seed=0)
+        TaskMixture({"sums": file}, {"a": None, "b": None}).problems("train", 3, seed=0)
     with pytest.raises(UserError, match=r"asks for teacher '[ab]', but the experiment has one teacher without a name"):
         TaskMixture({"a": file}).problems("train", 3, seed=0)
 
