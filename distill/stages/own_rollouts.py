@@ -372,7 +372,9 @@ class OwnRollouts:
         part = self._part(number)
         rollouts = written.rollouts[part]
         more = self._lesson.per_token(written, part) if self._lesson and self._lesson.learns else [{}] * len(rollouts)
-        ids: Sequence[np.ndarray | None] = written.student_ids[part] or [None] * len(rollouts)
+        ids: Sequence[np.ndarray | None] = [None] * len(rollouts)
+        if written.student_ids:
+            ids = written.student_ids[part]
         records = [_Record(*record) for record in zip(rollouts, more, ids, strict=True)]
         named = self._context.named_teachers
         batches: list[Batch] = []
