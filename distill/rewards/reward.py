@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 from distill.monitor.metrics import RolloutSample
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.problem import Problem
-from distill.tasks.samples import judge
+from distill.tasks.samples import Verdict, judge
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.errors import UserError
 from qwen3.rollout import Rollout
@@ -29,14 +29,21 @@ _Answer = TypeVar("_Answer")
 class RewardFailed(UserError):
     """A verifier or a reward that raised, or did not come to an end in time, over one response."""
 
+    def __init__(self, message: str, verdict: Verdict, *, timed_out: bool):
+        """`verdict` is the verifier's; where that has failed, the answer, if it should have been compared with one, is
+        wrong."""
+        super().__init__(message)
+        self.verdict, self.timed_out = verdict, timed_out
+
 
 @runtime_checkable
 class Reward(Protocol):
     """What a response is worth: a function, or a frozen dataclass that can be called.
 
-    It is called from several threads, one at a time, and must give the same number for the same response. `sample` has
-    the decoded thinking and answer, the verifier's verdict (`correct`, False where the length limit cut the answer off)
-    and whether it `finished`.
+    It is called from several threads, one at a time, but for calls that have not come to an end in time, and of several
+    processes in the first alone. It must give the same number for the same response. `sample` has the decoded thinking
+    and answer, the verifier's verdict (`correct`, False where the length limit cut the answer off) and whether it
+    `finished`.
     """
 
     def __call__(self, problem: Problem, sample: RolloutSample, /) -> float: ...
@@ -61,8 +68,8 @@ class Rewards:
     2503.14476, equation 13."""
     timeout_seconds: float
 
-    def of(self, rollout: Rollout, problem: Problem, max_new_tokens: int) -> tuple[RolloutSample, float]:
-        """The response as people read it, and its reward.
+    def of(self, rollout: Rollout, problem: Problem, max_new_tokens: int) -> tuple[Verdict, float]:
+        """What the problem's task says of the response, and its reward.
 
         Raises, naming reward and problem, RewardFailed where a verifier or the reward raises or does not come to an end
         in time, and another UserError where it gives no finite number.
@@ -72,22 +79,20 @@ class Rewards:
             self.timeout_seconds,
             lambda: judge(rollout, problem, self.tokenizer, self.tasks),
             f"the task's verifier, {about}",
+            Verdict(correct=None if problem.answer is None else False, working_correct=None),
         )
+        verdict = Verdict(sample.correct, sample.working_correct)
         reward, what = self.reward, ""
         value: object = verified(problem, sample)
         if reward is not None:
             what = f"reward {reward_name(reward)}, {about}"
-            value = _within(self.timeout_seconds, lambda: reward(problem, sample), what)
+            value = _within(self.timeout_seconds, lambda: reward(problem, sample), what, verdict)
         if not isinstance(value, numbers.Real) or not _is_finite(value):
             said = "a whole number that no float holds" if isinstance(value, int) else repr(value)
             raise UserError(f"{what} gave {said}; a reward must be a finite number")
         over = len(rollout.response) - (max_new_tokens - self.penalty_tokens)
         penalty = min(1.0, max(0, over) / self.penalty_tokens) if self.penalty_tokens else 0.0
-        return sample, float(value) - penalty
-
-    def unjudged(self, rollout: Rollout, problem: Problem) -> RolloutSample:
-        """A response that nobody could judge, as people read it."""
-        return judge(rollout, problem, self.tokenizer, self.tasks, verify=False)
+        return verdict, float(value) - penalty
 
 
 def _is_finite(value: numbers.Real) -> bool:
@@ -128,15 +133,16 @@ def reward_source(reward: Reward) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _within(seconds: float, call: Callable[[], _Answer], what: str) -> _Answer:
-    """What `call` returns, if it does so in time. A thread that hangs is left behind and ends with the process."""
+def _within(seconds: float, call: Callable[[], _Answer], what: str, verdict: Verdict) -> _Answer:
+    """What `call` returns, if it does so in time, else RewardFailed with `verdict`. A thread that hangs is left behind
+    and ends with the process."""
     answers: queue.SimpleQueue[Callable[[], _Answer]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             answer = call()
         except BaseException as error:  # noqa: BLE001 - whatever a verifier raises, the one who asked hears of it
-            answers.put(functools.partial(_fail, error, what))
+            answers.put(functools.partial(_fail, error, what, verdict))
         else:
             answers.put(lambda: answer)
 
@@ -146,15 +152,19 @@ def _within(seconds: float, call: Callable[[], _Answer], what: str) -> _Answer:
     except queue.Empty:
         raise RewardFailed(
             f"{what} has not come to an end after {seconds:g} s; mend it, leave the problem out, or raise "
-            "reward_timeout_seconds, and start again under another --name"
+            "reward_timeout_seconds, and start again under another --name",
+            verdict,
+            timed_out=True,
         ) from None
 
 
-def _fail(error: BaseException, what: str) -> Any:
+def _fail(error: BaseException, what: str, verdict: Verdict) -> Any:
     if isinstance(error, UserError):
         raise error
     said = " ".join(str(error).split())
     raise RewardFailed(
         f"{what} raised {type(error).__name__}: {said}; mend it, or leave the problem out, and start again under "
-        "another --name"
+        "another --name",
+        verdict,
+        timed_out=False,
     ) from error

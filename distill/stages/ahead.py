@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.monitor.metrics import RolloutSample
+from distill.tasks.samples import Verdict
 from distill.training.train_step import Batch
 from qwen3.decoder.adapter import joined, trained_and_frozen
 from qwen3.decoder.model import Qwen3
@@ -42,6 +42,8 @@ class Outcome:
     failed: bool
     known: bool
     """Whether its reward was compared with others."""
+    teacher: str = ""
+    """See `Rollout.teacher`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,8 @@ class Written:
     """Of rollouts that were generated for the step and are not among `rollouts`, group by group."""
     student_ids: Sequence[np.ndarray] = ()
     """Of each rollout's positions, the likeliest tokens [T, k] of the weights that generated them (`StudentTopK`)."""
-    samples: Sequence[RolloutSample] = ()
-    """The rollouts as people read them, where they have been judged already. Not kept."""
+    verdicts: Sequence[Verdict] = ()
+    """Of each rollout what its task says of it; none where nobody rewards, and tasks are asked for metrics alone."""
 
     @property
     def tokens(self) -> int:
@@ -79,7 +81,7 @@ class Written:
         """JSON data from which `from_json` makes the same, bit for bit."""
         kept = rollouts_to_json(self.rollouts) | {"seconds": self.seconds}
         if self.rewards:
-            kept |= {"rewards": list(self.rewards)}
+            kept |= {"rewards": list(self.rewards), "verdicts": list(self.verdicts)}
         for name, dtype in _PER_TOKEN.items():
             if arrays := getattr(self, name):
                 joined_up = np.concatenate(arrays).astype(dtype).tobytes()
@@ -106,6 +108,7 @@ class Written:
             rollouts=rollouts,
             seconds=kept["seconds"],
             rewards=kept.get("rewards", ()),
+            verdicts=[Verdict(*one) for one in kept.get("verdicts", ())],
             failed=kept.get("failed", ()),
             replaced=[Outcome(**one) for one in kept.get("replaced", ())],
             old_logprobs=per_token("old_logprobs"),

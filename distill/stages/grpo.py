@@ -8,6 +8,7 @@ and sums: DAPO (2503.14476), GSPO (2507.18071).
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from jax.sharding import Mesh
 
-from distill.monitor.metrics import RolloutSample
+from distill.hosts.processes import first_says
 from distill.rewards.advantages import Advantages, advantages, have_signal
 from distill.rewards.reward import Failed, Reward, RewardFailed, Rewards, Truncated, check_reward
 from distill.stages.ahead import Outcome, Written
@@ -28,6 +29,7 @@ from distill.tasks import Problem
 from distill.tasks.drawing import exact_decimal
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix
+from distill.tasks.samples import Verdict
 from distill.training.flops import forward_flops
 from distill.training.losses import Loss
 from distill.training.policy import Policy, PolicyLoss
@@ -62,13 +64,17 @@ class Grpo:
     """What a response is worth: a function of problem and decoded response. None: 1 where the task's verifier accepts
     the answer, else 0."""
     reward_timeout_seconds: Annotated[float, Bounds(1e-3, 1e6, "lie in 0.001..1e6")] = 300.0
-    """The longest that verifier and reward may take over one response before they have failed. Code that never lets go
-    of Python's interpreter, such as a regular expression that backtracks for ever, is not interrupted."""
+    """The longest that the verifier, and after it the reward, may take over one response before they have failed. Code
+    that never lets go of Python's interpreter, such as a regular expression that backtracks for ever, is not
+    interrupted."""
     failed: Failed = "left_out"
     """Responses over which verifier or reward raise or do not come to an end in time; `reward_failures` in the metrics
     counts them. left_out: neither compared with nor learned from. wrong: 0, which a verifier gives wrong answers."""
     most_failed: Share = 0.1
-    """Share of a batch's responses that may fail so before the run ends."""
+    """Share of a batch's responses that may fail so before the run ends; replaced ones count, too."""
+    most_timeouts: Natural = 4
+    """Responses of a batch for which the time may run out before the run ends: each takes reward_timeout_seconds, and
+    leaves a thread behind that goes on."""
     truncated: Truncated = "wrong"
     """Responses that the length limit cut off. wrong: no answer, which the verifier rewards with 0 and a reward of your
     own as it likes. masked: neither compared with nor learned from."""
@@ -262,10 +268,31 @@ class _Group:
     """The responses to one prompt."""
 
     rollouts: Sequence[Rollout]
-    samples: Sequence[RolloutSample]
+    verdicts: Sequence[Verdict]
     rewards: Sequence[float]
     failed: Sequence[bool]
     has_signal: bool
+
+
+@dataclasses.dataclass
+class _Failures:
+    """Of verifier and reward, over all responses that were generated for a batch."""
+
+    stage: Grpo
+    responses: int = 0
+    failed: int = 0
+    timed_out: int = 0
+
+    def add(self, error: RewardFailed) -> None:
+        """Raises UserError where more have failed than may."""
+        self.failed += 1
+        self.timed_out += error.timed_out
+        share = f"{self.failed} of {self.responses} responses failed"
+        if self.failed > self.stage.most_failed * self.responses:
+            raise UserError(f"{error} ({share}, and most_failed is {self.stage.most_failed:g})") from error
+        if self.timed_out > self.stage.most_timeouts:
+            late = f"{self.timed_out} of them for want of time, and most_timeouts is {self.stage.most_timeouts}"
+            raise UserError(f"{error} ({share}, {late})") from error
 
 
 class _FromRewards:
@@ -286,18 +313,31 @@ class _FromRewards:
         self._entropy_coefficient = 0.0
 
     def complete(
-        self, written: Written, asked: Asked, model: Qwen3, batch: int, generate: Callable[[Asked], list[Rollout]]
+        self,
+        written: Written,
+        asked: Asked,
+        model: Qwen3,
+        batch: int,
+        generate: Callable[[Asked], list[Rollout]],
+        require_open: Callable[[], None],
     ) -> Written:
-        written = self._rewarded(written, asked)
+        reward = functools.partial(self._rewarded, _Failures(self._stage), require_open)
+        written = reward(written, asked)
         if self._stage.resample_factor > 1:
-            written = self._with_signal(written, batch, generate)
+            written = self._with_signal(written, batch, generate, reward)
         return dataclasses.replace(
             written,
             old_logprobs=self._logprobs(model, written) if self._stage.keeps_old_logprobs else (),
             reference_logprobs=self._logprobs(self._start, written) if self._stage.keeps_reference_logprobs else (),
         )
 
-    def _with_signal(self, written: Written, batch: int, generate: Callable[[Asked], list[Rollout]]) -> Written:
+    def _with_signal(
+        self,
+        written: Written,
+        batch: int,
+        generate: Callable[[Asked], list[Rollout]],
+        reward: Callable[[Written, Asked], Written],
+    ) -> Written:
         """Groups of other prompts in the place of those without signal, as far as prompts and signals go."""
         stage, others = self._stage, iter(self._beside_of(batch))
         groups, seconds, replaced = self._groups(written), written.seconds, list[Outcome]()
@@ -307,7 +347,7 @@ class _FromRewards:
             seconds += time.monotonic() - started
             places = [place for place, group in enumerate(groups) if not group.has_signal]
             free = iter(places)
-            found = self._groups(self._rewarded(Written(rollouts=rollouts, seconds=0), more))
+            found = self._groups(reward(Written(rollouts=rollouts, seconds=0), more))
             for place, group in zip(places[: len(found)], found, strict=True):
                 dropped = group
                 if group.has_signal:
@@ -319,7 +359,7 @@ class _FromRewards:
             written,
             seconds=seconds,
             rollouts=[one for group in groups for one in group.rollouts],
-            samples=[one for group in groups for one in group.samples],
+            verdicts=[one for group in groups for one in group.verdicts],
             rewards=[one for group in groups for one in group.rewards],
             failed=[one for group in groups for one in group.failed],
             replaced=replaced,
@@ -327,7 +367,7 @@ class _FromRewards:
 
     def _outcomes(self, group: "_Group", part: int) -> list[Outcome]:
         known = self._known(group.rollouts, group.failed)
-        judged = zip(group.rollouts, group.samples, group.rewards, group.failed, strict=True)
+        judged = zip(group.rollouts, group.verdicts, group.rewards, group.failed, strict=True)
         return [
             Outcome(
                 part=part,
@@ -335,12 +375,13 @@ class _FromRewards:
                 tokens=len(rollout.tokens),
                 response_tokens=len(rollout.response),
                 finished=rollout.finished,
-                correct=sample.correct,
+                correct=verdict.correct,
                 reward=reward,
                 failed=failed,
                 known=bool(known[index]),
+                teacher=rollout.teacher,
             )
-            for index, (rollout, sample, reward, failed) in enumerate(judged)
+            for index, (rollout, verdict, reward, failed) in enumerate(judged)
         ]
 
     def _groups(self, written: Written) -> list["_Group"]:
@@ -350,7 +391,7 @@ class _FromRewards:
         return [
             _Group(
                 rollouts=written.rollouts[first : first + size],
-                samples=written.samples[first : first + size],
+                verdicts=written.verdicts[first : first + size],
                 rewards=written.rewards[first : first + size],
                 failed=written.failed[first : first + size],
                 has_signal=bool(signal[first // size]),
@@ -362,25 +403,35 @@ class _FromRewards:
         count = self._stage.prompts_beside * self._stage.updates_per_batch
         return self._beside[batch * count : (batch + 1) * count]
 
-    def _rewarded(self, written: Written, asked: Asked) -> Written:
-        """With samples and rewards of each prompt's rollouts, one prompt's after the other's. Raises UserError where
+    def _rewarded(
+        self, failures: _Failures, require_open: Callable[[], None], written: Written, asked: Asked
+    ) -> Written:
+        """With verdicts and rewards of each prompt's rollouts, one prompt's after the other's. Raises UserError where
         more fail than may."""
-        stage, size, count = self._stage, self._stage.samples_per_prompt, len(written.rollouts)
-        samples, rewards, failed = list[RolloutSample](), list[float](), list[bool]()
-        for index, rollout in enumerate(written.rollouts):
-            problem = asked[index // size][0]
-            try:
-                sample, reward = self._rewards.of(rollout, problem, self._most_tokens(rollout.mode))
-                failed.append(False)
-            except RewardFailed as error:
-                failed.append(True)
-                if sum(failed) > stage.most_failed * count:
-                    share = f"{sum(failed)} of {count} responses failed, and most_failed is {stage.most_failed:g}"
-                    raise UserError(f"{error} ({share})") from error
-                sample, reward = self._rewards.unjudged(rollout, problem), 0.0
-            samples.append(sample)
-            rewards.append(reward)
-        return dataclasses.replace(written, samples=samples, rewards=rewards, failed=failed)
+
+        def judged() -> list[tuple[bool | None, bool | None, float, bool]]:
+            failures.responses += len(written.rollouts)
+            found = []
+            for index, rollout in enumerate(written.rollouts):
+                require_open()
+                problem = asked[index // self._stage.samples_per_prompt][0]
+                try:
+                    verdict, reward = self._rewards.of(rollout, problem, self._most_tokens(rollout.mode))
+                    failed = False
+                except RewardFailed as error:
+                    failures.add(error)
+                    verdict, reward, failed = error.verdict, 0.0, True
+                found.append((*verdict, reward, failed))
+            return found
+
+        # Whether time has run out differs between processes.
+        said = first_says(judged)
+        return dataclasses.replace(
+            written,
+            verdicts=[Verdict(correct, working) for correct, working, _, _ in said],
+            rewards=[reward for _, _, reward, _ in said],
+            failed=[failed for *_, failed in said],
+        )
 
     def _most_tokens(self, mode: Mode) -> int:
         stage = self._stage

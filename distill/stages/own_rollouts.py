@@ -27,7 +27,7 @@ from distill.stages.student_top_k import StudentTopK, with_sampled
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import ModeMix, prompt_ids, teacher_prompt_ids
-from distill.tasks.samples import judge, judged_by
+from distill.tasks.samples import Verdict, judge, judged_by
 from distill.training.flops import forward_flops, training_flops
 from distill.training.packing import Example, pack_rollouts, places_read, read_at, rollout_example, rows_needed
 from distill.training.policy import PolicyData
@@ -91,10 +91,17 @@ class Lesson(Protocol):
     """Whether it adds to the loss, and not only to the metrics."""
 
     def complete(
-        self, written: Written, asked: Asked, model: Qwen3, batch: int, generate: Callable[[Asked], list[Rollout]]
+        self,
+        written: Written,
+        asked: Asked,
+        model: Qwen3,
+        batch: int,
+        generate: Callable[[Asked], list[Rollout]],
+        require_open: Callable[[], None],
     ) -> Written:
         """The rollouts of a batch, in the order of `asked`, with what is to be known of them while `model`, the weights
-        that generated them, is at hand; and others from `generate` in the place of some, maybe."""
+        that generated them, is at hand; and others from `generate` in the place of some, maybe. `require_open` is
+        called now and then and raises where nobody waits any more."""
 
     def more_problems(self, batch: int) -> Sequence[Problem]:
         """That `complete` may have asked beside those that it was given."""
@@ -327,7 +334,8 @@ class OwnRollouts:
         rollouts = generate(asked)
         written = Written(rollouts=rollouts, seconds=time.monotonic() - started)
         if self._lesson:
-            written = self._lesson.complete(written, asked, model, batch, generate)
+            require_open = self._ahead.require_open if self._ahead else lambda: None
+            written = self._lesson.complete(written, asked, model, batch, generate, require_open)
         if self._stage.targets is None:
             return written
         rows, length = self._stage.training.rows, self._stage.training.row_length
@@ -465,7 +473,7 @@ class OwnRollouts:
         """Of all that was generated for a part, by mode: length, and of those that were no prefixes accuracy where
         there are answers and share of finished responses; and what rewards say. Every now and then a rollout for
         people."""
-        samples = written.samples[part] or self._samples(batch, written.rollouts[part])
+        samples = self._samples(batch, written, part)
         number = part.start // (part.stop - part.start)
         replaced = [one for one in written.replaced if one.part == number]
         whole = [sample for sample in samples if self._may_end(batch, sample)]
@@ -497,12 +505,16 @@ class OwnRollouts:
             self._context.metrics.samples(step + 1, shown, stage=self._name)
         return metrics | (self._lesson.told(written, part) if self._lesson else {})
 
-    def _samples(self, batch: int, rollouts: Sequence[Rollout]) -> list[RolloutSample]:
+    def _samples(self, batch: int, written: Written, part: slice) -> list[RolloutSample]:
         problems = [problem for problem, _ in self._asked_in(batch)]
         problems += self._lesson.more_problems(batch) if self._lesson else ()
         by_id = {problem.problem_id: problem for problem in problems}
-        context = self._context
-        return [judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks) for rollout in rollouts]
+        context, rollouts = self._context, written.rollouts[part]
+        verdicts: Sequence[Verdict | None] = written.verdicts[part] or [None] * len(rollouts)
+        return [
+            judge(rollout, by_id[rollout.prompt_id], context.tokenizer, context.tasks, verdict)
+            for rollout, verdict in zip(rollouts, verdicts, strict=True)
+        ]
 
     def state(self) -> Mapping[str, Any]:
         # Rollouts depend on weights, seed and step alone: only those of weights that are gone must be kept.

@@ -234,6 +234,8 @@ import os, signal, sys
 from distill.hosts import processes
 from distill.stages.stopping import StopRequest
 from qwen3.errors import UserError
+from tests.distill.rewards.test_reward import PROBLEM, from_rewards, rollout
+from distill.stages.ahead import Written
 
 
 def refused(work):
@@ -253,6 +255,15 @@ def work():
     assert refused(lambda: processes.first_says(disk_full)) == "first: the disk is full"
     processes.require_same("prompts", b"the same".title)
     assert "prompts in process 1 differ" in refused(lambda: processes.require_same("prompts", me.encode))
+
+    def fails_in_second(problem, sample):
+        assert me == "first"
+        return 2.0
+
+    written = from_rewards(fails_in_second).complete(
+        Written(rollouts=[rollout(4)] * 2, seconds=1.0), [(PROBLEM, "thinking")], None, 0, None, lambda: None
+    )
+    assert (written.rewards, written.failed) == ([2.0, 2.0], [False, False])
     with StopRequest().listening() as stop:
         assert not stop.agreed()
         if not processes.is_first():

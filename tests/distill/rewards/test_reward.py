@@ -12,11 +12,16 @@ import pytest
 
 from distill.experiment import _plain
 from distill.monitor.metrics import RolloutSample
-from distill.rewards.reward import Reward, Rewards, reward_source
+from distill.rewards.reward import Reward, RewardFailed, Rewards, reward_source
+from distill.stages import Grpo
+from distill.stages.ahead import Closed, Written
+from distill.stages.grpo import _FromRewards
+from distill.stages.loop import Training
 from distill.tasks import Problem
 from qwen3.errors import UserError
 from qwen3.field_types import misfit
 from qwen3.rollout import THINKING, Rollout
+from tests.distill.training.test_train_step import config
 
 PROBLEM = Problem(prompt="What is 1 + 1?", answer="2", family="sums")
 
@@ -43,6 +48,16 @@ def rewards(reward: Reward | None = None, verify: Any = lambda problem, answer: 
     return Rewards(tasks=tasks, tokenizer=tokenizer, reward=reward, **{**usual, **fields})
 
 
+def from_rewards(reward: Reward, **fields: Any) -> _FromRewards:
+    """Of groups of two."""
+    usual = {"samples_per_prompt": 2, "training": Training(steps=1, row_length=32_768)}
+    context: Any = SimpleNamespace(tasks=None, tokenizer=None)
+    student: Any = SimpleNamespace(config=config(moe=False), stacks=[])
+    found = _FromRewards(Grpo(**{**usual, **fields}), student, context, [(PROBLEM, THINKING)] * 2)
+    found._rewards = rewards(reward, timeout_seconds=fields.get("reward_timeout_seconds", 60.0))
+    return found
+
+
 def test_the_verifier_rewards_what_ended_by_itself() -> None:
     assert rewards().of(rollout(4), PROBLEM, 8)[1] == 1
     assert rewards().of(rollout(8, finished=False), PROBLEM, 8)[1] == 0
@@ -54,8 +69,7 @@ def test_a_reward_sees_problem_and_decoded_response() -> None:
         assert (problem, sample.thinking, sample.correct) == (PROBLEM, "so", True)
         return float(sample.answer == problem.answer) - 3
 
-    sample, value = rewards(exact).of(rollout(4), PROBLEM, 8)
-    assert (value, sample.sample_index) == (-2, 3)
+    assert rewards(exact).of(rollout(4), PROBLEM, 8) == ((True, None), -2)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(6, 1.0), (7, 0.75), (9, 0.25), (10, 0.0), (12, 0.0)])
@@ -93,15 +107,71 @@ def test_a_reward_that_says_nothing_is_refused_in_one_line(reward: Reward, messa
     with pytest.raises(UserError, match=message) as refused:
         rewards(reward, timeout_seconds=0.1).of(rollout(4), PROBLEM, 8)
     assert "\n" not in str(refused.value)
+    if isinstance(refused.value, RewardFailed):
+        assert refused.value.verdict.correct, "the verifier has not failed"
+        assert refused.value.timed_out == (reward is hanging)
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("late", "fields", "message"),
+    [
+        ((3,), {"most_failed": 0.3}, None),
+        ((2, 3, 4), {"most_failed": 0.5}, r"\(3 of 4 responses failed, and most_failed is 0.5\)"),
+        ((2, 3), {"most_timeouts": 1}, r"\(2 of 4 responses failed, 2 of them for want of time, and most_timeouts is"),
+    ],
+)
+def test_failures_count_against_all_that_were_generated_for_a_batch(
+    late: tuple[int, ...], fields: dict[str, Any], message: str | None
+) -> None:
+    """Two responses, and two of another prompt in their place, which are no better."""
+    asked: list[int] = []
+
+    def fails_now_and_then(problem: Problem, sample: RolloutSample) -> float:
+        asked.append(len(asked))
+        return hanging(problem, sample) if len(asked) in late else 0.0
+
+    lesson = from_rewards(
+        fails_now_and_then,
+        prompts_per_step=1,
+        resample_factor=2.0,
+        reward_timeout_seconds=0.1,
+        **{"most_failed": 1.0, **fields},
+    )
+    made = Written(rollouts=[rollout(4), rollout(5)], seconds=1.0)
+    nothing: Any = None
+
+    def complete() -> Written:
+        return lesson.complete(made, [(PROBLEM, THINKING)], nothing, 0, lambda more: [*made.rollouts], lambda: None)
+
+    if message is None:
+        written = complete()
+        assert (written.failed, [one.failed for one in written.replaced]) == ([False, False], [True, False])
+        assert [one.correct for one in written.replaced] == [True, True], "the verifier has not failed"
+    else:
+        with pytest.raises(UserError, match=message):
+            complete()
+        assert len(asked) == late[-1]
+
+
+def test_nobody_is_asked_once_nobody_waits() -> None:
+    def closed() -> None:
+        raise Closed
+
+    made = Written(rollouts=[rollout(4), rollout(5)], seconds=1.0)
+    nothing: Any = None
+    with pytest.raises(Closed):
+        from_rewards(hanging).complete(made, [(PROBLEM, THINKING)], nothing, 0, nothing, closed)
 
 
 def test_a_verifier_that_dies_is_named_as_one() -> None:
     def verify(problem: Problem, answer: str) -> bool:
         raise ZeroDivisionError(answer)
 
-    with pytest.raises(UserError, match=r"the task.s verifier, asked about sample 3 .* raised ZeroDivisionError: 2"):
+    failed = r"the task.s verifier, asked about sample 3 .* raised ZeroDivisionError: 2"
+    with pytest.raises(RewardFailed, match=failed) as refused:
         rewards(verify=verify).of(rollout(4), PROBLEM, 8)
+    assert refused.value.verdict == (False, None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from flax import nnx
 from distill.stages import OnPolicy, ahead
 from distill.stages.ahead import Outcome, Written, WrittenAhead
 from distill.stages.loop import Training
+from distill.tasks.samples import Verdict
 from distill.training.losses import Loss
 from qwen3.errors import UserError
 from qwen3.rollout import THINKING, Rollout, rollouts_from_json, rollouts_to_json
@@ -134,10 +135,11 @@ def test_what_is_known_of_rollouts_alone_comes_back_as_well() -> None:
         for one in (rollout(0, 0), rollout(1, 0))
     ]
     before = Written(
-        rollouts=rollouts, seconds=1.5, rewards=[0.1, 1 / 3], failed=[False, True], replaced=[outcome, outcome]
-    )
+        rollouts=rollouts, seconds=1.5, rewards=[0.1, 1 / 3], failed=[False, True], replaced=[outcome, outcome],
+        verdicts=[Verdict(True, None), Verdict(None, None)],
+    )  # fmt: skip
     after = Written.from_json(json.loads(json.dumps(before.to_json())))
-    for name in ("seconds", "rewards", "failed", "replaced", "tokens", "replaced_tokens"):
+    for name in ("seconds", "rewards", "verdicts", "failed", "replaced", "tokens", "replaced_tokens"):
         assert getattr(after, name) == getattr(before, name), name
     for one, other in zip(before.rollouts, after.rollouts, strict=True):
         assert one.sampler_entropies is not None

@@ -151,18 +151,47 @@ def test_a_teacher_alone_is_on_policy_distillation(teacher: str, tmp_path: Path)
         }
 
 
-def test_all_of_it_goes_on_bit_for_bit_where_it_stopped(teacher: str, tmp_path: Path) -> None:
+def fails_now_and_then(problem: Problem, sample: RolloutSample) -> float:
+    if sample.sample_index % 4 == 2:
+        raise ValueError("no such judge")
+    return short(problem, sample) * (problem.problem_id[-1] in "01234567")
+
+
+def test_all_of_it_goes_on_bit_for_bit_where_it_stopped(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several updates a batch, batches ahead, log-probabilities of weights that are gone, an entropy bonus that has
-    adapted: stopped amid a batch and between two."""
+    adapted, failed rewards, groups in the place of others: stopped amid a batch and between two."""
+    verified: list[str] = []
+    verify = TaskMixture.verify
+
+    def noted(self: TaskMixture, problem: Problem, answer: str) -> bool:
+        verified.append(problem.problem_id)
+        return verify(self, problem, answer)
+
+    monkeypatch.setattr(TaskMixture, "verify", noted)
     training = dataclasses.replace(grpo().training, steps=6)
     policy = PolicyLoss(correction="truncate", reference_kl=0.1)
-    stage = grpo(policy=policy, updates_per_batch=2, max_staleness=1, entropy_floor=9.0, training=training)
+    stage = grpo(
+        policy=policy,
+        updates_per_batch=2,
+        max_staleness=1,
+        entropy_floor=9.0,
+        training=training,
+        reward=fails_now_and_then,
+        most_failed=0.25,
+        resample_factor=2.0,
+    )
     experiment = with_stage(teacher, stage)
     whole = run(experiment, tmp_path / "whole")
+    asked = len(verified)
     for stop_after in (1, 3, 1):
         with Progress() as progress, pytest.raises(Interrupted):
             execute(experiment, tmp_path / "parts", progress, StopAfter(stop_after))
     parts = run(experiment, tmp_path / "parts")
+    assert len(verified) == 2 * asked > 0, "nothing is verified again"
+    assert {metrics["reward_failures"] for metrics in whole.values()} == {0.25}
+    assert min(metrics["kept_tokens"] for metrics in whole.values()) < 1
     assert [metrics["entropy_coefficient"] for metrics in whole.values()] == pytest.approx(
         [0.005 * n for n in range(6)]
     )
