@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 CROSSED_OUT = "x"
 """A line of a working by which the line before it counts for nothing."""
-_STEP = re.compile(r"(-?[0-9]{1,40}) *([+\-*]) *([0-9]{1,40}) *= *(-?[0-9]{1,40})")
+# Sums of a thousand products of two numbers of 20 digits each have up to 43.
+_STEP = re.compile(r"(-?[0-9]{1,43}) *([+\-*]) *([0-9]{1,43}) *= *(-?[0-9]{1,43})")
 
 
 class Step(NamedTuple):
@@ -51,12 +52,15 @@ def chain_working_is_correct(expression: str, thinking_text: str) -> bool:
 
 def product_working(multiplicand: int, multiplier: int) -> str:
     """Products of the factors' parts, then their running total: "40*6=240\\n7*6=42\\n240+42=282"."""
+    return "\n".join(map(str, _product_steps(multiplicand, multiplier)))
+
+
+def _product_steps(multiplicand: int, multiplier: int) -> list[Step]:
     products = [
         Step(left, "*", right, left * right)
         for left, right in itertools.product(place_values(multiplicand), place_values(multiplier))
     ]
-    sums = chain_steps(" + ".join(str(step.result) for step in products))
-    return "\n".join(map(str, [*products, *sums]))
+    return [*products, *chain_steps(" + ".join(str(step.result) for step in products))]
 
 
 def product_working_is_correct(multiplicand: int, multiplier: int, thinking_text: str) -> bool:
@@ -83,7 +87,7 @@ def sum_of_products_working(expression: str) -> list[Step]:
     steps, totals = [], []
     for product in products[::2]:
         multiplicand, multiplier = map(int, product.split(" * "))
-        steps += read_steps(product_working(multiplicand, multiplier)) or []
+        steps += _product_steps(multiplicand, multiplier)
         totals.append(str(multiplicand * multiplier))
     chain = " ".join(itertools.chain(*itertools.zip_longest(totals, products[1::2], fillvalue=""))).strip()
     return [*steps, *chain_steps(chain)]
