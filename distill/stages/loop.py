@@ -175,6 +175,8 @@ def train(
                     stage=name,
                 )
                 bar.advance(tokens=result.tokens, values={"loss": result.metrics["loss"]})
+                # What it has on the devices is not needed while the next step's is made.
+                del produced
                 last, stop = step + 1 == steps, context.stop.agreed()
                 if last or stop or (step + 1) % training.checkpoint_every_steps == 0:
                     metadata = {"run": context.run_id, "spent": dataclasses.asdict(spent), "data": data.state()}
