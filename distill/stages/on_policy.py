@@ -59,7 +59,7 @@ class OnPolicy:
     token_share: Annotated[float, Bounds(2**-10, 1, "lie in 0.001..1")] = 1.0
     """Share of each response's tokens that are learned from: those at which the entropy of the student that generated
     was highest. Heads of student and teacher are multiplied out at these alone; the loss, and every metric by token, is
-    a mean over them. 1: all."""
+    a mean over them. 1: all. The pass that finds the tokens of StudentTopK multiplies the student's head out at all."""
     loss: Loss = dataclasses.field(default_factory=lambda: Loss(name="reverse_kl"))
     targets: StudentTopK | None = None
     """None: the teacher's hidden states, with which the divergence is exact over the whole vocabulary. StudentTopK: its
