@@ -136,6 +136,11 @@ class Grpo:
                 f"unlikely_below is {self.unlikely_below:g}, by which no group lacks a signal: leave resample_factor "
                 "at 1 and give policy_weight a weight"
             )
+        if self.unlikely_below is not None and self.teacher_kl:
+            raise UserError(
+                f"unlikely_below is {self.unlikely_below:g}, with which no teacher is listened to: leave teacher_kl at "
+                f"0, not {self.teacher_kl:g}"
+            )
         if self.policy_weight and self.samples_per_prompt < 2 and self.unlikely_below is None:
             raise UserError(
                 f"samples_per_prompt is {self.samples_per_prompt}: an advantage is over the others of a group; give at "
@@ -240,7 +245,7 @@ class Grpo:
         """The prompts of all steps, one step's after the other's, each with its mode, and after them `prompts_beside`
         of each. Raises UserError where there are none, or where one that must be verified has no answer."""
         asked = asked_of(self, tasks, seed, beside=self.prompts_beside)
-        if self.reward is None:
+        if self.reward is None and self.unlikely_below is None:
             for problem, _ in asked:
                 if problem.answer is None:
                     raise UserError(
@@ -478,7 +483,8 @@ class _FromRewards:
     def _known(self, rollouts: Sequence[Rollout], failed: Sequence[bool]) -> np.ndarray:
         """Which of the rollouts are compared and learned from."""
         known = np.array([rollout.finished or self._stage.truncated == "wrong" for rollout in rollouts])
-        return known & ~np.array(failed, bool) if failed and self._stage.failed == "left_out" else known
+        listens = self._stage.failed == "left_out" and self._stage.unlikely_below is None
+        return known & ~np.array(failed, bool) if failed and listens else known
 
     def _grouped(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
         return np.asarray(values).reshape(-1, self._stage.samples_per_prompt)
@@ -499,7 +505,7 @@ class _FromRewards:
 
     def told(self, written: Written, part: slice) -> dict[str, float]:
         """Of all that was generated for the part: rewards by mode, how many could not be had, and how many groups were
-        all right, all wrong or mixed."""
+        all right, all wrong or mixed; nothing of problems that nobody can reward."""
         stage, rollouts = self._stage, written.rollouts[part]
         number = part.start // (part.stop - part.start)
         replaced = [one for one in written.replaced if one.part == number]
@@ -508,16 +514,20 @@ class _FromRewards:
         failed = np.array([*(written.failed[part] or [False] * len(rollouts)), *(one.failed for one in replaced)])
         known = np.array([*self._known(rollouts, written.failed[part]), *(one.known for one in replaced)])
         metrics = {"reward_failures": float(failed.mean())}
-        given = np.full(len(rewards), True) if stage.failed == "wrong" else ~failed
+        correct = [*(verdict.correct for verdict in written.verdicts[part]), *(one.correct for one in replaced)]
+        rewarded = np.array([stage.reward is not None or verdict is not None for verdict in correct])
+        given = rewarded if stage.failed == "wrong" else rewarded & ~failed
         for name, which in {"reward": given, **{f"reward/{m}": given & (modes == m) for m in sorted({*modes})}}.items():
             if which.any():
                 metrics[name] = float(rewards[which].mean())
-        grouped, known = self._grouped(rewards), self._grouped(known)
-        signal = have_signal(grouped, known)
-        metrics["group_outcomes/mixed"] = float(signal.mean())
-        best = np.where(known, grouped, -np.inf).max(1) > 0
-        metrics["group_outcomes/all_right"] = float((~signal & best).mean())
-        metrics["group_outcomes/all_wrong"] = float((~signal & ~best).mean())
+        if rewarded.any():
+            groups = self._grouped(rewarded)[:, 0]
+            grouped, known = self._grouped(rewards)[groups], self._grouped(known)[groups]
+            signal = have_signal(grouped, known)
+            metrics["group_outcomes/mixed"] = float(signal.mean())
+            best = np.where(known, grouped, -np.inf).max(1) > 0
+            metrics["group_outcomes/all_right"] = float((~signal & best).mean())
+            metrics["group_outcomes/all_wrong"] = float((~signal & ~best).mean())
         if stage.resample_factor > 1:
             metrics["kept_tokens"] = 1 - written.replaced_tokens / written.tokens
         return metrics

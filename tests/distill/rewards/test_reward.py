@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -48,12 +48,12 @@ def rewards(reward: Reward | None = None, verify: Any = lambda problem, answer: 
     return Rewards(tasks=tasks, tokenizer=tokenizer, reward=reward, **{**usual, **fields})
 
 
-def from_rewards(reward: Reward, **fields: Any) -> _FromRewards:
+def from_rewards(reward: Reward | None, **fields: Any) -> _FromRewards:
     """Of groups of two."""
     usual = {"samples_per_prompt": 2, "training": Training(steps=1, row_length=32_768)}
     context: Any = SimpleNamespace(tasks=None, tokenizer=None)
     student: Any = SimpleNamespace(config=config(moe=False), stacks=[])
-    found = _FromRewards(Grpo(**{**usual, **fields}), student, context, [(PROBLEM, THINKING)] * 2)
+    found = _FromRewards(Grpo(**{**usual, **fields}, reward=reward), student, context, [(PROBLEM, THINKING)] * 2)
     found._rewards = rewards(reward, timeout_seconds=fields.get("reward_timeout_seconds", 60.0))
     return found
 
@@ -139,7 +139,7 @@ def test_failures_count_against_all_that_were_generated_for_a_batch(
         **{"most_failed": 1.0, **fields},
     )
     made = Written(rollouts=[rollout(4), rollout(5)], seconds=1.0)
-    nothing: Any = None
+    nothing = cast(Any, None)
 
     def complete() -> Written:
         return lesson.complete(made, [(PROBLEM, THINKING)], nothing, 0, lambda more: [*made.rollouts], lambda: None)
@@ -154,12 +154,23 @@ def test_failures_count_against_all_that_were_generated_for_a_batch(
         assert len(asked) == late[-1]
 
 
+def test_the_control_learns_from_failed_responses_and_needs_no_answers() -> None:
+    made, nothing = Written(rollouts=[rollout(4), rollout(5)], seconds=1.0), cast(Any, None)
+    control = from_rewards(dying, unlikely_below=0.5, most_failed=1.0)
+    written = control.complete(made, [(PROBLEM, THINKING)], nothing, 0, nothing, lambda: None)
+    assert written.failed == [True, True]
+    assert all(arrays["weights"].any() for arrays in control.per_token(written, slice(0, 2)))
+    assert not any(arrays["weights"].any() for arrays in from_rewards(dying).per_token(written, slice(0, 2)))
+    control, unanswered = from_rewards(None, unlikely_below=0.5), dataclasses.replace(PROBLEM, answer=None)
+    written = control.complete(made, [(unanswered, THINKING)], nothing, 0, nothing, lambda: None)
+    assert control.told(written, slice(0, 2)) == {"reward_failures": 0}
+
+
 def test_nobody_is_asked_once_nobody_waits() -> None:
     def closed() -> None:
         raise Closed
 
-    made = Written(rollouts=[rollout(4), rollout(5)], seconds=1.0)
-    nothing: Any = None
+    made, nothing = Written(rollouts=[rollout(4), rollout(5)], seconds=1.0), cast(Any, None)
     with pytest.raises(Closed):
         from_rewards(hanging).complete(made, [(PROBLEM, THINKING)], nothing, 0, nothing, closed)
 

@@ -309,6 +309,7 @@ def test_a_reward_that_fails_now_and_then_is_counted(failed: Any, teacher: str, 
         ({"samples_per_prompt": 1}, "samples_per_prompt is 1: an advantage is over the others of a group"),
         ({"unlikely_below": 0.1, "resample_factor": 2.0}, "unlikely_below is 0.1, by which no group lacks a signal"),
         ({"unlikely_below": 1.5}, "unlikely_below is 1.5"),
+        ({"unlikely_below": 0.1, "teacher_kl": 1.0}, "with which no teacher is listened to: leave teacher_kl at 0"),
         ({"policy_weight": 0.0}, "policy_weight and teacher_kl are 0"),
         ({"updates_per_batch": 3}, "training.steps is 2, which updates_per_batch, 3, does not divide"),
         ({"penalty_tokens": 9}, "penalty_tokens is 9, above max_new_tokens 8"),
@@ -335,4 +336,4 @@ def test_a_divergence_needs_a_teacher_and_a_verifier_an_answer(teacher: str, tmp
     tasks = TaskMixture({"ours": PromptFile(path=str(path), held_out_fraction=0, answer_column=None)})
     with pytest.raises(UserError, match="has no answer, which its reward goes by; give the data an answer column"):
         grpo(reward=None).asked(tasks, 0)
-    assert len(grpo().asked(tasks, 0)) == 4
+    assert len(grpo().asked(tasks, 0)) == len(grpo(reward=None, unlikely_below=0.1).asked(tasks, 0)) == 4
