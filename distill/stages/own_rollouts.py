@@ -266,7 +266,11 @@ class OwnRollouts:
             metrics["tokens_per_second_per_device/generation"] = speed
         for teacher, flops in self._teacher_flops.items() if first_pass else ():
             own = [len(one.tokens) for one in rollouts if one.teacher == teacher]
-            spent.teacher_flops += flops.of(own, None if heads is None else heads * sum(own) / sum(lengths))
+            own_heads = heads
+            if heads is not None and teacher:
+                masks = (batch.loss_mask & (batch.teacher == self._number(teacher)) for batch in batches)
+                own_heads = float(sum(np.sum(mask) for mask in masks))
+            spent.teacher_flops += flops.of(own, own_heads)
         spent.student_sample_seconds += sampled - started
         spent.teacher_score_seconds += scored - sampled
         if self._ahead or self._updates > 1:
@@ -382,17 +386,21 @@ class OwnRollouts:
         more = self._lesson.per_token(written, part) if self._lesson and self._lesson.learns else [{}] * len(rollouts)
         ids: list[np.ndarray | None] = [*written.student_ids[part]] or [None] * len(rollouts)
         records = [_Record(*record) for record in zip(rollouts, more, ids, strict=True)]
-        named = self._context.named_teachers
         batches: list[Batch] = []
+        if not self._scorers:
+            batches += self._packed(records, None, {})
         # What several teachers say comes in rows of their own.
-        for teacher in named or ("",):
+        for teacher, scorer in self._scorers.items():
             if own := [record for record in records if record.rollout.teacher == teacher]:
-                whose = {"teacher": named.index(teacher)} if named else {}
-                batches += self._packed(own, self._scorers.get(teacher), whose)
+                batches += self._packed(own, scorer, {"teacher": self._number(teacher)} if teacher else {})
         if self._teacher_mesh == self._context.mesh:
             # Without waiting, the teacher's time would be counted as the student's.
             jax.block_until_ready([batch.targets for batch in batches])
         return batches
+
+    def _number(self, teacher: str) -> int:
+        """As rows of several teachers have it."""
+        return self._context.named_teachers.index(teacher)
 
     def _packed(
         self, records: Sequence["_Record"], scorer: Scorer | ServedScorer | None, whose: Mapping[str, int]
@@ -497,11 +505,16 @@ class OwnRollouts:
             if whole:
                 metrics["never_stopped"] = _mean(not sample.finished for sample in whole)
         by_teacher = collections.defaultdict[str, list[bool]](list)
+        judged: list[tuple[str, RolloutSample | Outcome]] = [(one.teacher, one) for one in replaced]
         for rollout, sample in zip(written.rollouts[part], samples, strict=True):
-            if rollout.teacher and sample.correct is not None and self._may_end(batch, sample):
-                by_teacher[rollout.teacher].append(sample.correct)
+            judged += [(rollout.teacher, sample)] if self._may_end(batch, sample) else []
+        for teacher, one in judged:
+            if teacher and one.correct is not None:
+                by_teacher[teacher].append(one.correct)
         metrics |= {f"accuracy/{teacher}": _mean(correct) for teacher, correct in by_teacher.items()}
-        if step % self._stage.samples_every_steps == 0:
+        # Of the steps that a multiple stands for, later passes of the batch before have none to show.
+        later_passes = self._updates - self._parts if step % self._updates == 0 else 0
+        if step % self._stage.samples_every_steps <= later_passes:
             self._context.metrics.samples(step + 1, shown, stage=self._name)
         return metrics | (self._lesson.told(written, part) if self._lesson else {})
 
