@@ -16,6 +16,7 @@ from distill.runner.experiment_file import _configuration_classes
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft
 from distill.stages.loop import Training
 from distill.stages.rollout_schedule import RolloutSchedule
+from distill.stages.student_top_k import StudentTopK
 from distill.tasks import GymFamily, PromptFile, ReasoningGym
 from distill.training.losses import Loss
 from distill.training.optimizer import Optimizer
@@ -37,7 +38,7 @@ ODD: tuple[Any, ...] = (
 def instances() -> dict[type, Any]:
     """One of every class that an experiment may consist of."""
     others = (Loss(), Lora(), PromptFile(path="p"), FromCheckpoint(path="p"), GymFamily(), Grpo(), PolicyLoss())
-    found: dict[type, Any] = {type(one): one for one in (*others, RolloutSchedule())}
+    found: dict[type, Any] = {type(one): one for one in (*others, RolloutSchedule(), StudentTopK())}
     found[ReasoningGym] = ReasoningGym(families={"chain_sum": GymFamily()})
     whole = miniature.experiment("somewhere")
     held: list[Any] = [whole, *whole.stages.values(), *whole.tasks.values()]
