@@ -20,6 +20,7 @@ from distill.tasks import PromptFile
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.problem import Problem
 from distill.tasks.requests import ModeMix, prompt_ids, teacher_prompt_ids
+from distill.training.flops import forward_flops
 from distill.training.packing import pack_rollouts, places_read, read_at, rollout_example
 from distill.training.train_state import TrainState
 from distill.training.train_step import Batch, StepResult, TrainStep
@@ -157,7 +158,7 @@ def test_a_run_learns_what_the_teacher_says_behind_its_own_prompt(
         tuple(prompt_ids(problem, mode, tokenizer, flag_fraction=on_policy.modes.flag_fraction)): problem
         for problem, mode in on_policy.asked(tasks, stage_seed(experiment.seed, "on_policy"))
     }
-    compared = 0
+    read = []
     for row in range(len(tokens)):
         for segment in range(1, segments[row].max() + 1):
             (where,) = np.nonzero(segments[row] == segment)
@@ -181,15 +182,25 @@ def test_a_run_learns_what_the_teacher_says_behind_its_own_prompt(
                 np.testing.assert_allclose(
                     np.asarray(batch.targets.logprobs)[row, trained][known], expected[known], atol=5e-5
                 )
-            compared += 1
-    assert compared == 5
+            read.append(alone.shape[1])
+    assert len(read) == 5
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    costs = {cost["name"]: cost["teacher_flops"] for cost in report["stages"]}
+    flops = forward_flops(teacher.config)
+    assert costs["on_policy"] == pytest.approx(flops.of(read)), "what the teacher read"
     if targets is None:
         store = TargetStore.open(tmp_path / "run" / "targets" / "off_policy")
-        for index in range(len(store)):
-            asked = tokenizer.decode(store[index].rollout.tokens[: store[index].rollout.prompt_length].tolist())
-            assert "It is" not in asked, "the student reads no hint"
-        rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
-        assert all(np.isfinite(row["forward_kl"]) for row in rows if row["model"] != "teacher")
+        asked = off_policy.asked(experiment.mixture(), stage_seed(experiment.seed, "off_policy"))
+        read = []
+        for index, (problem, mode) in enumerate(asked):
+            rollout = store[index].rollout
+            prompt = tokenizer.decode(rollout.tokens[: rollout.prompt_length].tolist())
+            assert "It is" not in prompt, "the student reads no hint"
+            fraction = off_policy.modes.flag_fraction
+            own = teacher_prompt_ids(problem, mode, tokenizer, flag_fraction=fraction)
+            read.append(len(own) + len(rollout.response))
+        assert costs["off_policy"] == pytest.approx(2 * flops.of(read)), "generated and scored"
+        assert all(np.isfinite(row["forward_kl"]) for row in report["rows"] if row["model"] != "teacher")
 
 
 def test_thinking_of_the_teachers_own_stands_where_the_students_block_is_empty(folder: str) -> None:
