@@ -120,9 +120,10 @@ class _Planned:
         named = experiment.tokens_per_target
         self._student = self._placed(self._fresh_student(known["student"][0]), self._mesh, tokens_per_target=named)
         # Equal ones are one. Of several the largest is taken to answer all; the others lie in memory.
+        fields = {teacher.as_loaded: teacher_field(name) for name, teacher in experiment.all_teachers.items()}
         teachers = [
             self._placed(self._fresh_teacher(teacher, known[field][0]), self._teacher_mesh)
-            for teacher, field in {one: teacher_field(name) for name, one in experiment.all_teachers.items()}.items()
+            for teacher, field in fields.items()
         ]
         teachers.sort(key=lambda model: sum(leaf.size for leaf in jax.tree.leaves(model)))
         self._teacher: Qwen3 | None = teachers.pop() if teachers else None

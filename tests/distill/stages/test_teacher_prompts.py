@@ -220,9 +220,32 @@ def test_thinking_of_the_teachers_own_stands_where_the_students_block_is_empty(f
         teacher_prompt_ids(problem, THINKING, tokenizer)
     with pytest.raises(UserError, match="ends with a think block"):
         teacher_prompt_ids(problem, "non_thinking", tokenizer, flag_fraction=1)
-    unclosed = dataclasses.replace(problem, teacher_prompt="What?<think>2+3")
-    with pytest.raises(UserError, match="a think block that does not end it"):
-        teacher_prompt_ids(unclosed, "non_thinking", tokenizer)
+    for mention in ("What is <think>?", "What are <think> and </think> for?"):
+        for thinking in ("", "<think>2+3=5</think>"):
+            asked = dataclasses.replace(problem, prompt=mention, teacher_prompt=f"{mention}{thinking}")
+            read = tokenizer.decode(teacher_prompt_ids(asked, "non_thinking", tokenizer))
+            block = "<think>\n2+3=5\n</think>" if thinking else "<think>\n\n</think>"
+            assert mention in read
+            assert read.endswith(f"{block}\n\n")
+    twice = dataclasses.replace(problem, teacher_prompt="What?<think>2+3</think></think>")
+    with pytest.raises(UserError, match="its teacher_prompt's thinking has </think> inside"):
+        teacher_prompt_ids(twice, "non_thinking", tokenizer)
+    with pytest.raises(
+        UserError, match=r"teacher\.prompt has a think block that does not end it; put it last and close"
+    ):
+        Teacher(path=folder, prompt="{prompt}<think>{solution}")
+
+
+def test_a_teachers_prompt_asks_for_the_students_mode(folder: str) -> None:
+    tokenizer = ChatTokenizer.from_folder(folder)
+    problem = Problem(prompt="What is 2 + 3?", answer="5", family="sums", teacher_prompt="What is it? /no_think")
+    assert "/no_think" in tokenizer.decode(teacher_prompt_ids(problem, "non_thinking", tokenizer, flag_fraction=1))
+    with pytest.raises(UserError, match="says /no_think, but the student is asked in thinking mode; take it out"):
+        teacher_prompt_ids(problem, THINKING, tokenizer)
+    system = dataclasses.replace(problem, teacher_prompt=({"role": "system", "content": "It is five."},))
+    assert "five" in tokenizer.decode(teacher_prompt_ids(system, THINKING, tokenizer))
+    with pytest.raises(UserError, match="has no user's turn, which could say /think as the student's prompt does"):
+        teacher_prompt_ids(system, THINKING, tokenizer, flag_fraction=1)
 
 
 def test_a_row_has_a_text_or_a_conversation_for_the_teacher(folder: str, tmp_path: Path) -> None:
@@ -247,6 +270,8 @@ def test_a_row_has_a_text_or_a_conversation_for_the_teacher(folder: str, tmp_pat
     }
     with pytest.raises(UserError, match="has no solution, which the teacher's prompt names"):
         TaskMixture({"a": file}, {"": "{prompt} {solution}"}).problems("train", 3, seed=0)
+    with pytest.raises(UserError, match="has no answer, which the teacher's prompt names"):
+        TaskMixture({"a": file}, {"": "{answer}"})._for_teacher("a", Problem(prompt="Draw!", answer="", family="f"))
     with pytest.raises(UserError, match=r"teacher\.prompt names \{working\}; use \{prompt\}"):
         Teacher(path=folder, prompt="{working}")
     assert ModeMix(thinking_fraction=0, flag_fraction=0).thinking_fraction == 0
