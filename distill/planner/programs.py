@@ -48,8 +48,9 @@ def programs(experiment: Experiment, devices: list[jax.Device]) -> list[Program]
     """All programs of a run on `devices` (`kernels_pallas.topologies.devices`), in the order of its stages.
 
     A step's update and, where it may have several, its later microbatches count once; the short programs of a run's
-    start and end are left out. Raises UserError where the devices do not make up the experiment's meshes, a size does
-    not divide, or an architecture is not known.
+    start and end are left out, and so are, of what lies beside a program, the targets of microbatches whose turn is yet
+    to come, with several passes of the whole batch. Raises UserError where the devices do not make up the experiment's
+    meshes, a size does not divide, or an architecture is not known.
     """
     return list(_Planned(experiment, devices).programs())
 
