@@ -17,6 +17,7 @@ from distill.rewards.reward import Reward, reward_name, reward_source
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
 from distill.tasks import Arithmetic, PromptFile, ReasoningGym
 from distill.tasks.mixture import TaskMixture
+from qwen3.chat.turns import THINK_END, THINK_START
 from qwen3.checkpoint.quantisation import Quantisation
 from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
@@ -71,6 +72,11 @@ class Teacher:
                 f"teacher.prompt names {{{unknown[0]}}}; use {{prompt}}, {{solution}} and {{answer}}, and write braces "
                 "twice that stand for themselves"
             )
+        if THINK_START in (self.prompt or "") and not str(self.prompt).rstrip().endswith(THINK_END):
+            raise UserError(
+                "teacher.prompt has a think block that does not end it; put it last and close it, as in "
+                f"'{{prompt}}{THINK_START}{{solution}}{THINK_END}'"
+            )
         if self.placement != "own_mesh" and self.mesh != MeshShape():
             where = "on the student's mesh" if self.placement == "colocated" else "on the servers' devices"
             raise UserError(
@@ -87,6 +93,11 @@ class Teacher:
                 f"teacher.quantisation is {self.quantisation}, but teacher.placement is service; leave it, and give "
                 "--quantisation to the server"
             )
+
+    @property
+    def as_loaded(self) -> "Teacher":
+        """Without what does not change its weights: equal ones are one model, whatever each reads."""
+        return dataclasses.replace(self, prompt=None, planned_as=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float16, Float32, Int32, UInt8
 
 from qwen3.errors import UserError
 from qwen3.rollout import Rollout, with_prompt
@@ -104,8 +104,9 @@ def encode(record: ScoredRollout) -> bytes:
     """The record's bytes; targets only where the loss mask is True.
 
     Log-probabilities of the top entries are rounded to float16, to one part in 2,048 of themselves: what is likely is
-    hardly off, what is off is hardly likely. Ids and these are laid out byte by byte, all low bytes first, which
-    compresses better. The tail, and all of sampled tokens, whose shares must add up to 1, stay float32.
+    hardly off, what is off is hardly likely; `decode` makes up for what their sum has lost. Ids and these are laid out
+    byte by byte, all low bytes first, which compresses better. The tail, and all of sampled tokens, whose shares must
+    add up to 1, stay float32.
     """
     rollout = record.rollout
     kept = rollout.loss_mask
@@ -130,6 +131,15 @@ def encode(record: ScoredRollout) -> bytes:
     return safetensors.numpy.save(contiguous, metadata={"rollout": json.dumps(scalars)})
 
 
+def _adding_up(rounded: Float16[np.ndarray, "R J"], log_tail: Float32[np.ndarray, "R"]) -> Float32[np.ndarray, "R J"]:
+    """Rounded log-probabilities as the part of a distribution that they were: with the tail, which is exact, they add
+    up to 1 again, so that a divergence stays one. A row's are all moved alike, by no more than they were rounded."""
+    logprobs = rounded.astype(np.float64)
+    moved = -np.expm1(log_tail.astype(np.float64)) / np.exp(logprobs).sum(-1) - 1
+    most = np.abs(logprobs).max(-1) / 2**11
+    return (logprobs + np.clip(moved, -most, most)[:, None]).astype(np.float32)
+
+
 def decode(record: bytes) -> ScoredRollout:
     """The inverse of `encode`; bytes that are not a record raise SafetensorError, KeyError or ValueError."""
     arrays = safetensors.numpy.load(record)
@@ -140,7 +150,7 @@ def decode(record: bytes) -> ScoredRollout:
         high = np.where(low[-1:] == 255, np.uint8(255), np.uint8(0))
         arrays["ids"] = _from_planes(np.concatenate((low, high)), "<i4").astype(np.int32)
     if arrays["logprobs"].dtype == np.uint8:
-        arrays["logprobs"] = _from_planes(arrays["logprobs"], "<f2").astype(np.float32)
+        arrays["logprobs"] = _adding_up(_from_planes(arrays["logprobs"], "<f2"), arrays["log_tail"])
     header_bytes = int.from_bytes(record[:8], "little")
     scalars = json.loads(json.loads(record[8 : 8 + header_bytes])["__metadata__"]["rollout"])
     kept = arrays["loss_mask"]

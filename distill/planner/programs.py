@@ -48,8 +48,9 @@ def programs(experiment: Experiment, devices: list[jax.Device]) -> list[Program]
     """All programs of a run on `devices` (`kernels_pallas.topologies.devices`), in the order of its stages.
 
     A step's update and, where it may have several, its later microbatches count once; the short programs of a run's
-    start and end are left out. Raises UserError where the devices do not make up the experiment's meshes, a size does
-    not divide, or an architecture is not known.
+    start and end are left out, and so are, of what lies beside a program, the targets of microbatches whose turn is yet
+    to come, with several passes of the whole batch. Raises UserError where the devices do not make up the experiment's
+    meshes, a size does not divide, or an architecture is not known.
     """
     return list(_Planned(experiment, devices).programs())
 
@@ -120,9 +121,10 @@ class _Planned:
         named = experiment.tokens_per_target
         self._student = self._placed(self._fresh_student(known["student"][0]), self._mesh, tokens_per_target=named)
         # Equal ones are one. Of several the largest is taken to answer all; the others lie in memory.
+        fields = {teacher.as_loaded: teacher_field(name) for name, teacher in experiment.all_teachers.items()}
         teachers = [
             self._placed(self._fresh_teacher(teacher, known[field][0]), self._teacher_mesh)
-            for teacher, field in {one: teacher_field(name) for name, one in experiment.all_teachers.items()}.items()
+            for teacher, field in fields.items()
         ]
         teachers.sort(key=lambda model: sum(leaf.size for leaf in jax.tree.leaves(model)))
         self._teacher: Qwen3 | None = teachers.pop() if teachers else None

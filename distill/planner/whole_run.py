@@ -38,6 +38,10 @@ class Pipeline:
     """A teacher that scores on devices of its own while the student works."""
 
     steps: float
+    batches: float
+    """Of rollouts, each of which serves one or several steps."""
+    passes: int
+    """Over each batch; what the teacher says in the first serves them all."""
     microbatches: float
     """Of a step; the student trains on one while the teacher scores those after it."""
     ahead: bool
@@ -62,19 +66,19 @@ class StagePlan:
     def elapsed_seconds(self, seconds: Mapping[Purpose, float]) -> float:
         """Of the whole stage, from what its programs take by purpose.
 
-        Within a step, all of the slower one's microbatches and one of the other's, before the first or after the last.
-        Generated ahead, what the student does in all, or the teacher with the first rollouts before and the last
-        microbatch and update after it.
+        Within a step of the first pass, all of the slower one's microbatches and one of the other's, before the first
+        or after the last. Generated ahead, what the student does in all, or the teacher with the first batch's rollouts
+        before and the last microbatch and update after it.
         """
         total, pipeline = sum(seconds.values()), self.pipeline
         if pipeline is None:
             return total
         scores, trains = seconds["teacher_scores"], seconds["student_trains"]
         if not pipeline.ahead:
-            return total - min(scores, trains) * (1 - 1 / pipeline.microbatches)
-        writes = seconds["student_prefills"] + seconds["student_generates"]
-        ends = writes + trains / pipeline.microbatches + seconds["student_updates"]
-        return max(total - scores, scores + ends / pipeline.steps)
+            return total - min(scores, trains / pipeline.passes) * (1 - 1 / pipeline.microbatches)
+        first = (seconds["student_prefills"] + seconds["student_generates"]) / pipeline.batches
+        last = (trains / pipeline.microbatches + seconds["student_updates"]) / pipeline.steps
+        return max(total - scores, first + scores + last)
 
 
 def stage_plans(experiment: Experiment, programs: Sequence[Program], assumed: Assumptions) -> list[StagePlan]:
@@ -122,13 +126,15 @@ class _Run:
         # All that may be asked in the place of groups without signal, so many at a time as there are.
         asked = 1 + stage.prompts_beside / stage.prompts_per_step if isinstance(stage, Grpo) else 1.0
         passes = scoring_passes(stage)
+        # What several teachers are asked about is packed apart.
+        teachers = len(self._experiment.all_teachers) if asks_teacher(stage) else 1
         calls: dict[Purpose, float] = {}
         tokens = 0.0
         for batch in range(batches):
             response, longest = self._own_responses(stage, batch, batches)
             written = sequences * (prompt + response)
             of_update = written / stage.updates_per_batch
-            microbatches = max(1, math.ceil(of_update / self._row_tokens(name, "student_trains")))
+            microbatches = max(teachers, math.ceil(of_update / self._row_tokens(name, "student_trains")))
             tokens += written
             in_turns = math.ceil(asked) * longest
             _add(calls, self._generation(name, "student", asked * sequences, response, longest=in_turns))
@@ -154,7 +160,13 @@ class _Run:
             bytes_moved=float(positions * (named or hidden)),
             pipeline=None
             if scores.mesh == trains.mesh
-            else Pipeline(steps=steps, microbatches=calls["student_trains"] / steps, ahead=stage.max_staleness > 0),
+            else Pipeline(
+                steps=steps,
+                batches=batches,
+                passes=stage.passes,
+                microbatches=calls["student_trains"] / steps,
+                ahead=stage.max_staleness > 0,
+            ),
         )
 
     def _own_responses(self, stage: OnPolicy | Grpo, batch: int, batches: int) -> tuple[float, float]:

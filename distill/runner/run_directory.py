@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import fnmatch
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,13 +42,18 @@ _WRITTEN = (
     "tensorboard", "metrics.jsonl", "rollouts.jsonl", "report.json", "report.html", "export", ".export.partial",
     ".export.previous",
 )  # fmt: skip
-"""All that a run writes into its directory."""
+"""All that a run writes into its directory, but for who answered for several teachers."""
 Kept = TypeVar("Kept")
 
 
 def identity_file(teacher: str) -> str:
     """Says who answered for a served teacher when the run began; an only teacher has the empty name."""
     return f"teacher.{teacher}.json" if teacher else _SERVED_TEACHER
+
+
+def _writes(name: str) -> bool:
+    """Whether a run writes something of that name into its directory."""
+    return name in _WRITTEN or fnmatch.fnmatchcase(name, identity_file("*"))
 
 
 class RunDirectory:
@@ -255,14 +261,14 @@ def _refuse_links(path: Path) -> None:
     for place, folders, files in os.walk(path):
         here = Path(place)
         for name in (*folders, *files):
-            if (here / name).is_symlink() and (here != path or name in _WRITTEN):
+            if (here / name).is_symlink() and (here != path or _writes(name)):
                 raise UserError(
                     f"{here / name} is a symbolic link, and a run writes nothing outside of its directory; put a real "
                     "file or folder there, or link the whole run directory"
                 )
         if here == path:
             # What else lies there is not the run's, and export/ is replaced as a whole.
-            folders[:] = [name for name in folders if name in _WRITTEN and name != "export"]
+            folders[:] = [name for name in folders if _writes(name) and name != "export"]
 
 
 def _holds_work(path: Path) -> bool:

@@ -40,7 +40,7 @@ class Teachers:
     def load(self, name: str) -> TeacherModel:
         """The teacher of that name, an only one by the empty name. Raises UserError where its weights cannot be read or
         score no numbers."""
-        teacher = self._experiment.all_teachers[name]
+        teacher = self._experiment.all_teachers[name].as_loaded
         if teacher not in self._known:
             self._known[teacher] = self._loaded(teacher)
         return self._known[teacher]
@@ -67,8 +67,8 @@ class Teachers:
         run began with, or than the tokenizer at its path, or where they do not take what the stages ask for.
         """
         with contextlib.ExitStack() as opened:
-            for name, teacher in self._experiment.all_teachers.items():
-                if teacher.placement == "service" and teacher not in self._known:
+            for name, one in self._experiment.all_teachers.items():
+                if one.placement == "service" and (teacher := one.as_loaded) not in self._known:
                     self._known[teacher] = opened.enter_context(self._reached(name, teacher, run))
             yield
 
@@ -111,8 +111,8 @@ class Teachers:
     def keep_identities(self, directory: Path) -> None:
         """Writes down who answers, for the run's later parts to insist on."""
         for name, teacher in self._experiment.all_teachers.items():
-            model = self._known[teacher].model if teacher in self._known else None
-            if isinstance(model, ServedModel):
+            known = self._known.get(teacher.as_loaded)
+            if known is not None and isinstance(model := known.model, ServedModel):
                 identity = dataclasses.asdict(model.client.identity)
                 write_atomically(directory / identity_file(name), json.dumps(identity, indent=2) + "\n")
 

@@ -236,11 +236,12 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
         first_says(lambda: TargetStoreWriter(directory, identity).finish())
     store = TargetStore.open(directory, identity)
     flops = {one: forward_flops(teacher.model.config) for one, teacher in teachers.items()}
-    for index in range(len(store)):
+    for index, request in enumerate(requests):
         rollout = store[index].rollout
         spent.tokens_sampled += len(rollout.response)
-        # Once to write and once to score: the engine keeps no distributions.
-        spent.teacher_flops += 2 * flops[rollout.teacher].of([len(rollout.tokens)])
+        # Once to write and once to score, both behind what the teacher reads: the engine keeps no distributions.
+        read = len(request.prompt_ids) + len(rollout.response)
+        spent.teacher_flops += 2 * flops[rollout.teacher].of([read])
     spent.teacher_generate_seconds = watch.seconds.get("write", 0.0)
     spent.teacher_score_seconds = watch.seconds.get("score", 0.0)
     return store

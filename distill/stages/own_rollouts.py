@@ -264,8 +264,9 @@ class OwnRollouts:
                 spent.student_sample_flops += self._sample_flops.of(len(one.tokens) for one in written.rollouts)
             speed = written.tokens / written.seconds / self._context.mesh.size
             metrics["tokens_per_second_per_device/generation"] = speed
+        read = (self._as_read(rollouts) if self._teacher_flops and first_pass else None) or rollouts
         for teacher, flops in self._teacher_flops.items() if first_pass else ():
-            own = [len(one.tokens) for one in rollouts if one.teacher == teacher]
+            own = [len(one.tokens) for one in read if one.teacher == teacher]
             own_heads = heads
             if heads is not None and teacher:
                 masks = (batch.loss_mask & (batch.teacher == self._number(teacher)) for batch in batches)
@@ -415,7 +416,7 @@ class OwnRollouts:
                 record._replace(rollout=dataclasses.replace(record.rollout, loss_mask=mask))
                 for record, mask in zip(records, masks, strict=True)
             ]
-        views = self._as_read(records) if scorer is not None else None
+        views = self._as_read([record.rollout for record in records]) if scorer is not None else None
         if views is not None:
             records = [record._replace(read=view) for record, view in zip(records, views, strict=True)]
             rooms = [max(own, len(view.tokens)) for own, view in zip(rooms, views, strict=True)]
@@ -440,11 +441,11 @@ class OwnRollouts:
                 _policy_data(policy) if policy else None,
             )
 
-    def _as_read(self, records: Sequence["_Record"]) -> list[Rollout] | None:
+    def _as_read(self, rollouts: Sequence[Rollout]) -> list[Rollout] | None:
         """The rollouts after the prompts that the teacher reads; None where it reads the student's."""
         if not self._hinted:
             return None
-        fraction, views = self._stage.modes.flag_fraction, [record.rollout for record in records]
+        fraction, views = self._stage.modes.flag_fraction, [*rollouts]
         for place, rollout in enumerate(views):
             if problem := self._hinted.get(rollout.prompt_id):
                 ids = teacher_prompt_ids(problem, rollout.mode, self._context.tokenizer, flag_fraction=fraction)

@@ -84,7 +84,7 @@ class TaskMixture:
         prompt, template = problem.teacher_prompt, self._teachers.get(teacher)
         if prompt is None and template is not None:
             known = {"prompt": problem.prompt, "solution": problem.solution, "answer": problem.answer}
-            if missing := [field for _, field, _, _ in Formatter().parse(template) if field and known[field] is None]:
+            if missing := [field for _, field, _, _ in Formatter().parse(template) if field and not known[field]]:
                 raise UserError(
                     f"task {name!r}: problem {problem.problem_id} of family {problem.family!r} has no {missing[0]}, "
                     "which the teacher's prompt names; give the data one, or take it out of the prompt"

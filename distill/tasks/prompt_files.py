@@ -30,7 +30,7 @@ class _Rows:
     repeated: int
     """Rows whose question an earlier row asks."""
     contradicting: int
-    """Those of them whose answer is another one."""
+    """Those of them whose answer, or whose teacher, is another one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,8 @@ class PromptFile:
     path: str
     """The file."""
     held_out_path: str | None = None
-    """A file of the same columns, but for solutions, whose problems are all held out. Its questions are then left out
-    of `path`, and `held_out_fraction` is not used."""
+    """A file of the same columns, of which solutions may be missing, whose problems are all held out. Its questions are
+    then left out of `path`, and `held_out_fraction` is not used."""
     held_out_fraction: Share = 0.1
     """Share of the questions in `path` that is kept from training; 1 keeps them all for evaluation, 0 none."""
     prompt_column: str = "prompt"
@@ -106,11 +106,12 @@ class PromptFile:
     def left_out(self, without: Excluded | None = None) -> list[str]:
         """See `Task.left_out`: rows that repeat a question, and questions that are held out elsewhere."""
         lines = []
+        deciding = "answer" if self.teacher_column is None else "answer or teacher"
         for path, rows in self._files.items():
             if rows.repeated:
                 lines.append(
                     f"{path}: rows left out because an earlier one asks the same: {rows.repeated}, of them with "
-                    f"another answer: {rows.contradicting}"
+                    f"another {deciding}: {rows.contradicting}"
                 )
         train = self._sides["train"]
         held_out = {
@@ -162,14 +163,13 @@ class PromptFile:
         places: dict[str, str] = {}
         repeated = contradicting = 0
         stem = Path(path).stem
-        # Nobody trains on what is held out.
-        columns = self._columns(solutions=path == self.path)
+        columns = self._columns(held_out=path == self.held_out_path)
         for where, row in read_rows(Path(path), columns):
             problem = self._problem(where, row, family=stem)
             first = found.setdefault(problem.problem_id, problem)
             places.setdefault(problem.problem_id, where)
             repeated += first is not problem
-            contradicting += first.answer != problem.answer
+            contradicting += (first.answer, first.teacher) != (problem.answer, problem.teacher)
         if not found:
             raise UserError(f"{path}: has no rows; give a file with at least one problem")
         answered = {places[name]: one.answer for name, one in found.items() if one.answer is not None}
@@ -212,17 +212,16 @@ class PromptFile:
             tools=checked_tools(where, self.tools_column, row[self.tools_column]) if self.tools_column else None,
         )
 
-    def _columns(self, *, solutions: bool) -> Mapping[str, str]:
+    def _columns(self, *, held_out: bool) -> Mapping[str, str | None]:
         """The columns that are read, and of each what else can be done where a row lacks it."""
         question = self.prompt_column if self.messages_column is None else self.messages_column
-        solution_column = self.solution_column if solutions else None
         others = (
-            self.tools_column, solution_column, self.family_column, self.mode_column, self.teacher_column,
-            self.teacher_prompt_column,
+            self.tools_column, self.family_column, self.mode_column, self.teacher_column, self.teacher_prompt_column,
         )  # fmt: skip
-        remedies = dict.fromkeys((question, *others), "") | {
-            self.answer_column: "; give null in a row without an answer, or set answer_column to None for all"
-        }
+        remedies: dict[str | None, str | None] = dict.fromkeys((question, *others), "")
+        # Nobody trains on what is held out: its solutions are for a teacher that reads them, if there is one.
+        remedies[self.solution_column] = None if held_out else ""
+        remedies[self.answer_column] = "; give null in a row without an answer, or set answer_column to None for all"
         return {column: remedy for column, remedy in remedies.items() if column is not None}
 
 

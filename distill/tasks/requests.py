@@ -8,7 +8,7 @@ import numpy as np
 
 from distill.tasks import Problem
 from distill.tasks.drawing import exact_decimal
-from distill.tasks.problem import digest
+from distill.tasks.problem import digest, flagged_mode
 from qwen3.chat.chat import MODE_FLAGS, THINK_END, THINK_START, ChatTokenizer, last_flag, with_flag
 from qwen3.errors import UserError
 from qwen3.field_types import Share, check_fields
@@ -91,24 +91,36 @@ def teacher_prompt_ids(
 ) -> list[int]:
     """What the teacher reads before the response: `prompt_ids`, unless the problem has a prompt of its own for it.
 
-    Raises UserError as `prompt_ids`, or where the teacher's own thinking would stand before a response that begins with
-    a think block itself.
+    Thinking of the teacher's own ends its prompt; a think block elsewhere is what the prompt speaks of. Raises
+    UserError as `prompt_ids`, where such thinking would stand before a response that begins with a think block itself,
+    and where the prompt asks for the other mode or has no user's turn to ask for it as the student's does.
     """
     messages = problem.teacher_conversation
-    turn = messages[-1]
-    before, start, rest = str(turn.get("content", "")).partition(THINK_START)
-    if problem.teacher_prompt is None or not start:
+    if problem.teacher_prompt is None:
         return _prompt_ids(problem, messages, mode, tokenizer, flag_fraction)
-    thinking, end, after = rest.partition(THINK_END)
-    whose = f"problem {problem.problem_id} of family {problem.family!r}"
-    if not end or after.strip():
-        raise UserError(f"{whose}: its teacher_prompt has a think block that does not end it; put it last and close it")
+    whose, flagged = f"problem {problem.problem_id} of family {problem.family!r}", flagged_mode(messages)
+    if flagged not in (None, mode):
+        raise UserError(
+            f"{whose}: its teacher_prompt says /{MODE_FLAGS[flagged]}, but the student is asked in {mode} mode; "
+            "take it out"
+        )
+    if _flagged(problem, flag_fraction, tokenizer) and not any(message["role"] == "user" for message in messages):
+        raise UserError(
+            f"{whose}: its teacher_prompt has no user's turn, which could say /{MODE_FLAGS[mode]} as the student's "
+            "prompt does; give it one, or take the flags away (modes.flag_fraction 0)"
+        )
+    turn = messages[-1]
+    text = str(turn.get("content", "")).rstrip()
+    before, start, thinking = text.removesuffix(THINK_END).rpartition(THINK_START)
+    if not start or not text.endswith(THINK_END):
+        return _prompt_ids(problem, messages, mode, tokenizer, flag_fraction)
     if mode == THINKING or _flagged(problem, flag_fraction, tokenizer):
         raise UserError(
             f"{whose}: its teacher_prompt ends with a think block, which takes the place of the empty one before a "
             "non-thinking answer; ask in non_thinking mode without flags: modes.thinking_fraction 0, "
             "modes.flag_fraction 0, evaluation.modes ('non_thinking',)"
         )
+    _require_none_of((THINK_END,), problem, "teacher_prompt's thinking", thinking)
     turn["content"] = before.rstrip()
     return _prompt_ids(problem, messages, THINKING, tokenizer, 0) + tokenizer.thinking_ids(thinking.strip("\n"))
 

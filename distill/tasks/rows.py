@@ -19,9 +19,9 @@ _EXACT_FLOATS: Final = 2**53
 _MISSING: Final = object()
 
 
-def read_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_rows(path: Path, columns: Mapping[str, str | None]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each row as its place in the file, for messages, and its values by the names in `columns`, which say of each what
-    else can be done where a row lacks it.
+    else can be done where a row lacks it; None: it is null there.
 
     A name with dots is a field inside of a column, unless there is a column of that very name. Nulls inside objects are
     left out, because Parquet gives every object the keys that any has. NaN is null, and a number with a whole value is
@@ -86,7 +86,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield where, row
 
 
-def _parquet_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet_rows(path: Path, columns: Mapping[str, str | None]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -117,10 +117,13 @@ def _blank(kind: "pyarrow.DataType") -> Mapping[str, Any] | None:
     return {field.name: _blank(field.type) for field in kind} if types.is_struct(kind) else None
 
 
-def _cell(where: str, row: Mapping[str, Any], column: str, other_remedy: str) -> Any:
-    """The value of a column, or of a field inside of one: null where what should hold it is null."""
+def _cell(where: str, row: Mapping[str, Any], column: str, other_remedy: str | None) -> Any:
+    """The value of a column, or of a field inside of one: null where what should hold it is null, and without a remedy
+    where nothing does."""
     value = _looked_up(row, column)
     if value is _MISSING:
+        if other_remedy is None:
+            return None
         names = sorted(_names(row))
         close = difflib.get_close_matches(column, names, n=1)
         remedy = f"perhaps you meant {close[0]!r}" if close else f"it has {', '.join(names) or 'none'}"

@@ -27,8 +27,8 @@ STOP_THINKING_TEXT: Final = (
 )
 """Inserted where a thinking budget is spent; Qwen's documentation, exact to the line ends."""
 
-# A flag stands alone or before punctuation: paths such as a/think/b and words such as /thinking are not flags.
-_FLAG = re.compile(r"(?<![\w/])/(no_think|think)(?![\w/-])")
+# A flag stands alone or before punctuation: paths such as a/think/b, words such as /thinking and tags are not flags.
+_FLAG = re.compile(r"(?<![\w/<])/(no_think|think)(?![\w/-])")
 # Before one of these a text has the tokens that it has behind any text with which it does not merge.
 _ANCHORS = ("\n", "a")
 

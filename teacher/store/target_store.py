@@ -51,9 +51,7 @@ class TargetStoreWriter:
                 self._index = _read_index(self.directory)
                 _check_identity(self.directory, self._index["identity"], identity)
             else:
-                self._write_index(
-                    {"format": FORMAT, "identity": identity, "finished": False, "entries": None, "shards": {}}
-                )
+                self._write_index({"identity": identity, "finished": False, "entries": None, "shards": {}})
         except OSError as error:
             raise UserError(f"target store {self.directory} cannot be written: {error.strerror or error}") from error
 
@@ -142,6 +140,8 @@ class TargetStoreWriter:
             raise UserError(f"the index of target store {self.directory} cannot be written: {error}") from error
 
     def _write_index(self, index: dict[str, Any]) -> None:
+        # A store that goes on is of this format, whatever it was begun in.
+        index = {**index, "format": FORMAT}
         unfinished = self.directory / f".{INDEX_NAME}.unfinished"
         unfinished.write_text(json.dumps(index, indent=1, sort_keys=True))
         _durable_digest(unfinished)
@@ -241,8 +241,9 @@ _SAME_TO_MERGE: Final = ("teacher", "tokenizer", "top_k", "sampled_tokens")
 def merged(stores: Sequence[TargetStore], directory: str | os.PathLike[str]) -> TargetStore:
     """All records of several finished stores as one new store in `directory`; a merge that was cut off goes on.
 
-    Its identity has what all of them share, and `merged`, the identity of each. Raises UserError naming the stores and
-    what differs where they are of another teacher, tokenizer or kind of targets, or where two are the same.
+    Its identity has what all of them share, and `merged`, the identity of each that was written and not merged. Raises
+    UserError naming the stores and what differs where they are of another teacher, tokenizer or kind of targets, or
+    where two hold the same.
     """
     first, *others = stores
     for place, other in enumerate(others, start=1):
@@ -257,13 +258,13 @@ def merged(stores: Sequence[TargetStore], directory: str | os.PathLike[str]) -> 
                 f"{what or f'entries per token: {first.entries} and {other.entries}'}; merge only stores of one "
                 "teacher, tokenizer and kind of targets"
             )
-        if same := next((one for one in stores[:place] if one.identity == other.identity), None):
+        if same := next((one for one in stores[:place] if any(part in _parts(one) for part in _parts(other))), None):
             raise UserError(
                 f"target stores {same.directory} and {other.directory} hold the same prompts by the same seed; merge "
                 "each once"
             )
     shared = {name: first.identity[name] for name in _SAME_TO_MERGE if name in first.identity}
-    writer = TargetStoreWriter(directory, shared | {"merged": [dict(store.identity) for store in stores]})
+    writer = TargetStoreWriter(directory, shared | {"merged": [part for store in stores for part in _parts(store)]})
     if not writer.finished:
         places = [(store, shard) for store in stores for shard in range(len(store.shards))]
         for number, (store, shard) in enumerate(places):
@@ -271,6 +272,11 @@ def merged(stores: Sequence[TargetStore], directory: str | os.PathLike[str]) -> 
                 writer.copy_shard(number, store, shard)
         writer.finish()
     return TargetStore.open(directory)
+
+
+def _parts(store: TargetStore) -> list[dict[str, Any]]:
+    """The identities of the stores that it was merged from; of one that was written its own."""
+    return list(store.identity.get("merged", [dict(store.identity)]))
 
 
 def _shown(value: Any) -> str:

@@ -163,6 +163,20 @@ def test_what_lies_beside_a_program(teacher: str) -> None:
     assert 0 < step_and_counts < 100
 
 
+def test_teachers_that_read_different_prompts_are_one_model(teacher: str) -> None:
+    alone = one_device(teacher)
+    assert alone.teacher is not None
+    several = {
+        name: dataclasses.replace(alone.teacher, prompt=prompt)
+        for name, prompt in (("plain", None), ("hinted", "{prompt} {answer}"))
+    }
+
+    experiment = dataclasses.replace(alone, teacher=None, teachers=several)
+    (training,) = (p for p in programs(experiment, jax.devices()[:1]) if p.name == "on_policy: student trains")
+    assert "teacher" in training.beside
+    assert "other teachers" not in training.beside
+
+
 def test_adapters_are_trained_alone(teacher: str) -> None:
     def planned(lora: Lora | None) -> tuple[Experiment, dict[str, Program]]:
         student = FromCheckpoint(path=teacher, lora=lora)

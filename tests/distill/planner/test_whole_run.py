@@ -121,6 +121,12 @@ def test_further_passes_cost_training_alone(quickstart: Experiment) -> None:
     assert together["student_generates"] == plain["student_generates"] / 3
     for purpose in ("student_trains", "student_updates", "teacher_scores"):
         assert together[purpose] == plain[purpose]
+    # Each of several teachers has a microbatch of its own, where one had room for all.
+    assert quickstart.teacher is not None
+    several = dict.fromkeys(("one", "other", "third"), quickstart.teacher)
+    thrice = on_policy_calls(dataclasses.replace(quickstart, teacher=None, teachers=several), Assumptions())
+    assert plain["student_trains"] == plain["student_updates"] == thrice["student_updates"]
+    assert thrice["student_trains"] == thrice["teacher_scores"] == 3 * plain["student_trains"]
 
 
 def test_groups_that_are_replaced_and_rewards_without_a_teacher_cost_what_they_generate(quickstart: Experiment) -> None:
@@ -164,7 +170,7 @@ def test_scoring_on_devices_of_its_own_overlaps_with_the_student(quickstart: Exp
     def elapsed(pipeline: Pipeline | None) -> float:
         return StagePlan(stage="one", calls={}, pipeline=pipeline).elapsed_seconds(taken)
 
-    within = Pipeline(steps=10, microbatches=4, ahead=False)
+    within = Pipeline(steps=10, batches=10, passes=1, microbatches=4, ahead=False)
     assert elapsed(None) == 300
     # Of each step's four microbatches the teacher scores all, 12 s, and the student trains on the last one after it.
     assert elapsed(within) == 10 * (1 + 9 + 12 + 6 / 4 + 2)
@@ -174,6 +180,10 @@ def test_scoring_on_devices_of_its_own_overlaps_with_the_student(quickstart: Exp
     assert elapsed(ahead) == 180
     taken["teacher_scores"] = 400
     assert elapsed(ahead) == 400 + 10 + 6 / 4 + 2
+    # Twice from each batch: its rollouts, 20 s, come first, and the second pass, 30 s, has nothing to wait for.
+    twice = dataclasses.replace(within, batches=5, passes=2)
+    assert elapsed(dataclasses.replace(twice, ahead=True)) == 400 + 20 + 6 / 4 + 2
+    assert elapsed(twice) == 580 - 30 * 3 / 4
 
     def pipeline(teacher: Teacher, staleness: int) -> Pipeline | None:
         stage = dataclasses.replace(quickstart.stages["on_policy"], max_staleness=staleness)
@@ -195,4 +205,4 @@ def test_scoring_on_devices_of_its_own_overlaps_with_the_student(quickstart: Exp
     for staleness in (0, 1):
         found = pipeline(own, staleness)
         assert found is not None
-        assert found == Pipeline(steps=steps, microbatches=1, ahead=staleness > 0)
+        assert found == Pipeline(steps=steps, batches=steps, passes=1, microbatches=1, ahead=staleness > 0)

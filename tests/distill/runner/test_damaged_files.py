@@ -177,8 +177,12 @@ def test_every_file_of_a_run_is_looked_at_here(finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "run_id", ".lock", "export", "checkpoints", "evaluations/teacher.json", "metrics.jsonl"]
-)
+    "name",
+    [
+        "config.json", "run_id", ".lock", "export", "checkpoints", "evaluations/teacher.json", "metrics.jsonl",
+        "teacher.math.json",
+    ],
+)  # fmt: skip
 def test_a_link_to_elsewhere_is_not_written_through(experiment: Experiment, tmp_path: Path, name: str) -> None:
     run, elsewhere = tmp_path / "runs" / "miniature", tmp_path / "elsewhere"
     (run / name).parent.mkdir(parents=True)

@@ -16,6 +16,7 @@ from distill.runner.execute import execute
 from distill.stages import OnPolicy
 from distill.stages.rollout_schedule import RolloutSchedule
 from distill.stages.stopping import Interrupted
+from distill.stages.student_top_k import StudentTopK
 from distill.training.checkpoint import Checkpointer
 from distill.training.losses import Loss
 from distill.training.train_state import TrainState, abstract_state
@@ -115,8 +116,8 @@ def test_later_passes_are_free_but_for_training_and_see_the_current_student(teac
 
 
 def test_all_of_it_goes_on_bit_for_bit_where_it_stopped(teacher: str, tmp_path: Path) -> None:
-    """Growing prefixes, a share of their tokens, two parts a batch, two passes, batches ahead: stopped in either pass
-    and between batches."""
+    """Growing prefixes, a share of their tokens, the student's likeliest, two parts a batch, two passes, batches ahead:
+    stopped in either pass and between batches."""
     stage = on_policy(
         rollout_tokens=RolloutSchedule(first=6, full_share=0.3),
         prompts_per_step=2,
@@ -124,6 +125,7 @@ def test_all_of_it_goes_on_bit_for_bit_where_it_stopped(teacher: str, tmp_path: 
         passes=2,
         max_staleness=2,
         token_share=0.4,
+        targets=StudentTopK(k=2),
         training=dataclasses.replace(on_policy().training, steps=12),
     )
     experiment = with_stage(teacher, stage, needs_teacher=True)

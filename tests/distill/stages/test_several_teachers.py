@@ -15,6 +15,7 @@ from rich.console import Console
 from distill.experiment import Experiment
 from distill.monitor.progress import Progress
 from distill.runner.execute import execute
+from distill.runner.teachers import Teachers
 from distill.stages.stopping import StopRequest
 from distill.tasks import PromptFile
 from distill.tasks.mixture import TaskMixture
@@ -102,6 +103,18 @@ def test_equal_ones_teach_what_one_teaches(
         assert other[model]["forward_kl"] == pytest.approx(one[model]["forward_kl"], rel=1e-4)
 
 
+def test_those_that_read_different_prompts_are_loaded_once(
+    alone: Experiment, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = with_teachers(alone, sums=folders[0], more=folders[0])
+    hinted = dataclasses.replace(several.teachers["more"], prompt="{prompt} {answer}")
+    several = dataclasses.replace(several, teachers={**several.teachers, "more": hinted})
+    monkeypatch.setattr(Teachers, "_loaded", lambda self, teacher: object())
+    mesh, progress = make_mesh(MeshShape(), jax.devices()[:1]), Progress(Console(file=io.StringIO()))
+    teachers = Teachers(several, ChatTokenizer.from_folder(folders[0]), mesh, progress)
+    assert teachers.load("sums") is teachers.load("more")
+
+
 def test_each_is_asked_about_its_own_problems(alone: Experiment, folders: tuple[str, str], tmp_path: Path) -> None:
     different = run(with_teachers(alone, sums=folders[0], more=folders[1]), tmp_path / "different")
     assert all({"accuracy/sums", "accuracy/more"} <= different["on_policy", step].keys() for step in (1, 2))
@@ -121,7 +134,7 @@ def test_each_is_asked_about_its_own_problems(alone: Experiment, folders: tuple[
             kept = ours.rollout.loss_mask
             np.testing.assert_array_equal(ours.ids[kept], theirs.ids[kept])
             # A store keeps 16 bits.
-            np.testing.assert_allclose(ours.logprobs[kept], theirs.logprobs[kept], rtol=2**-11)
+            np.testing.assert_allclose(ours.logprobs[kept], theirs.logprobs[kept], rtol=2**-11, atol=2**-11)
 
 
 def test_rows_name_their_teacher_in_a_column(tmp_path: Path) -> None:
@@ -137,6 +150,9 @@ def test_rows_name_their_teacher_in_a_column(tmp_path: Path) -> None:
         ("What is 1 + 1?", "b"),
         ("What is 2 + 2?", "a"),
     ]
+    path.open("a").write(json.dumps(rows[0] | {"whose": "b"}) + "\n")
+    (said,) = dataclasses.replace(file).left_out()
+    assert said.endswith("an earlier one asks the same: 1, of them with another answer or teacher: 1")
     with pytest.raises(UserError, match=r"task 'a': its data asks for teacher 'b', which is none of teachers \(a, c\)"):
         TaskMixture({"a": file}, {"a": None, "c": None}).problems("train", 3, seed=0)
     with pytest.raises(UserError, match=r"task 'sums': its name is none of teachers \(a, b\); name a teacher after"):

@@ -20,6 +20,7 @@ from distill.tasks import PromptFile
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.problem import Problem
 from distill.tasks.requests import ModeMix, prompt_ids, teacher_prompt_ids
+from distill.training.flops import forward_flops
 from distill.training.packing import pack_rollouts, places_read, read_at, rollout_example
 from distill.training.train_state import TrainState
 from distill.training.train_step import Batch, StepResult, TrainStep
@@ -157,7 +158,7 @@ def test_a_run_learns_what_the_teacher_says_behind_its_own_prompt(
         tuple(prompt_ids(problem, mode, tokenizer, flag_fraction=on_policy.modes.flag_fraction)): problem
         for problem, mode in on_policy.asked(tasks, stage_seed(experiment.seed, "on_policy"))
     }
-    compared = 0
+    read = []
     for row in range(len(tokens)):
         for segment in range(1, segments[row].max() + 1):
             (where,) = np.nonzero(segments[row] == segment)
@@ -181,15 +182,25 @@ def test_a_run_learns_what_the_teacher_says_behind_its_own_prompt(
                 np.testing.assert_allclose(
                     np.asarray(batch.targets.logprobs)[row, trained][known], expected[known], atol=5e-5
                 )
-            compared += 1
-    assert compared == 5
+            read.append(alone.shape[1])
+    assert len(read) == 5
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    costs = {cost["name"]: cost["teacher_flops"] for cost in report["stages"]}
+    flops = forward_flops(teacher.config)
+    assert costs["on_policy"] == pytest.approx(flops.of(read)), "what the teacher read"
     if targets is None:
         store = TargetStore.open(tmp_path / "run" / "targets" / "off_policy")
-        for index in range(len(store)):
-            asked = tokenizer.decode(store[index].rollout.tokens[: store[index].rollout.prompt_length].tolist())
-            assert "It is" not in asked, "the student reads no hint"
-        rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
-        assert all(np.isfinite(row["forward_kl"]) for row in rows if row["model"] != "teacher")
+        asked = off_policy.asked(experiment.mixture(), stage_seed(experiment.seed, "off_policy"))
+        read = []
+        for index, (problem, mode) in enumerate(asked):
+            rollout = store[index].rollout
+            prompt = tokenizer.decode(rollout.tokens[: rollout.prompt_length].tolist())
+            assert "It is" not in prompt, "the student reads no hint"
+            fraction = off_policy.modes.flag_fraction
+            own = teacher_prompt_ids(problem, mode, tokenizer, flag_fraction=fraction)
+            read.append(len(own) + len(rollout.response))
+        assert costs["off_policy"] == pytest.approx(2 * flops.of(read)), "generated and scored"
+        assert all(np.isfinite(row["forward_kl"]) for row in report["rows"] if row["model"] != "teacher")
 
 
 def test_thinking_of_the_teachers_own_stands_where_the_students_block_is_empty(folder: str) -> None:
@@ -209,9 +220,32 @@ def test_thinking_of_the_teachers_own_stands_where_the_students_block_is_empty(f
         teacher_prompt_ids(problem, THINKING, tokenizer)
     with pytest.raises(UserError, match="ends with a think block"):
         teacher_prompt_ids(problem, "non_thinking", tokenizer, flag_fraction=1)
-    unclosed = dataclasses.replace(problem, teacher_prompt="What?<think>2+3")
-    with pytest.raises(UserError, match="a think block that does not end it"):
-        teacher_prompt_ids(unclosed, "non_thinking", tokenizer)
+    for mention in ("What is <think>?", "What are <think> and </think> for?"):
+        for thinking in ("", "<think>2+3=5</think>"):
+            asked = dataclasses.replace(problem, prompt=mention, teacher_prompt=f"{mention}{thinking}")
+            read = tokenizer.decode(teacher_prompt_ids(asked, "non_thinking", tokenizer))
+            block = "<think>\n2+3=5\n</think>" if thinking else "<think>\n\n</think>"
+            assert mention in read
+            assert read.endswith(f"{block}\n\n")
+    twice = dataclasses.replace(problem, teacher_prompt="What?<think>2+3</think></think>")
+    with pytest.raises(UserError, match="its teacher_prompt's thinking has </think> inside"):
+        teacher_prompt_ids(twice, "non_thinking", tokenizer)
+    with pytest.raises(
+        UserError, match=r"teacher\.prompt has a think block that does not end it; put it last and close"
+    ):
+        Teacher(path=folder, prompt="{prompt}<think>{solution}")
+
+
+def test_a_teachers_prompt_asks_for_the_students_mode(folder: str) -> None:
+    tokenizer = ChatTokenizer.from_folder(folder)
+    problem = Problem(prompt="What is 2 + 3?", answer="5", family="sums", teacher_prompt="What is it? /no_think")
+    assert "/no_think" in tokenizer.decode(teacher_prompt_ids(problem, "non_thinking", tokenizer, flag_fraction=1))
+    with pytest.raises(UserError, match="says /no_think, but the student is asked in thinking mode; take it out"):
+        teacher_prompt_ids(problem, THINKING, tokenizer)
+    system = dataclasses.replace(problem, teacher_prompt=({"role": "system", "content": "It is five."},))
+    assert "five" in tokenizer.decode(teacher_prompt_ids(system, THINKING, tokenizer))
+    with pytest.raises(UserError, match="has no user's turn, which could say /think as the student's prompt does"):
+        teacher_prompt_ids(system, THINKING, tokenizer, flag_fraction=1)
 
 
 def test_a_row_has_a_text_or_a_conversation_for_the_teacher(folder: str, tmp_path: Path) -> None:
@@ -236,6 +270,8 @@ def test_a_row_has_a_text_or_a_conversation_for_the_teacher(folder: str, tmp_pat
     }
     with pytest.raises(UserError, match="has no solution, which the teacher's prompt names"):
         TaskMixture({"a": file}, {"": "{prompt} {solution}"}).problems("train", 3, seed=0)
+    with pytest.raises(UserError, match="has no answer, which the teacher's prompt names"):
+        TaskMixture({"a": file}, {"": "{answer}"})._for_teacher("a", Problem(prompt="Draw!", answer="", family="f"))
     with pytest.raises(UserError, match=r"teacher\.prompt names \{working\}; use \{prompt\}"):
         Teacher(path=folder, prompt="{working}")
     assert ModeMix(thinking_fraction=0, flag_fraction=0).thinking_fraction == 0

@@ -84,11 +84,14 @@ def test_a_question_of_the_held_out_file_never_trains(tmp_path, rows) -> None:
         task.problems("held_out", 21, 0)
 
 
-def test_held_out_problems_need_no_solutions(tmp_path, rows) -> None:
-    worked = write(tmp_path / "train.jsonl", [row | {"working": "1+1"} for row in rows])
-    task = PromptFile(path=worked, held_out_path=write(tmp_path / "test.jsonl", rows[:5]), solution_column="working")
-    assert {problem.solution for problem in task.problems("train", 195, 0)} == {"1+1"}
-    assert {problem.solution for problem in task.problems("held_out", 5, 0)} == {None}
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_held_out_problems_need_no_solutions_and_may_have_them(tmp_path, rows, ending) -> None:
+    worked = write(tmp_path / f"train.{ending}", [row | {"working": "1+1"} for row in rows])
+    for name, held_out, known in (("plain", rows[:5], None), ("worked", [rows[0] | {"working": "0+0"}], "0+0")):
+        path = write(tmp_path / f"{name}.{ending}", held_out)
+        task = PromptFile(path=worked, held_out_path=path, solution_column="working")
+        assert {problem.solution for problem in task.problems("train", 195, 0)} == {"1+1"}
+        assert {problem.solution for problem in task.problems("held_out", len(held_out), 0)} == {known}
 
 
 def test_repeated_questions_count_once(tmp_path) -> None:

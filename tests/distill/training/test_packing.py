@@ -182,8 +182,12 @@ def test_a_target_store_is_a_source(tmp_path: Path) -> None:
     writer.write_shard(0, records[:3])
     writer.write_shard(1, records[3:])
     writer.finish()
-    batches = list(packed_batches(TargetStore.open(tmp_path), rows=2, length=16, seed=0, epochs=1))
-    from_memory = list(packed_batches(records, rows=2, length=16, seed=0, epochs=1))
+    store = TargetStore.open(tmp_path)
+    batches = list(packed_batches(store, rows=2, length=16, seed=0, epochs=1))
+    # What is stored of these, which are no distributions, is none of packing's business.
+    stored = [store[index] for index in range(len(store))]
+    assert [one.rollout.prompt_id for one in stored] == [one.rollout.prompt_id for one in records]
+    from_memory = list(packed_batches(stored, rows=2, length=16, seed=0, epochs=1))
     assert len(batches) == len(from_memory) == 1
     for name, array in from_memory[0].items():
         kept = from_memory[0]["loss_mask"] if name.startswith("target") else np.ones((2, 16), bool)

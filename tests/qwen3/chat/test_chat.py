@@ -177,7 +177,9 @@ def test_flags():
     assert last_flag([*QUESTION, {"role": "assistant", "content": "/think"}, {"role": "tool", "content": None}]) is None
 
 
-@pytest.mark.parametrize("text", ["see /thinking", "a/think/b", "/think/x", "https://x.org/no_think", "/think-tank"])
+@pytest.mark.parametrize(
+    "text", ["see /thinking", "a/think/b", "/think/x", "x.org/no_think", "/think-tank", "</think>"]
+)
 def test_not_flags(text):
     assert last_flag([{"role": "user", "content": text}]) is None
 
