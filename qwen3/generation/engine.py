@@ -57,11 +57,13 @@ class _Group:
 
     slots: Slots
     pages: Pages
+    coming: list[Asked] = dataclasses.field(default_factory=list)
+    """Have joined since its last dispatch began: as long as one is under way, `slots` are its thread's."""
 
     @property
     def requests(self) -> int:
         """Under way or waiting."""
-        return self.slots.writing + self.slots.waiting
+        return self.slots.writing + self.slots.waiting + len(self.coming)
 
 
 class EnginePrograms(NamedTuple):
@@ -262,6 +264,9 @@ class Engine:
                 for group in groups:
                     if group in writing.values():
                         continue
+                    for asked in group.coming:
+                        group.slots.add(asked)
+                    group.coming.clear()
                     for index, rollout in group.slots.leave(live.wanted, policy_step):
                         live.ended(index, rollout)
                     if group.requests:
@@ -467,7 +472,7 @@ def _spread(joining: Sequence[Asked], groups: Sequence[_Group]) -> None:
     idlest = sorted(groups, key=lambda group: group.requests)
     for group, part in zip(idlest, np.array_split(np.arange(len(joining)), max(1, len(groups))), strict=False):
         for index in part:
-            group.slots.add(joining[index])
+            group.coming.append(joining[index])
 
 
 def _mesh(model: Qwen3) -> Mesh | None:
