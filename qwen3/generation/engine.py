@@ -325,11 +325,12 @@ class Engine:
         )
 
     def device_bytes(self, model: Qwen3, plans: Sequence[Plan]) -> int | None:
-        """The most that generating with these plans takes on a device beside the weights: pages, and what the programs
-        hold while they run. None where the compiler does not say."""
+        """The most that generating with these plans takes on a device beside the weights: the layers that are taken
+        out of their stacks, pages, and what the programs hold while they run. None where the compiler does not say."""
         programs = self.programs(model, [SamplingParams(max_new_tokens=1)])
         # With the layers as `follow` has them: what is compiled here is what it runs.
-        decode_arguments = (model, self._own_layers(model), *programs.decode_arguments[2:])
+        layers = self._own_layers(model)
+        decode_arguments = (model, layers, *programs.decode_arguments[2:])
         run = [(programs.prefill, programs.prefill_arguments, programs.prefill_options)]
         run += [(programs.decode, decode_arguments, {**programs.decode_options, "plan": plan}) for plan in plans]
         taken = []
@@ -339,11 +340,9 @@ class Engine:
                 return None
             taken.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
         mesh, _ = self._placement(model)
-        pages = 0
-        for leaf in programs.decode_arguments[2]:
-            shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-            pages += math.prod(shape) * leaf.dtype.itemsize
-        return (self._most_groups if mesh is None else 1) * (pages + max(taken))
+        groups = self._most_groups if mesh is None else 1
+        copied = _bytes_on_device(layers) if self.unroll else 0
+        return copied + groups * (_bytes_on_device(programs.decode_arguments[2]) + max(taken))
 
     def _write(
         self,
@@ -473,6 +472,15 @@ def _spread(joining: Sequence[Asked], groups: Sequence[_Group]) -> None:
     for group, part in zip(idlest, np.array_split(np.arange(len(joining)), max(1, len(groups))), strict=False):
         for index in part:
             group.coming.append(joining[index])
+
+
+def _bytes_on_device(arrays: PyTree) -> int:
+    """What a device holds of arrays, which may be abstract."""
+    held = 0
+    for leaf in jax.tree.leaves(arrays):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        held += math.prod(shape) * leaf.dtype.itemsize
+    return held
 
 
 def _mesh(model: Qwen3) -> Mesh | None:
