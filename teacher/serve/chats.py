@@ -25,7 +25,7 @@ async def chats(call: Call) -> Response:
     """Answers a call."""
     asked = await asyncio.to_thread(read, await call.body(), ChatRequest)
     wanted = await asyncio.to_thread(_wanted, asked, call.service)
-    answering = Answering(call, [wanted])
+    answering = await Answering.begin(call, [wanted])
     answer = _Chat(asked, call.service, wanted, answering)
     if asked.stream:
         return openai.stream(answer.events())
@@ -62,6 +62,7 @@ def _wanted(asked: ChatRequest, service: Service) -> Wanted:
         params=params,
         count=asked.n or 1,
         seed=asked.seed,
+        temperature=openai.temperature(asked),
         mode=mode,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs and new_tokens else None,
         prompt_logprobs=asked.prompt_logprobs,
@@ -105,7 +106,8 @@ def _plain(number: int, message: ChatMessage) -> dict[str, Any]:
     thinking = message.reasoning if message.reasoning is not None else message.reasoning_content
     found: dict[str, Any] = {
         "role": message.role,
-        "content": content,
+        # Of a turn that only calls: templates add it to text.
+        "content": "" if content is None else content,
         "reasoning_content": thinking,
         "name": message.name,
         "tool_call_id": message.tool_call_id,
@@ -211,7 +213,9 @@ class _Chat:
 
     def _assistant(self) -> Assistant:
         mode = self._wanted.mode
-        in_thinking = self._service.tokenizer.starts_in_thinking(mode)
+        # A budget of 0 is spent where the turn begins: the text that ends thinking by force opens it.
+        forced = mode == THINKING and self._asked.thinking_token_budget == 0
+        in_thinking = forced or self._service.tokenizer.starts_in_thinking(mode)
         return Assistant(thinking=mode == THINKING, in_thinking=in_thinking, tools=_may_call(self._asked))
 
     def _choice(self, choice: Choice) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def engine_requests(asked: RolloutsRequest, limits: Limits, vocab_size: int) -> 
     made = []
     for index, one in enumerate(asked.requests):
         field = f"requests[{index}]"
-        check_prompt(f"{field}.prompt_ids", one.prompt_ids, limits, vocab_size)
+        check_length(f"{field}.prompt_ids", one.prompt_ids, limits.max_prompt_tokens)
+        check_ids(f"{field}.prompt_ids", one.prompt_ids, vocab_size)
         params = sampling_params(f"{field}.params", msgspec.structs.asdict(one.params), limits, vocab_size)
         mode: Mode = one.mode
         made.append(
@@ -96,17 +97,12 @@ def engine_requests(asked: RolloutsRequest, limits: Limits, vocab_size: int) -> 
     return made
 
 
-def check_prompt(field: str, ids: list[int], limits: Limits, vocab_size: int) -> None:
-    """Refuses a prompt that cannot be generated from."""
+def check_length(field: str, ids: Sequence[int], most: int | None) -> None:
+    """Refuses a prompt of no tokens, and of more than `most` can be generated from."""
     if not ids:
         raise Refused(field, "is empty; a prompt has at least one token")
-    if len(ids) > limits.max_prompt_tokens:
-        raise Refused(
-            field,
-            f"has {len(ids)} tokens; this server takes at most {limits.max_prompt_tokens} (max_prompt_tokens)",
-            413,
-        )
-    check_ids(field, ids, vocab_size)
+    if most is not None and len(ids) > most:
+        raise Refused(field, f"has {len(ids)} tokens; this server takes at most {most} (max_prompt_tokens)", 413)
 
 
 def check_ids(field: str, ids: Sequence[int], vocab_size: int, least: int = 0) -> None:

@@ -97,10 +97,10 @@ async def generate(call: Call) -> Response:
     started = time.monotonic()
     asked = await asyncio.to_thread(read, await call.body(), SglangGenerate)
     wanted, many = await asyncio.to_thread(_wanted, asked, call.service)
-    answering = Answering(call, wanted)
+    answering = await Answering.begin(call, wanted)
     scores = await answering.scores()
     await answering.finish()
-    named = [await answering.scored(_named_behind(asked, choice)) for choice in answering.choices]
+    named = [await answering.scored(_named_behind(choice)) for choice in answering.choices]
 
     def answer() -> Response:
         made = []
@@ -164,6 +164,8 @@ def _wanted(asked: SglangGenerate, service: Service) -> tuple[list[Wanted], bool
                 prompt_start=max(0, start),
                 named=[ids] * rows if scored and ids and rows > 0 else None,
                 named_start=max(0, start),
+                named_behind=ids if scored and new_tokens else (),
+                temperature=sampling.temperature,
                 name_prompt=name_prompt,
                 name_prompt_logprobs="top_logprobs_num",
                 name_logprobs="top_logprobs_num",
@@ -200,9 +202,9 @@ def _start(asked: SglangGenerate, prompt: Sequence[int]) -> int:
     return len(prompt) - 1 if start < 0 else start
 
 
-def _named_behind(asked: SglangGenerate, choice: Choice) -> TargetsRequest | None:
+def _named_behind(choice: Choice) -> TargetsRequest | None:
     """What gives the log-probabilities of `token_ids_logprob` in the places of a choice's tokens."""
-    ids, prompt = asked.token_ids_logprob, choice.wanted.prompt
+    ids, prompt = choice.wanted.named_behind, choice.wanted.prompt
     if not ids or not choice.tokens:
         return None
     # The last token decides no row.

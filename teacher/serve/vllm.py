@@ -85,7 +85,7 @@ async def generate(call: Call) -> Response:
     """Answers a call."""
     asked = await asyncio.to_thread(read, await call.body(), VllmGenerate)
     wanted = await asyncio.to_thread(_wanted, asked, call.service)
-    answering = Answering(call, [wanted])
+    answering = await Answering.begin(call, [wanted])
     ((top, named),) = await answering.scores()
     await answering.finish()
     return await asyncio.to_thread(
@@ -112,6 +112,7 @@ def _wanted(asked: VllmGenerate, service: Service) -> Wanted:
         params=params if sampling.max_tokens else None,
         count=sampling.n,
         seed=sampling.seed,
+        temperature=sampling.temperature,
         logprobs=sampling.logprobs if sampling.max_tokens else None,
         prompt_logprobs=sampling.prompt_logprobs,
         named=sampling.prompt_logprob_token_ids,

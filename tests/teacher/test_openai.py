@@ -15,10 +15,13 @@ import numpy as np
 import openai
 import pytest
 
+from qwen3.chat.template import ChatTemplate
 from qwen3.checkpoint import hf
 from qwen3.decoder.model import Qwen3
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
+from teacher.serve.chats import _plain
+from teacher.serve.openai_schemas import CalledFunction, ChatMessage, ToolCall
 from tests.teacher.reciting import ANSWER, CALL, SAID, THINKING
 
 # float32 sums in another order.
@@ -90,6 +93,14 @@ def test_a_chat_thinks_speaks_and_calls_in_fields_of_their_own(client):
         assert answer.choices[0].finish_reason == "stop"
 
 
+def test_a_turn_that_only_calls_has_an_empty_text_for_templates():
+    """Qwen3's original template adds its content to a text."""
+    call = ToolCall(function=CalledFunction(name="add", arguments="{}"))
+    turn = _plain(0, ChatMessage(role="assistant", content=None, tool_calls=[call]))
+    template = ChatTemplate("{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}", "here")
+    assert template.render([turn]) == "assistant:"
+
+
 def told(events) -> tuple[dict[str, str], list, str]:
     """What a stream of one choice has told: texts by field, calls, and how it ended."""
     texts = {"reasoning": "", "content": ""}
@@ -129,6 +140,8 @@ def test_modes_and_budgets(client, reciting):
     assert forced.token_ids[1 : 1 + len(stop_text)] == stop_text
     assert forced.message.reasoning.startswith("Considering the limited time by the user")
     assert forced.message.content == ANSWER
+    at_once = answer(thinking_token_budget=0).message
+    assert (at_once.reasoning, at_once.content) == (forced.message.reasoning, ANSWER)
     assert answer(include_reasoning=False).message.reasoning is None
 
 
@@ -290,6 +303,8 @@ def test_logprobs_of_chats_are_the_models_own(client, reciting, logprobs):
         ("completions", {"prompt_logprobs": 9}, 413, "prompt_logprobs"),
         ("completions", {"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs"),
         ("completions", {"prompt_logprobs": 1, "temperature": 0.5}, 400, "temperature"),
+        ("completions", {"prompt_logprobs": 1, "temperature": 0.5, "max_tokens": 0}, 400, "temperature"),
+        ("completions", {"prompt": [-1], "echo": True}, 400, "prompt"),
         ("completions", {"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ("completions", {"stop": ""}, 400, "stop"),
         ("completions", {"stop_token_ids": list(range(8))}, 400, "max_tokens"),
