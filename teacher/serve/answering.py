@@ -178,6 +178,8 @@ class Answering:
             on_written=on_written,
             followed=followed or any(one.spelling.stop for one in self._wanted),
         )
+        # However its reader goes: a generator may be left where it stands.
+        self._call.held.callback(future.cancel)
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(parts.put_nowait, None))
         try:
             while not all(choice.ended for choice in growing):

@@ -91,8 +91,8 @@ class Wanted:
         if self.is_scored and self.temperature not in (0, 1):
             raise Refused(
                 self.name_temperature,
-                f"is {self.temperature}, but log-probabilities of a prompt are the teacher's own, at temperature 1; ask "
-                "with 1 (or 0, the likeliest token) and divide what you compare them with by no other",
+                f"is {self.temperature}, but log-probabilities of a prompt are the teacher's own, at temperature 1; "
+                "ask with 1 (or 0, the likeliest token) and divide what you compare them with by no other",
             )
         most = min(limits.max_top_k, vocab_size)
         for field, wanted in (
