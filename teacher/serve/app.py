@@ -29,7 +29,7 @@ from teacher.wire import CONTENT_TYPE, TEACHER_HEADER, Refused, decode_request, 
 
 _LOG = logging.getLogger("teacher.serve")
 _HEAD_ROWS = 4_096
-_CLIENT_CLOSED = 499
+_CLIENT_CLOSED, _NO_TOKEN = 499, 401
 Handler = Callable[[Call], Awaitable[Response]]
 
 
@@ -92,7 +92,8 @@ class _Endpoint:
             response = await self._response(request, held)
             service = self._standing.service
             if service is not None:
-                response.headers[TEACHER_HEADER] = service.identity.digest
+                if response.status_code != _NO_TOKEN:
+                    response.headers[TEACHER_HEADER] = service.identity.digest
                 path = request.url.path
                 service.metrics.requests.labels(path, str(response.status_code)).inc()
                 service.metrics.seconds.labels(path).observe(time.monotonic() - started)
@@ -195,7 +196,7 @@ async def _rollouts(call: Call) -> Response:
 def _check_token(request: Request, token: str) -> None:
     given = request.headers.get("authorization", "").encode()
     if not hmac.compare_digest(given, f"Bearer {token}".encode()):
-        raise Refused("authorization", "is not 'Bearer TOKEN' with the token of this server", status=401)
+        raise Refused("authorization", "is not 'Bearer TOKEN' with the token of this server", status=_NO_TOKEN)
 
 
 def _check_teacher(request: Request, service: Service) -> None:

@@ -282,7 +282,7 @@ def test_what_the_engine_refuses_is_refused_before_others_are_asked_with_it(serv
     with pytest.raises(Refused, match=r"requests\[0\] cannot be generated from: prompt '0' has 81 tokens"):
         service.generation.submit([request], seed=0)
     long = TargetsRequest(targets="hidden", sequences=[np.zeros(129, np.int32)], starts=[0])
-    with pytest.raises(Refused, match="129 tokens .* this server scores at most 128"):
+    with pytest.raises(Refused, match=r"129 tokens .* this server scores at most 128"):
         service.scoring.submit(long)
     with pytest.raises(Refused, match="with 9 entries each"):
         service.scoring.submit(dataclasses.replace(long, targets="top_k", sequences=[np.arange(2)], entries=9))
@@ -360,7 +360,10 @@ def test_who_answers_is_said_and_another_teacher_is_not_taken_for_it(client, ser
     assert response.headers[wire.TEACHER_HEADER] == service.identity.digest
 
 
-def test_a_token_is_asked_of_all_but_the_probes():
+def test_a_token_is_asked_of_all_but_the_probes(service):
+    with serving(Standing(service), token="a secret") as url:
+        response = httpx2.get(f"{url}/v1/models")
+        assert (response.status_code, wire.TEACHER_HEADER in response.headers) == (401, False)
     with serving(Standing(), token="a secret") as url, httpx2.Client(base_url=url) as client:
         assert client.get("/health").status_code == 200
         assert client.get("/ready").status_code == 503
