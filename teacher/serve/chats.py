@@ -54,8 +54,8 @@ def _wanted(asked: ChatRequest, service: Service) -> Wanted:
         # What it says of the served folder is nobody else's business.
         reason = str(error).removeprefix(f"{service.tokenizer.folder}: ")
         raise Refused("messages", f"cannot become a prompt: {reason}") from None
-    if params is not None and asked.thinking_token_budget is not None and service.tokenizer.think_end_id is None:
-        raise Refused("thinking_token_budget", "is of models that think, which this one does not; leave it out")
+    if asked.thinking_token_budget is not None and (mode != THINKING or service.tokenizer.think_end_id is None):
+        raise Refused("thinking_token_budget", "is of thinking, and this answer has none; leave it out")
     return Wanted(
         prompt=prompt,
         spelling=openai.spelled(asked, service),

@@ -53,7 +53,8 @@ def sampled(
         "thinking_budget": thinking_budget,
         "stop_ids": all_stop_ids(asked.ignore_eos, stop_ids, service),
     }
-    params = sampling_params(name, values, service.limits, service.vocab_size)
+    names = {"max_new_tokens": name, "thinking_budget": "thinking_token_budget", "stop_ids": "stop_token_ids"}
+    params = sampling_params("", values, service.limits, service.vocab_size, **names)
     return params if new_tokens else None
 
 

@@ -10,12 +10,25 @@ import numpy as np
 from msgspec import Meta, Struct, field
 from starlette.responses import Response
 
+from qwen3.field_types import MOST
 from teacher.serve import openai
 from teacher.serve.answering import Answering, Choice
 from teacher.serve.calls import Call
 from teacher.serve.logprobs import finite, prompt_tokens
 from teacher.serve.openai_schemas import ID_LISTS, Ids, Nothing
-from teacher.serve.schemas import Choices, Name, Natural, Seed, Stop, Temperature, TopK, read, sampling_params
+from teacher.serve.schemas import (
+    Choices,
+    MinP,
+    Name,
+    Natural,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    read,
+    sampling_params,
+)
 from teacher.serve.service import Service
 from teacher.serve.text import Spelling
 from teacher.serve.wanted import Wanted, check_sequences
@@ -34,9 +47,9 @@ class SglangSampling(Struct, forbid_unknown_fields=True, kw_only=True):
     ] = None
     n: Choices = 1
     temperature: Temperature = 1.0
-    top_p: float = 1.0
+    top_p: TopP = 1.0
     top_k: Annotated[TopK, Meta(description="-1 for all tokens.")] = -1
-    min_p: float = 0.0
+    min_p: MinP = 0.0
     stop: Stop | None = None
     stop_token_ids: Ids | None = None
     ignore_eos: bool = False
@@ -71,7 +84,8 @@ class SglangGenerate(Struct, forbid_unknown_fields=True, kw_only=True):
     sampling_params: SglangSampling = field(default_factory=SglangSampling)
     return_logprob: Annotated[bool | None, Meta(description="Log-probabilities of prompt and answer.")] = False
     logprob_start_len: Annotated[
-        TopK | None, Meta(description="The prompt's token with which they begin; -1 for its last.")
+        Annotated[int, Meta(ge=-1, le=MOST)] | None,
+        Meta(description="The prompt's token with which they begin; -1 for its last."),
     ] = -1
     top_logprobs_num: Annotated[Natural | None, Meta(description="Likeliest tokens beside each.")] = 0
     token_ids_logprob: Annotated[Ids | None, Meta(description="Ids whose log-probabilities stand beside each.")] = None
@@ -140,7 +154,8 @@ def _wanted(asked: SglangGenerate, service: Service) -> tuple[list[Wanted], bool
         "min_p": sampling.min_p,
         "stop_ids": openai.all_stop_ids(sampling.ignore_eos, sampling.stop_token_ids or (), service),
     }
-    params = sampling_params("sampling_params", values, service.limits, service.vocab_size)
+    names = {"stop_ids": "stop_token_ids"}
+    params = sampling_params("sampling_params.", values, service.limits, service.vocab_size, **names)
     spelling = Spelling(
         tokenizer=service.tokenizer,
         stop=[sampling.stop] if isinstance(sampling.stop, str) else sampling.stop or [],

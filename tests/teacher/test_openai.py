@@ -307,7 +307,9 @@ def test_logprobs_of_chats_are_the_models_own(client, reciting, logprobs):
         ("completions", {"prompt": [-1], "echo": True}, 400, "prompt"),
         ("completions", {"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ("completions", {"stop": ""}, 400, "stop"),
-        ("completions", {"stop_token_ids": list(range(8))}, 400, "max_tokens"),
+        ("completions", {"stop_token_ids": list(range(8))}, 400, "stop_token_ids"),
+        ("completions", {"top_p": 0}, 400, "top_p"),
+        ("completions", {"temperature": 1e-30}, 400, "temperature"),
         ("completions", {"suffix": "x"}, 400, "suffix"),
         ("completions", {"best_of": 2}, 400, "best_of"),
         ("completions", {"guided_json": {}}, 400, "body"),
@@ -324,6 +326,12 @@ def test_logprobs_of_chats_are_the_models_own(client, reciting, logprobs):
         ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs"),
         ("chat/completions", {"chat_template_kwargs": {"custom": 1}}, 400, "chat_template_kwargs"),
         ("chat/completions", {"chat_template": "{{ 1 }}"}, 400, "chat_template"),
+        (
+            "chat/completions",
+            {"thinking_token_budget": 1, "chat_template_kwargs": {"enable_thinking": False}},
+            400,
+            "thinking_token_budget",
+        ),
         ("chat/completions", {"reasoning_effort": "high"}, 400, "reasoning_effort"),
         (
             "chat/completions",
