@@ -360,6 +360,22 @@ def test_who_answers_is_said_and_another_teacher_is_not_taken_for_it(client, ser
     assert response.headers[wire.TEACHER_HEADER] == service.identity.digest
 
 
+@pytest.mark.parametrize(
+    ("header", "value", "status"),
+    [
+        ("host", "example.org:8470", 403),
+        ("host", "localhost:8470", 200),
+        ("host", "[::1]:8470", 200),
+        ("origin", "https://example.org", 403),
+        ("origin", "null", 403),
+        ("origin", "http://[", 403),
+        ("origin", "http://127.0.0.1:3000", 200),
+    ],
+)
+def test_web_pages_from_elsewhere_do_not_ask_a_server_without_a_token(client, header, value, status):
+    assert client.get("/v1/models", headers={header: value}).status_code == status
+
+
 def test_a_token_is_asked_of_all_but_the_probes(service):
     with serving(Standing(service), token="a secret") as url:
         response = httpx2.get(f"{url}/v1/models")
