@@ -17,7 +17,7 @@ from teacher.serve.logprobs import Spell, chat_logprobs, prompt_logprobs, token_
 from teacher.serve.openai_schemas import ChatMessage, ChatRequest, ToolCall
 from teacher.serve.schemas import read
 from teacher.serve.service import Service
-from teacher.serve.wanted import Wanted
+from teacher.serve.wanted import Wanted, check_text
 from teacher.wire import Answer, Refused
 
 
@@ -47,17 +47,18 @@ def _wanted(asked: ChatRequest, service: Service) -> Wanted:
     params = openai.sampled(asked, new_tokens, name, service, asked.thinking_token_budget)
     tools = [_plain_tool(tool) for tool in asked.tools or ()] if _may_call(asked) else None
     try:
-        prompt = service.tokenizer.prompt_ids(
+        text = service.tokenizer.prompt_text(
             [_plain(n, one) for n, one in enumerate(asked.messages)], mode, tools=tools
         )
     except UserError as error:
         # What it says of the served folder is nobody else's business.
         reason = str(error).removeprefix(f"{service.tokenizer.folder}: ")
         raise Refused("messages", f"cannot become a prompt: {reason}") from None
+    check_text("messages", text, service.tokenizer.longest_token, service.limits)
     if asked.thinking_token_budget is not None and (mode != THINKING or service.tokenizer.think_end_id is None):
         raise Refused("thinking_token_budget", "is of thinking, and this answer has none; leave it out")
     return Wanted(
-        prompt=prompt,
+        prompt=service.tokenizer.encode(text),
         spelling=openai.spelled(asked, service),
         params=params,
         count=asked.n or 1,

@@ -13,7 +13,7 @@ from teacher.serve.logprobs import Spell, completion_logprobs, prompt_logprobs, 
 from teacher.serve.openai_schemas import CompletionRequest
 from teacher.serve.schemas import read
 from teacher.serve.service import Service
-from teacher.serve.wanted import Wanted, check_sequences
+from teacher.serve.wanted import Wanted, check_sequences, check_text
 from teacher.wire import Answer, Refused
 
 
@@ -76,6 +76,8 @@ def _prompts(asked: CompletionRequest, service: Service) -> list[tuple[list[int]
     check_sequences("prompt", len(prompt), service.limits)
     if all(isinstance(one, str) for one in prompt):
         special = asked.add_special_tokens
+        for text in prompt:
+            check_text("prompt", text, service.tokenizer.longest_token, service.limits)
         return [(service.tokenizer.encode(text, add_special_tokens=special), text) for text in prompt]
     if all(isinstance(one, list) and all(type(token) is int for token in one) for one in prompt):
         return [(ids, None) for ids in prompt]

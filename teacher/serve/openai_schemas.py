@@ -162,7 +162,7 @@ class TemplateOptions(Struct, forbid_unknown_fields=True, kw_only=True):
 class ChatRequest(TextRequest, kw_only=True):
     """`POST /v1/chat/completions`: the assistant's next turn."""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4_096)]
     max_completion_tokens: Annotated[
         Natural | None, Meta(description="New tokens, thinking included; default: as many as the server generates.")
     ] = None

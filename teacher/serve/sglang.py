@@ -31,7 +31,7 @@ from teacher.serve.schemas import (
 )
 from teacher.serve.service import Service
 from teacher.serve.text import Spelling
-from teacher.serve.wanted import Wanted, check_sequences
+from teacher.serve.wanted import Wanted, check_sequences, check_text
 from teacher.wire import Answer, Refused, TargetsRequest
 
 _NEW_TOKENS = 128
@@ -197,6 +197,8 @@ def _prompts(asked: SglangGenerate, service: Service) -> tuple[list[list[int]], 
     if asked.text is not None:
         texts = [asked.text] if isinstance(asked.text, str) else asked.text
         check_sequences("text", len(texts), service.limits)
+        for text in texts:
+            check_text("text", text, service.tokenizer.longest_token, service.limits)
         ids = [service.tokenizer.encode(text, add_special_tokens=True) for text in texts]
         return ids, isinstance(asked.text, list), "text"
     found: Any = asked.input_ids

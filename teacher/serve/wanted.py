@@ -180,6 +180,18 @@ def check_sequences(field: str, sequences: int, limits: Limits) -> None:
         )
 
 
+def check_text(field: str, text: str, longest_token: int, limits: Limits) -> None:
+    """Refuses a text that has too many tokens however long they are, before it is tokenised."""
+    most = longest_token * max(limits.max_sequence_tokens, limits.max_prompt_tokens)
+    if len(text) > most:
+        raise Refused(
+            field,
+            f"has {len(text)} characters; what this server takes has at most {most} (max_sequence_tokens, "
+            "max_prompt_tokens)",
+            413,
+        )
+
+
 def check_tokens(field: str, tokens: int, limits: Limits) -> None:
     """Refuses more tokens, prompts and what may follow them, than one request may have."""
     if tokens > limits.max_request_tokens:

@@ -354,6 +354,19 @@ def test_what_is_not_served_is_refused_by_name(reciting_url, path, change, statu
     )
 
 
+def test_a_text_that_no_prompt_can_be_is_refused_before_it_is_tokenised(reciting_url, reciting, monkeypatch):
+    monkeypatch.setattr(reciting.tokenizer, "encode", None)
+    text = "a" * (reciting.tokenizer.longest_token * 480 + 1)
+    for path, field, body in (
+        ("v1/completions", "prompt", {"prompt": text}),
+        ("v1/chat/completions", "messages", {"messages": [{"role": "user", "content": text}]}),
+        ("generate", "text", {"text": text}),
+    ):
+        error = httpx2.post(f"{reciting_url}/{path}", json=body).json()["error"]
+        assert (error["code"], error["param"]) == (413, field), error
+        assert "characters" in error["message"]
+
+
 def test_what_fails_in_a_stream_is_told_in_it(client, reciting, monkeypatch):
     def failing(requests, **how):
         future: concurrent.futures.Future = concurrent.futures.Future()
