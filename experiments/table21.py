@@ -13,9 +13,9 @@ reinforcement learning and against more off-policy distillation, at stated FLOPs
 | `on_policy_rl`, `rl_teacher` | `on_policy`; `off_policy`, with the teacher's divergence beside the reward | 1 |
 | `unlikely` | `off_policy`, neither teacher nor reward: a negative advantage on unlikely tokens | 1 |
 
-The teacher (experiments/table21_teacher.py) has some ten times the student's FLOPs a token, and the student no capacity
-to spare. A third family of problems is only evaluated. What came out stands in
-experiments/benchmarks/results/, and what was tried before it.
+Being settled: make teacher and student first (experiments/table21_teacher.py, experiments/table21_student.py). A third
+family of problems is only evaluated. No seed has been reported; what was tried stands in
+experiments/benchmarks/results/table21_tried_2026-11-27_cpu.md.
 """
 
 from pathlib import Path

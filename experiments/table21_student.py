@@ -3,8 +3,7 @@
     python -m distill.run experiments/table21_student.py
     cp runs/table21_student/export/* experiments/table21_student/
 
-It stands in for a base checkpoint: it can do some arithmetic and knows no chat format. The result stands in
-experiments/table21_student/README.md.
+It stands in for a base checkpoint: it can do some arithmetic and knows no chat format.
 """
 
 from pathlib import Path

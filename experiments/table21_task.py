@@ -27,12 +27,12 @@ def trained(mistakes: float = 0.0) -> Arithmetic:
 
 
 def transfer(held_out_fraction: float, mistakes: float = 0.0) -> Arithmetic:
-    """Sums of two products: a family that needs what both of the trained ones teach."""
+    """Sums of two or three products of digits: a family that needs what both of the trained ones teach."""
     return Arithmetic(
         mistakes=mistakes,
         chain_sum=ChainSum(weight=0),
         products=Products(weight=0),
-        sum_of_products=SumOfProducts(weight=1),
+        sum_of_products=SumOfProducts(weight=1, max_products=3, max_digits=1),
         held_out_fraction=held_out_fraction,
         weight=1,
     )

@@ -84,7 +84,7 @@ class Comparison:
                     by_teacher[teacher] = sums["forward_kl"] / sums["tokens"]
                 on_teachers.update(sums)
                 on_own.update(self._sums(name, model, scorer, [one for one in own if one.teacher == teacher], bar))
-        figures = Figures(forward_kl_by_teacher=by_teacher)
+        figures = Figures(forward_kl_by_teacher=by_teacher) if by_teacher else Figures()
         if tokens := on_teachers["tokens"]:
             figures |= Figures(
                 forward_kl=on_teachers["forward_kl"] / tokens,

@@ -44,7 +44,7 @@ _FIRST: Mapping[type, tuple[str, ...]] = {
     Training: ("steps", "rows", "row_length"),
     Optimizer: ("learning_rate",),
 }
-_OWN_SECTION = ("stages", "tasks")
+_OWN_SECTION = ("stages", "tasks", "teachers")
 """Mappings each value of which has a section to itself."""
 
 
