@@ -31,7 +31,7 @@ _AFTER_DEADLINE_SECONDS = 60.0
 _PART_TOKENS = 8_192
 """Tokens of one request, so that several servers share what is asked at once."""
 _PARTS_AT_ONCE = 4
-"""Requests under way, of each server."""
+"""Requests under way, of each server, at least."""
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.05, 5.0
 _FAILURES = 3
 """Answers of status 500 to one request after which it is the server's fault and not a moment's."""
@@ -99,7 +99,10 @@ class TeacherClient:
         self.limits = Limits(**{name: min(one[name] for one in all_limits) for name in all_limits[0]})
         longest = max(one["deadline_seconds"] for one in all_limits)
         self._read_seconds = longest + _AFTER_DEADLINE_SECONDS
-        self._threads = concurrent.futures.ThreadPoolExecutor(_PARTS_AT_ONCE * len(urls), "ask-teacher")
+        # As many as fill a server's slots, where a part holds few of the longest sequences.
+        generated = self.limits.max_request_tokens // (self.limits.max_prompt_tokens + self.limits.max_new_tokens)
+        at_once = max(_PARTS_AT_ONCE, -(-self.limits.generation_batch_size // generated))
+        self._threads = concurrent.futures.ThreadPoolExecutor(at_once * len(urls), "ask-teacher")
 
     def targets(self, request: TargetsRequest) -> list[Answer]:
         """What the teacher says about each sequence, as `teacher.wire` lists it; split over servers as need be."""

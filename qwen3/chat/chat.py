@@ -110,6 +110,11 @@ class ChatTokenizer:
         """The text of `ids`. Think and tool markers are content and stay; ids beyond the vocabulary have no text."""
         return self._tokenizer.decode([int(one) for one in ids], skip_special_tokens=skip_special_tokens)
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters that no token has more of."""
+        return max(map(len, self.tokens_by_id().values()))
+
     def tokens_by_id(self) -> dict[int, str]:
         """The whole vocabulary, added tokens included, in the tokenizer's own byte spelling."""
         return {token_id: token for token, token_id in self._tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -148,10 +153,14 @@ class ChatTokenizer:
         Raises:
             UserError: The checkpoint cannot do the mode (`check_mode`), or as in `render`.
         """
+        return self.encode(self.prompt_text(messages, mode, tools=tools))
+
+    def prompt_text(
+        self, messages: Sequence[Message], mode: Mode, *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
+        """The text of `prompt_ids`, which raises as that does."""
         self.check_mode(mode)
-        return self.encode(
-            self.render(messages, tools=tools, enable_thinking=mode == THINKING, add_generation_prompt=True)
-        )
+        return self.render(messages, tools=tools, enable_thinking=mode == THINKING, add_generation_prompt=True)
 
     def response_ids(self, thinking: str | None, answer: str, mode: Mode) -> list[int]:
         """Ids that continue `prompt_ids` as an ideal response, end of turn included.

@@ -88,10 +88,13 @@ class ChatTemplate:
             ) from error
 
     def _first_unrenderable(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> int:
+        """The last where the search itself runs out of time."""
+        self._sandbox.start_clock()
         for number in range(1, len(messages)):
-            self._sandbox.start_clock()
             try:
                 self._template.render(messages=messages[:number], add_generation_prompt=False, **variables)
+            except OutOfTime:
+                break
             except Exception:  # noqa: BLE001 - the template's own code; the caller reports the error of the whole
                 return number
         return len(messages)

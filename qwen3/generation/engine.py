@@ -57,11 +57,13 @@ class _Group:
 
     slots: Slots
     pages: Pages
+    coming: list[Asked] = dataclasses.field(default_factory=list)
+    """Have joined since its last dispatch began: as long as one is under way, `slots` are its thread's."""
 
     @property
     def requests(self) -> int:
         """Under way or waiting."""
-        return self.slots.writing + self.slots.waiting
+        return self.slots.writing + self.slots.waiting + len(self.coming)
 
 
 class EnginePrograms(NamedTuple):
@@ -262,6 +264,9 @@ class Engine:
                 for group in groups:
                     if group in writing.values():
                         continue
+                    for asked in group.coming:
+                        group.slots.add(asked)
+                    group.coming.clear()
                     for index, rollout in group.slots.leave(live.wanted, policy_step):
                         live.ended(index, rollout)
                     if group.requests:
@@ -320,11 +325,12 @@ class Engine:
         )
 
     def device_bytes(self, model: Qwen3, plans: Sequence[Plan]) -> int | None:
-        """The most that generating with these plans takes on a device beside the weights: pages, and what the programs
-        hold while they run. None where the compiler does not say."""
+        """The most that generating with these plans takes on a device beside the weights: the layers that are taken
+        out of their stacks, pages, and what the programs hold while they run. None where the compiler does not say."""
         programs = self.programs(model, [SamplingParams(max_new_tokens=1)])
         # With the layers as `follow` has them: what is compiled here is what it runs.
-        decode_arguments = (model, self._own_layers(model), *programs.decode_arguments[2:])
+        layers = self._own_layers(model)
+        decode_arguments = (model, layers, *programs.decode_arguments[2:])
         run = [(programs.prefill, programs.prefill_arguments, programs.prefill_options)]
         run += [(programs.decode, decode_arguments, {**programs.decode_options, "plan": plan}) for plan in plans]
         taken = []
@@ -334,11 +340,9 @@ class Engine:
                 return None
             taken.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
         mesh, _ = self._placement(model)
-        pages = 0
-        for leaf in programs.decode_arguments[2]:
-            shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-            pages += math.prod(shape) * leaf.dtype.itemsize
-        return (self._most_groups if mesh is None else 1) * (pages + max(taken))
+        groups = self._most_groups if mesh is None else 1
+        copied = _bytes_on_device(layers) if self.unroll else 0
+        return copied + groups * (_bytes_on_device(programs.decode_arguments[2]) + max(taken))
 
     def _write(
         self,
@@ -467,7 +471,16 @@ def _spread(joining: Sequence[Asked], groups: Sequence[_Group]) -> None:
     idlest = sorted(groups, key=lambda group: group.requests)
     for group, part in zip(idlest, np.array_split(np.arange(len(joining)), max(1, len(groups))), strict=False):
         for index in part:
-            group.slots.add(joining[index])
+            group.coming.append(joining[index])
+
+
+def _bytes_on_device(arrays: PyTree) -> int:
+    """What a device holds of arrays, which may be abstract."""
+    held = 0
+    for leaf in jax.tree.leaves(arrays):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        held += math.prod(shape) * leaf.dtype.itemsize
+    return held
 
 
 def _mesh(model: Qwen3) -> Mesh | None:

@@ -188,7 +188,7 @@ class Slots:
         Returns prompts that must be read before the next dispatch, and the number of chunks that hold them; None
         where no request moved in.
         """
-        waiting = len(self._waiting)
+        moved_in = False
         shares = len(self._pools)
         fresh: list[list[Lease]] = [[] for _ in self._pools]
         for slot in (slot for slot, taken in enumerate(self._open) if taken is None):
@@ -201,9 +201,10 @@ class Slots:
             if lease is None:
                 continue
             self._occupy(slot, self._waiting.popleft(), lease)
+            moved_in = True
             if lease.fresh and len(lease.prompt) > 1:
                 fresh[share].append(lease)
-        return self._prompts(fresh) if len(self._waiting) < waiting else None
+        return self._prompts(fresh) if moved_in else None
 
     def _occupy(self, slot: int, asked: Asked, lease: Lease) -> None:
         request, fixed, state = asked.request, self.fixed, self.state

@@ -23,10 +23,9 @@ from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
 from qwen3.sharding import MeshShape
 from teacher.limits import TOKEN_VARIABLE, Limits, token_of_environment
-from teacher.serve.app import Standing, make_app
+from teacher.serve.app import LOOPBACK, Standing, make_app
 from teacher.serve.service import Served, Service
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MOST_CONNECTIONS = 1_024
 _DRAIN_SECONDS = 300
 _SMALLER = "lower --batch-tokens, --max-sequence-tokens or --generation-batch-size, or use more devices"
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     own = _parser().parse_args(arguments)
     token = token_of_environment()
-    if own.host not in _LOOPBACK and token is None:
+    if own.host not in LOOPBACK and token is None:
         raise UserError(
             f"--host is {own.host}, which others can reach; set the environment variable {TOKEN_VARIABLE} to a secret, "
             "here and for the clients, or leave --host"

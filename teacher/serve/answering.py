@@ -114,21 +114,26 @@ class Choice:
 
 
 class Answering:
-    """A call's prompts: checked and admitted when it is made, scored by `scores`, gone on from by `pieces`.
+    """A call's prompts: checked and admitted by `begin`, scored by `scores`, gone on from by `pieces`.
 
     Attributes:
         choices: Those of the first prompt, those of the second, and so on.
     """
 
     def __init__(self, call: Call, wanted: Sequence[Wanted]):
-        """Raises Refused for what is not served, and where too much waits."""
+        """Of what has been checked."""
         self._call, self._wanted = call, wanted
-        service = call.service
-        check_together(wanted, service.limits, service.vocab_size)
-        call.admit(sum(one.tokens for one in wanted))
-        end_ids = service.tokenizer.eos_ids
+        end_ids = call.service.tokenizer.eos_ids
         owners = [one for one in wanted for _ in range(one.count)]
         self.choices = [Choice(place, one, end_ids) for place, one in enumerate(owners)]
+
+    @classmethod
+    async def begin(cls, call: Call, wanted: Sequence[Wanted]) -> "Answering":
+        """Raises Refused for what is not served, and where too much waits."""
+        service = call.service
+        await asyncio.to_thread(check_together, wanted, service.limits, service.vocab_size)
+        call.admit(sum(one.tokens for one in wanted))
+        return cls(call, wanted)
 
     async def scored(self, request: TargetsRequest | None) -> Answer | None:
         """What the teacher says; nothing where nothing is asked."""
@@ -173,6 +178,8 @@ class Answering:
             on_written=on_written,
             followed=followed or any(one.spelling.stop for one in self._wanted),
         )
+        # However its reader goes: a generator may be left where it stands.
+        self._call.held.callback(future.cancel)
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(parts.put_nowait, None))
         try:
             while not all(choice.ended for choice in growing):

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -18,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from qwen3.rollout import rollouts_to_json
+from teacher.limits import TOKEN_VARIABLE
 from teacher.serve import chats, completions, openapi, sglang, vllm
 from teacher.serve.calls import Call, Sending
 from teacher.serve.openai import json_response
@@ -27,9 +29,11 @@ from teacher.serve.service import Service
 from teacher.serve.wanted import check_tokens
 from teacher.wire import CONTENT_TYPE, TEACHER_HEADER, Refused, decode_request, encode
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Names of this machine to itself."""
 _LOG = logging.getLogger("teacher.serve")
 _HEAD_ROWS = 4_096
-_CLIENT_CLOSED = 499
+_CLIENT_CLOSED, _NO_TOKEN = 499, 401
 Handler = Callable[[Call], Awaitable[Response]]
 
 
@@ -41,7 +45,8 @@ class Standing:
 
 
 def make_app(standing: Standing, *, token: str | None = None) -> Starlette:
-    """The application. With `token` every request must bear it, but for /health, /ready and the documentation."""
+    """The application. With `token` every request must bear it, but for /health, /ready and the documentation;
+    without one all others must be for this machine by name, and of no web page from elsewhere."""
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "alive"})
@@ -92,7 +97,8 @@ class _Endpoint:
             response = await self._response(request, held)
             service = self._standing.service
             if service is not None:
-                response.headers[TEACHER_HEADER] = service.identity.digest
+                if response.status_code != _NO_TOKEN:
+                    response.headers[TEACHER_HEADER] = service.identity.digest
                 path = request.url.path
                 service.metrics.requests.labels(path, str(response.status_code)).inc()
                 service.metrics.seconds.labels(path).observe(time.monotonic() - started)
@@ -100,7 +106,9 @@ class _Endpoint:
 
     async def _response(self, request: Request, held: contextlib.ExitStack) -> Response:
         try:
-            if self._token is not None:
+            if self._token is None:
+                _check_own(request)
+            else:
                 _check_token(request, self._token)
             service = self._standing.service
             if service is None:
@@ -192,10 +200,27 @@ async def _rollouts(call: Call) -> Response:
     return await asyncio.to_thread(lambda: json_response(rollouts_to_json(rollouts)))
 
 
+def _check_own(request: Request) -> None:
+    """Without a token programs of this machine may ask, and no web page that a browser has from elsewhere."""
+    for header in ("host", "origin"):
+        given = request.headers.get(header)
+        try:
+            name = None if given is None else urlsplit(given if "//" in given else f"//{given}").hostname
+        except ValueError:
+            name = None
+        if given is not None and name not in LOOPBACK:
+            raise Refused(
+                header,
+                f"is none of {', '.join(LOOPBACK)}, by which a server without a token is asked; start it with "
+                f"{TOKEN_VARIABLE}",
+                status=403,
+            )
+
+
 def _check_token(request: Request, token: str) -> None:
     given = request.headers.get("authorization", "").encode()
     if not hmac.compare_digest(given, f"Bearer {token}".encode()):
-        raise Refused("authorization", "is not 'Bearer TOKEN' with the token of this server", status=401)
+        raise Refused("authorization", "is not 'Bearer TOKEN' with the token of this server", status=_NO_TOKEN)
 
 
 def _check_teacher(request: Request, service: Service) -> None:

@@ -97,7 +97,9 @@ class Assistant:
             self._text = self._text.lstrip("\n")
         at = self._text.find(CALL_START) if self._tools else -1
         if at >= 0:
-            said, self._text, self._state = self._text[:at].rstrip(), self._text[at:], "call"
+            # The white space before it is content where it is no call.
+            said, self._state = self._text[:at].rstrip(), "call"
+            self._text = self._text[len(said) :]
         elif last or not self._tools:
             said, self._text = self._text, ""
         else:
@@ -112,7 +114,7 @@ class Assistant:
             return
         whole = len(self._text) if end < 0 else end + len(CALL_END)
         block, self._text, self._state = self._text[:whole], self._text[whole:], "content"
-        called = _called(block.removeprefix(CALL_START).removesuffix(CALL_END))
+        called = _called(block.lstrip().removeprefix(CALL_START).removesuffix(CALL_END))
         # What follows a call is content once more, without the line between.
         self._bare = called is not None
         yield Said("content", block) if called is None else called

@@ -18,6 +18,8 @@ DEADLINE_HEADER = "x-deadline-seconds"
 """In a request: how long its client will wait. What is not begun by then is not computed."""
 _SENT_BYTES = 2**18
 """Of an answer at once: each waits until the client has taken most of those before."""
+_COUNTED_BYTES = 2**16
+"""Of a body at once, at least."""
 _STALLED_SECONDS = 60.0
 """After which a client that takes nothing of its answer is given up."""
 Result = TypeVar("Result")
@@ -40,19 +42,21 @@ class Call:
     async def body(self) -> bytes:
         """All of it. Raises Refused (413, 429) as soon as it is known to be too long, for this or for all requests."""
         most = self.service.limits.max_body_bytes
-        parts, size = [], 0
+        whole, counted = bytearray(), 0
         try:
             async with asyncio.timeout_at(self._ends):
                 async for part in self.request.stream():
-                    size += len(part)
-                    if size > most:
+                    if len(whole) + len(part) > most:
                         raise Refused("body", f"has more than {most} bytes (max_body_bytes); send less at once", 413)
-                    if part:
-                        self.held.enter_context(self.service.admission.asked(len(part)))
-                        parts.append(part)
+                    if len(whole) + len(part) > counted:
+                        # More than has come: a body in tiny parts is not to be counted part by part.
+                        more = max(len(part), min(_COUNTED_BYTES, most - counted))
+                        self.held.enter_context(self.service.admission.asked(more))
+                        counted += more
+                    whole += part
         except TimeoutError:
             raise self._late() from None
-        return b"".join(parts)
+        return bytes(whole)
 
     def admit(self, tokens: int) -> None:
         """Counts the request as one of so many tokens until it is answered. Raises Refused (429)."""

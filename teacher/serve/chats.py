@@ -17,7 +17,7 @@ from teacher.serve.logprobs import Spell, chat_logprobs, prompt_logprobs, token_
 from teacher.serve.openai_schemas import ChatMessage, ChatRequest, ToolCall
 from teacher.serve.schemas import read
 from teacher.serve.service import Service
-from teacher.serve.wanted import Wanted
+from teacher.serve.wanted import Wanted, check_text
 from teacher.wire import Answer, Refused
 
 
@@ -25,7 +25,7 @@ async def chats(call: Call) -> Response:
     """Answers a call."""
     asked = await asyncio.to_thread(read, await call.body(), ChatRequest)
     wanted = await asyncio.to_thread(_wanted, asked, call.service)
-    answering = Answering(call, [wanted])
+    answering = await Answering.begin(call, [wanted])
     answer = _Chat(asked, call.service, wanted, answering)
     if asked.stream:
         return openai.stream(answer.events())
@@ -47,21 +47,23 @@ def _wanted(asked: ChatRequest, service: Service) -> Wanted:
     params = openai.sampled(asked, new_tokens, name, service, asked.thinking_token_budget)
     tools = [_plain_tool(tool) for tool in asked.tools or ()] if _may_call(asked) else None
     try:
-        prompt = service.tokenizer.prompt_ids(
+        text = service.tokenizer.prompt_text(
             [_plain(n, one) for n, one in enumerate(asked.messages)], mode, tools=tools
         )
     except UserError as error:
         # What it says of the served folder is nobody else's business.
         reason = str(error).removeprefix(f"{service.tokenizer.folder}: ")
         raise Refused("messages", f"cannot become a prompt: {reason}") from None
-    if params is not None and asked.thinking_token_budget is not None and service.tokenizer.think_end_id is None:
-        raise Refused("thinking_token_budget", "is of models that think, which this one does not; leave it out")
+    check_text("messages", text, service.tokenizer.longest_token, service.limits)
+    if asked.thinking_token_budget is not None and (mode != THINKING or service.tokenizer.think_end_id is None):
+        raise Refused("thinking_token_budget", "is of thinking, and this answer has none; leave it out")
     return Wanted(
-        prompt=prompt,
+        prompt=service.tokenizer.encode(text),
         spelling=openai.spelled(asked, service),
         params=params,
         count=asked.n or 1,
         seed=asked.seed,
+        temperature=openai.temperature(asked),
         mode=mode,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs and new_tokens else None,
         prompt_logprobs=asked.prompt_logprobs,
@@ -105,7 +107,8 @@ def _plain(number: int, message: ChatMessage) -> dict[str, Any]:
     thinking = message.reasoning if message.reasoning is not None else message.reasoning_content
     found: dict[str, Any] = {
         "role": message.role,
-        "content": content,
+        # Of a turn that only calls: templates add it to text.
+        "content": "" if content is None else content,
         "reasoning_content": thinking,
         "name": message.name,
         "tool_call_id": message.tool_call_id,
@@ -211,7 +214,9 @@ class _Chat:
 
     def _assistant(self) -> Assistant:
         mode = self._wanted.mode
-        in_thinking = self._service.tokenizer.starts_in_thinking(mode)
+        # A budget of 0 is spent where the turn begins: the text that ends thinking by force opens it.
+        forced = mode == THINKING and self._asked.thinking_token_budget == 0
+        in_thinking = forced or self._service.tokenizer.starts_in_thinking(mode)
         return Assistant(thinking=mode == THINKING, in_thinking=in_thinking, tools=_may_call(self._asked))
 
     def _choice(self, choice: Choice) -> dict[str, Any]:

@@ -13,15 +13,16 @@ from teacher.serve.logprobs import Spell, completion_logprobs, prompt_logprobs, 
 from teacher.serve.openai_schemas import CompletionRequest
 from teacher.serve.schemas import read
 from teacher.serve.service import Service
-from teacher.serve.wanted import Wanted, check_sequences
+from teacher.serve.wanted import Wanted, check_sequences, check_text
 from teacher.wire import Answer, Refused
 
 
 async def completions(call: Call) -> Response:
     """Answers a call."""
     asked = await asyncio.to_thread(read, await call.body(), CompletionRequest)
-    wanted, texts = await asyncio.to_thread(_wanted, asked, call.service)
-    answering = Answering(call, wanted)
+    wanted, sent = await asyncio.to_thread(_wanted, asked, call.service)
+    answering = await Answering.begin(call, wanted)
+    texts = await asyncio.to_thread(_echoed, asked, wanted, sent)
     answer = _Completions(asked, call.service, wanted, texts, answering)
     answer.scores = await answering.scores()
     if asked.stream:
@@ -30,8 +31,8 @@ async def completions(call: Call) -> Response:
     return await asyncio.to_thread(lambda: openai.json_response(answer.whole()))
 
 
-def _wanted(asked: CompletionRequest, service: Service) -> tuple[list[Wanted], list[str]]:
-    """What is wanted of every prompt, and its text."""
+def _wanted(asked: CompletionRequest, service: Service) -> tuple[list[Wanted], list[str | None]]:
+    """What is wanted of every prompt, and its text where that is what was sent."""
     openai.check_model(asked.model, service)
     openai.check_stream(asked)
     new_tokens = 16 if asked.max_tokens is None else asked.max_tokens
@@ -40,9 +41,9 @@ def _wanted(asked: CompletionRequest, service: Service) -> tuple[list[Wanted], l
     logprobs = _logprobs(asked)
     of_echo = logprobs if asked.echo else None
     both = [count for count in (asked.prompt_logprobs, of_echo) if count is not None]
-    wanted, texts = [], []
+    wanted, sent = [], []
     for prompt, text in _prompts(asked, service):
-        texts.append(text if text is not None else spelling.decode(prompt) if asked.echo else "")
+        sent.append(text)
         wanted.append(
             Wanted(
                 prompt=prompt,
@@ -50,12 +51,21 @@ def _wanted(asked: CompletionRequest, service: Service) -> tuple[list[Wanted], l
                 params=params,
                 count=asked.n or 1,
                 seed=asked.seed,
+                temperature=openai.temperature(asked),
                 logprobs=logprobs if new_tokens else None,
                 prompt_logprobs=max(both, default=None),
                 name_prompt_logprobs="logprobs" if asked.prompt_logprobs is None else "prompt_logprobs",
             )
         )
-    return wanted, texts
+    return wanted, sent
+
+
+def _echoed(asked: CompletionRequest, wanted: list[Wanted], sent: list[str | None]) -> list[str]:
+    """The text of every prompt where `echo` wants it, made of ids where those were sent."""
+    if not asked.echo:
+        return [""] * len(wanted)
+    both = zip(wanted, sent, strict=True)
+    return [one.spelling.decode(one.prompt) if text is None else text for one, text in both]
 
 
 def _prompts(asked: CompletionRequest, service: Service) -> list[tuple[list[int], str | None]]:
@@ -66,6 +76,8 @@ def _prompts(asked: CompletionRequest, service: Service) -> list[tuple[list[int]
     check_sequences("prompt", len(prompt), service.limits)
     if all(isinstance(one, str) for one in prompt):
         special = asked.add_special_tokens
+        for text in prompt:
+            check_text("prompt", text, service.tokenizer.longest_token, service.limits)
         return [(service.tokenizer.encode(text, add_special_tokens=special), text) for text in prompt]
     if all(isinstance(one, list) and all(type(token) is int for token in one) for one in prompt):
         return [(ids, None) for ids in prompt]

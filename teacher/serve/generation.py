@@ -208,5 +208,6 @@ class _Session:
         job.end(place, rollout)
 
     def fail(self, error: Exception) -> None:
+        self.joining()  # also whom it has kept from joining
         for job, _ in self._jobs.values():
             job.fail(error)

@@ -46,15 +46,21 @@ def sampled(
     stop_ids = tuple(asked.stop_token_ids or ())
     values = {
         "max_new_tokens": max(1, new_tokens),
-        "temperature": 1.0 if asked.temperature is None else asked.temperature,
+        "temperature": temperature(asked),
         "top_p": 1.0 if asked.top_p is None else asked.top_p,
         "top_k": max(0, asked.top_k or 0),
         "min_p": asked.min_p or 0.0,
         "thinking_budget": thinking_budget,
         "stop_ids": all_stop_ids(asked.ignore_eos, stop_ids, service),
     }
-    params = sampling_params(name, values, service.limits, service.vocab_size)
+    names = {"max_new_tokens": name, "thinking_budget": "thinking_token_budget", "stop_ids": "stop_token_ids"}
+    params = sampling_params("", values, service.limits, service.vocab_size, **names)
     return params if new_tokens else None
+
+
+def temperature(asked: TextRequest) -> float:
+    """Of what is sampled."""
+    return 1.0 if asked.temperature is None else asked.temperature
 
 
 def all_stop_ids(ignore_eos: bool, stop_ids: Sequence[int], service: Service) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from teacher.serve.schemas import Choices, Name, Natural, Seed, Stop, Temperature, TopK
+from teacher.serve.schemas import Choices, MinP, Name, Natural, Seed, Stop, Temperature, TopK, TopP
 
 _IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 ID_LISTS: dict[str, Any] = {"anyOf": [_IDS, {"type": "array", "minItems": 1, "items": _IDS}]}
@@ -38,9 +38,9 @@ class TextRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     model: Annotated[Name | None, Meta(description="The served model's name, or nothing.")] = None
     n: Annotated[Choices | None, Meta(description="Choices.")] = 1
     temperature: Annotated[Temperature | None, Meta(description="0 takes the likeliest token; default 1.")] = None
-    top_p: Annotated[float | None, Meta(description="Default 1: all tokens.")] = None
+    top_p: Annotated[TopP | None, Meta(description="Default 1: all tokens.")] = None
     top_k: Annotated[TopK | None, Meta(description="0 or -1: all tokens, which is the default.")] = None
-    min_p: Annotated[float | None, Meta(description="Default 0: all tokens.")] = None
+    min_p: Annotated[MinP | None, Meta(description="Default 0: all tokens.")] = None
     seed: Annotated[Seed | None, Meta(description="With the prompt it decides what is sampled; else chance.")] = None
     stop: Annotated[Stop | None, Meta(description="Texts that end a choice and are not part of it.")] = None
     stop_token_ids: Annotated[Ids | None, Meta(description="Tokens that end a choice too.")] = None
@@ -162,7 +162,7 @@ class TemplateOptions(Struct, forbid_unknown_fields=True, kw_only=True):
 class ChatRequest(TextRequest, kw_only=True):
     """`POST /v1/chat/completions`: the assistant's next turn."""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4_096)]
     max_completion_tokens: Annotated[
         Natural | None, Meta(description="New tokens, thinking included; default: as many as the server generates.")
     ] = None

@@ -20,6 +20,7 @@ _JSON = "application/json"
 _REFUSALS: Final[Mapping[int, str]] = {
     400: "a field is not as it must be, or is not served",
     401: "the server's token is missing",
+    403: "a server without a token is asked by another name than this machine's own, or by a web page from elsewhere",
     404: "another model is asked for",
     408: f"the deadline has come ({DEADLINE_HEADER}, or the server's own)",
     409: f"another teacher is asked for ({TEACHER_HEADER})",
@@ -57,7 +58,7 @@ class _Endpoint:
     asked: type[msgspec.Struct] | str | None = None
     """The schema of the body, or the media type of one that is no JSON."""
     answered: tuple[str, ...] = (_JSON,)
-    refused: tuple[int, ...] = (401, 503)
+    refused: tuple[int, ...] = (400, 401, 403, 409, 503)
 
 
 _OF_BODIES = tuple(_REFUSALS)
@@ -113,7 +114,6 @@ _ENDPOINTS = (
         path="/v1/head",
         summary="The output matrix with its hash, in safetensors.",
         answered=(CONTENT_TYPE,),
-        refused=(401, 409, 503),
     ),
     _Endpoint(method="get", path="/v1/models", summary="Who is served, and the server's limits."),
     _Endpoint(

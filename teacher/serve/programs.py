@@ -24,7 +24,7 @@ from teacher.scoring import (
     hidden_program,
     top_k_and_following_program,
 )
-from teacher.wire import KINDS, Answer, Kind, TargetsRequest
+from teacher.wire import KINDS, Answer, Kind, Refused, TargetsRequest
 
 _LEAST_LENGTH = 128
 _STEP = 4
@@ -138,6 +138,18 @@ class Programs:
         self.turn: contextlib.AbstractContextManager[Any] | None = threading.Lock() if mesh.size > 1 else None
         """Whoever begins programs from another thread takes it meanwhile: of programs that several devices run
         together, one order must hold on all of them, or they wait for each other for ever. None for one device."""
+
+    def check(self, request: TargetsRequest) -> None:
+        """Refuses what fits none of the shapes, or asks for more entries than they are compiled for."""
+        longest, most = max(map(len, request.sequences)), self.shapes[-1].length
+        entries, own = self._entries[request.targets], self._entries["top_k"]
+        if longest > most or request.entries > entries or request.top_k > own:
+            raise Refused(
+                request.targets,
+                f"are asked of {longest} tokens with {request.entries + request.top_k} entries each; this server "
+                f"scores at most {most} tokens, with {entries} entries",
+                413,
+            )
 
     def launch(self, kind: Kind, units: Sequence[Unit]) -> "Launched":
         """Begins to score sequences that a `Room` of the largest shape has taken; the devices need not have finished

@@ -111,7 +111,10 @@ class ScoringQueue:
         self._under_way = threading.Semaphore(2)
 
     def submit(self, request: TargetsRequest) -> "concurrent.futures.Future[Answer]":
-        """The answer, when it is there; cancelling it before its batch starts saves the work."""
+        """The answer, when it is there; cancelling it before its batch starts saves the work.
+
+        Raises Refused (413) for what no program holds: in a batch it would fail others."""
+        self._programs.check(request)
         job = _Job(request, concurrent.futures.Future(), [None] * len(request.sequences))
         with self._lock:
             self._waiting.extend((job, Unit(request, index)) for index in range(len(request.sequences)))

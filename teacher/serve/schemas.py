@@ -20,7 +20,9 @@ Natural = Annotated[int, Meta(ge=0, le=MOST)]
 Count = Annotated[int, Meta(ge=1, le=MOST)]
 Unsigned = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Name = Annotated[str, Meta(max_length=1_024)]
-TopK = Annotated[int, Meta(ge=-1, le=MOST)]
+TopK = Annotated[int, Meta(ge=-1, le=MOST_TOP_K)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+MinP = Annotated[float, Meta(ge=0, le=1)]
 Choices = Annotated[int, Meta(ge=1, le=64)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Temperature = Annotated[float, Meta(ge=0, le=1e6)]
@@ -33,10 +35,10 @@ class Params(Struct, forbid_unknown_fields=True, kw_only=True):
     """`SamplingParams`, field by field."""
 
     max_new_tokens: Count
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: Natural = 0
-    min_p: float = 0.0
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=MOST_TOP_K)] = 0
+    min_p: MinP = 0.0
     thinking_budget: Natural | None = None
     stop_ids: tuple[Natural, ...] | None = None
 
@@ -81,8 +83,9 @@ def engine_requests(asked: RolloutsRequest, limits: Limits, vocab_size: int) -> 
     made = []
     for index, one in enumerate(asked.requests):
         field = f"requests[{index}]"
-        check_prompt(f"{field}.prompt_ids", one.prompt_ids, limits, vocab_size)
-        params = sampling_params(f"{field}.params", msgspec.structs.asdict(one.params), limits, vocab_size)
+        check_length(f"{field}.prompt_ids", one.prompt_ids, limits.max_prompt_tokens)
+        check_ids(f"{field}.prompt_ids", one.prompt_ids, vocab_size)
+        params = sampling_params(f"{field}.params.", msgspec.structs.asdict(one.params), limits, vocab_size)
         mode: Mode = one.mode
         made.append(
             Request(
@@ -96,17 +99,12 @@ def engine_requests(asked: RolloutsRequest, limits: Limits, vocab_size: int) -> 
     return made
 
 
-def check_prompt(field: str, ids: list[int], limits: Limits, vocab_size: int) -> None:
-    """Refuses a prompt that cannot be generated from."""
+def check_length(field: str, ids: Sequence[int], most: int | None) -> None:
+    """Refuses a prompt of no tokens, and of more than `most` can be generated from."""
     if not ids:
         raise Refused(field, "is empty; a prompt has at least one token")
-    if len(ids) > limits.max_prompt_tokens:
-        raise Refused(
-            field,
-            f"has {len(ids)} tokens; this server takes at most {limits.max_prompt_tokens} (max_prompt_tokens)",
-            413,
-        )
-    check_ids(field, ids, vocab_size)
+    if most is not None and len(ids) > most:
+        raise Refused(field, f"has {len(ids)} tokens; this server takes at most {most} (max_prompt_tokens)", 413)
 
 
 def check_ids(field: str, ids: Sequence[int], vocab_size: int, least: int = 0) -> None:
@@ -115,23 +113,33 @@ def check_ids(field: str, ids: Sequence[int], vocab_size: int, least: int = 0) -
         raise Refused(field, f"holds {bad[0]}; token ids are {least} to {vocab_size - 1}")
 
 
-def sampling_params(field: str, values: dict[str, Any], limits: Limits, vocab_size: int) -> SamplingParams:
-    """`SamplingParams` of these `values`. Raises Refused for what it refuses, and for what is beyond the programs."""
+def sampling_params(
+    prefix: str, values: dict[str, Any], limits: Limits, vocab_size: int, **names: str
+) -> SamplingParams:
+    """`SamplingParams` of these `values`. Raises Refused for what it refuses, and for what is beyond the programs.
+
+    `prefix` says where the client has them, `names` what it calls those that it calls otherwise."""
+
+    def field(name: str) -> str:
+        return prefix + names.get(name, name)
+
     try:
         params = SamplingParams(**values)
     except UserError as error:
-        raise Refused(field, f"cannot be sampled: {error}") from None
+        # It begins with the value's name.
+        raise Refused(field(str(error).split()[0].removeprefix("sampling.")), f"cannot be sampled: {error}") from None
     if params.max_new_tokens > limits.max_new_tokens:
         raise Refused(
-            field,
+            field("max_new_tokens"),
             f"asks for {params.max_new_tokens} new tokens; this server takes at most {limits.max_new_tokens} "
             "(max_new_tokens)",
             413,
         )
-    if params.top_k > MOST_TOP_K:
-        raise Refused(field, f"has top_k {params.top_k}; use at most {MOST_TOP_K}, or 0 for all tokens")
     if params.stop_ids is not None:
         if len(params.stop_ids) > STOP_IDS:
-            raise Refused(field, f"has {len(params.stop_ids)} stop ids; use at most {STOP_IDS}")
-        check_ids(field, params.stop_ids, vocab_size)
+            raise Refused(
+                field("stop_ids"),
+                f"and the model's own end tokens are {len(params.stop_ids)}; use at most {STOP_IDS} together",
+            )
+        check_ids(field("stop_ids"), params.stop_ids, vocab_size)
     return params

@@ -10,15 +10,28 @@ import numpy as np
 from msgspec import Meta, Struct, field
 from starlette.responses import Response
 
+from qwen3.field_types import MOST
 from teacher.serve import openai
 from teacher.serve.answering import Answering, Choice
 from teacher.serve.calls import Call
 from teacher.serve.logprobs import finite, prompt_tokens
 from teacher.serve.openai_schemas import ID_LISTS, Ids, Nothing
-from teacher.serve.schemas import Choices, Name, Natural, Seed, Stop, Temperature, TopK, read, sampling_params
+from teacher.serve.schemas import (
+    Choices,
+    MinP,
+    Name,
+    Natural,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    read,
+    sampling_params,
+)
 from teacher.serve.service import Service
 from teacher.serve.text import Spelling
-from teacher.serve.wanted import Wanted, check_sequences
+from teacher.serve.wanted import Wanted, check_sequences, check_text
 from teacher.wire import Answer, Refused, TargetsRequest
 
 _NEW_TOKENS = 128
@@ -34,9 +47,9 @@ class SglangSampling(Struct, forbid_unknown_fields=True, kw_only=True):
     ] = None
     n: Choices = 1
     temperature: Temperature = 1.0
-    top_p: float = 1.0
+    top_p: TopP = 1.0
     top_k: Annotated[TopK, Meta(description="-1 for all tokens.")] = -1
-    min_p: float = 0.0
+    min_p: MinP = 0.0
     stop: Stop | None = None
     stop_token_ids: Ids | None = None
     ignore_eos: bool = False
@@ -71,7 +84,8 @@ class SglangGenerate(Struct, forbid_unknown_fields=True, kw_only=True):
     sampling_params: SglangSampling = field(default_factory=SglangSampling)
     return_logprob: Annotated[bool | None, Meta(description="Log-probabilities of prompt and answer.")] = False
     logprob_start_len: Annotated[
-        TopK | None, Meta(description="The prompt's token with which they begin; -1 for its last.")
+        Annotated[int, Meta(ge=-1, le=MOST)] | None,
+        Meta(description="The prompt's token with which they begin; -1 for its last."),
     ] = -1
     top_logprobs_num: Annotated[Natural | None, Meta(description="Likeliest tokens beside each.")] = 0
     token_ids_logprob: Annotated[Ids | None, Meta(description="Ids whose log-probabilities stand beside each.")] = None
@@ -97,10 +111,10 @@ async def generate(call: Call) -> Response:
     started = time.monotonic()
     asked = await asyncio.to_thread(read, await call.body(), SglangGenerate)
     wanted, many = await asyncio.to_thread(_wanted, asked, call.service)
-    answering = Answering(call, wanted)
+    answering = await Answering.begin(call, wanted)
     scores = await answering.scores()
     await answering.finish()
-    named = [await answering.scored(_named_behind(asked, choice)) for choice in answering.choices]
+    named = [await answering.scored(_named_behind(choice)) for choice in answering.choices]
 
     def answer() -> Response:
         made = []
@@ -140,7 +154,8 @@ def _wanted(asked: SglangGenerate, service: Service) -> tuple[list[Wanted], bool
         "min_p": sampling.min_p,
         "stop_ids": openai.all_stop_ids(sampling.ignore_eos, sampling.stop_token_ids or (), service),
     }
-    params = sampling_params("sampling_params", values, service.limits, service.vocab_size)
+    names = {"stop_ids": "stop_token_ids"}
+    params = sampling_params("sampling_params.", values, service.limits, service.vocab_size, **names)
     spelling = Spelling(
         tokenizer=service.tokenizer,
         stop=[sampling.stop] if isinstance(sampling.stop, str) else sampling.stop or [],
@@ -164,6 +179,8 @@ def _wanted(asked: SglangGenerate, service: Service) -> tuple[list[Wanted], bool
                 prompt_start=max(0, start),
                 named=[ids] * rows if scored and ids and rows > 0 else None,
                 named_start=max(0, start),
+                named_behind=ids if scored and new_tokens else (),
+                temperature=sampling.temperature,
                 name_prompt=name_prompt,
                 name_prompt_logprobs="top_logprobs_num",
                 name_logprobs="top_logprobs_num",
@@ -180,6 +197,8 @@ def _prompts(asked: SglangGenerate, service: Service) -> tuple[list[list[int]], 
     if asked.text is not None:
         texts = [asked.text] if isinstance(asked.text, str) else asked.text
         check_sequences("text", len(texts), service.limits)
+        for text in texts:
+            check_text("text", text, service.tokenizer.longest_token, service.limits)
         ids = [service.tokenizer.encode(text, add_special_tokens=True) for text in texts]
         return ids, isinstance(asked.text, list), "text"
     found: Any = asked.input_ids
@@ -200,9 +219,9 @@ def _start(asked: SglangGenerate, prompt: Sequence[int]) -> int:
     return len(prompt) - 1 if start < 0 else start
 
 
-def _named_behind(asked: SglangGenerate, choice: Choice) -> TargetsRequest | None:
+def _named_behind(choice: Choice) -> TargetsRequest | None:
     """What gives the log-probabilities of `token_ids_logprob` in the places of a choice's tokens."""
-    ids, prompt = asked.token_ids_logprob, choice.wanted.prompt
+    ids, prompt = choice.wanted.named_behind, choice.wanted.prompt
     if not ids or not choice.tokens:
         return None
     # The last token decides no row.

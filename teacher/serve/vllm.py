@@ -21,7 +21,7 @@ from teacher.serve.answering import Answering, Choice
 from teacher.serve.calls import Call
 from teacher.serve.logprobs import finite, prompt_logprobs, token_speller
 from teacher.serve.openai_schemas import Ids
-from teacher.serve.schemas import Choices, Name, Natural, Seed, Temperature, TopK, read, sampling_params
+from teacher.serve.schemas import Choices, MinP, Name, Natural, Seed, Temperature, TopK, TopP, read, sampling_params
 from teacher.serve.service import Service
 from teacher.serve.text import Spelling
 from teacher.serve.wanted import Wanted
@@ -34,9 +34,9 @@ class VllmSampling(Struct, forbid_unknown_fields=True, kw_only=True):
     max_tokens: Annotated[Natural, Meta(description="New tokens; 0 for the prompt's scores alone.")] = 16
     n: Choices = 1
     temperature: Temperature = 1.0
-    top_p: float = 1.0
+    top_p: TopP = 1.0
     top_k: Annotated[TopK, Meta(description="0 or -1 for all tokens.")] = 0
-    min_p: float = 0.0
+    min_p: MinP = 0.0
     seed: Annotated[Seed | None, Meta(description="With the prompt it decides what is sampled; else chance.")] = None
     stop_token_ids: Annotated[Ids | None, Meta(description="Tokens that end a choice too.")] = None
     ignore_eos: bool = False
@@ -85,7 +85,7 @@ async def generate(call: Call) -> Response:
     """Answers a call."""
     asked = await asyncio.to_thread(read, await call.body(), VllmGenerate)
     wanted = await asyncio.to_thread(_wanted, asked, call.service)
-    answering = Answering(call, [wanted])
+    answering = await Answering.begin(call, [wanted])
     ((top, named),) = await answering.scores()
     await answering.finish()
     return await asyncio.to_thread(
@@ -105,13 +105,15 @@ def _wanted(asked: VllmGenerate, service: Service) -> Wanted:
         "min_p": sampling.min_p,
         "stop_ids": openai.all_stop_ids(sampling.ignore_eos, sampling.stop_token_ids or (), service),
     }
-    params = sampling_params("sampling_params", values, service.limits, service.vocab_size)
+    names = {"stop_ids": "stop_token_ids", "max_new_tokens": "max_tokens"}
+    params = sampling_params("sampling_params.", values, service.limits, service.vocab_size, **names)
     return Wanted(
         prompt=prompt,
         spelling=Spelling(tokenizer=service.tokenizer),
         params=params if sampling.max_tokens else None,
         count=sampling.n,
         seed=sampling.seed,
+        temperature=sampling.temperature,
         logprobs=sampling.logprobs if sampling.max_tokens else None,
         prompt_logprobs=sampling.prompt_logprobs,
         named=sampling.prompt_logprob_token_ids,

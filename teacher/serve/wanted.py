@@ -11,7 +11,7 @@ from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import NON_THINKING, Mode
 from teacher.limits import Limits
-from teacher.serve.schemas import check_ids, check_prompt
+from teacher.serve.schemas import check_ids, check_length
 from teacher.serve.text import Spelling
 from teacher.wire import Refused, TargetsRequest
 
@@ -38,6 +38,10 @@ class Wanted:
     named: Sequence[Sequence[int]] | None = None
     """Ids at every position of the prompt from `named_start` on but for its last, -1 for none."""
     named_start: int = 0
+    named_behind: Sequence[int] = ()
+    """Ids in the place of every generated token, which are scored once they are there."""
+    temperature: float = 1.0
+    """Of `params`, and where nothing is generated all the same: a prompt's scores know no other than 1."""
     name_prompt: str = "prompt"
     name_prompt_logprobs: str = "prompt_logprobs"
     name_logprobs: str = "logprobs"
@@ -70,27 +74,26 @@ class Wanted:
         return known and params.max_new_tokens == self.count == 1
 
     def check(self, limits: Limits, vocab_size: int) -> None:
-        """Refuses, in the client's own words, what this server does not do."""
-        if not self.prompt:
-            raise Refused(self.name_prompt, "is empty; a prompt has at least one token")
-        if self.params is not None and not self.samples_where_it_scores:
-            check_prompt(self.name_prompt, self.prompt, limits, vocab_size)
-        check_ids(self.name_prompt, self.prompt, vocab_size)
-        if self.is_scored:
-            if len(self.prompt) > limits.max_sequence_tokens:
-                raise Refused(
-                    self.name_prompt,
-                    f"has {len(self.prompt)} tokens; this server scores at most {limits.max_sequence_tokens} "
-                    "(max_sequence_tokens)",
-                    413,
-                )
-            if self.params is not None and self.params.temperature not in (0, 1):
-                raise Refused(
-                    self.name_temperature,
-                    f"is {self.params.temperature}, but log-probabilities of a prompt are the teacher's own, at "
-                    "temperature 1; ask with 1 (or 0, the likeliest token) and divide what you compare them with by no "
-                    "other",
-                )
+        """Refuses, in the client's own words, what this server does not do; what is cheap to see comes first."""
+        generated = self.params is not None and not self.samples_where_it_scores
+        check_length(self.name_prompt, self.prompt, limits.max_prompt_tokens if generated else None)
+        # The last token decides no row.
+        behind = len(self.prompt) + self.new_tokens - 1 if self.named_behind else 0
+        scored = max(len(self.prompt) if self.is_scored else 0, behind)
+        if scored > limits.max_sequence_tokens:
+            follows = " with what may follow" if scored == behind else ""
+            raise Refused(
+                self.name_prompt,
+                f"has {scored} tokens{follows}; this server scores at most {limits.max_sequence_tokens} "
+                "(max_sequence_tokens)",
+                413,
+            )
+        if self.is_scored and self.temperature not in (0, 1):
+            raise Refused(
+                self.name_temperature,
+                f"is {self.temperature}, but log-probabilities of a prompt are the teacher's own, at temperature 1; "
+                "ask with 1 (or 0, the likeliest token) and divide what you compare them with by no other",
+            )
         most = min(limits.max_top_k, vocab_size)
         for field, wanted in (
             (self.name_prompt_logprobs, self.prompt_logprobs),
@@ -98,13 +101,16 @@ class Wanted:
         ):
             if (wanted or 0) > most:
                 raise Refused(field, f"is {wanted}; this server gives at most {most} (max_top_k)", 413)
-        for row in self.named or ():
+        rows = [*(self.named or ()), self.named_behind]
+        for row in rows:
             if len(row) > limits.max_ids:
                 raise Refused(
                     self.name_named,
                     f"has {len(row)} ids in a row; this server takes at most {limits.max_ids} (max_ids)",
                     413,
                 )
+        check_ids(self.name_prompt, self.prompt, vocab_size)
+        for row in rows:
             check_ids(self.name_named, row, vocab_size, least=-1)
 
     def requests(self) -> list[Request]:
@@ -158,9 +164,9 @@ class Wanted:
 def check_together(wanted: Sequence[Wanted], limits: Limits, vocab_size: int) -> None:
     """Refuses a request of these prompts where one of them, or all of them together, are not served."""
     check_sequences(wanted[0].name_prompt, sum(one.count for one in wanted), limits)
+    check_tokens(wanted[0].name_prompt, sum(one.tokens for one in wanted), limits)
     for one in wanted:
         one.check(limits, vocab_size)
-    check_tokens(wanted[0].name_prompt, sum(one.tokens for one in wanted), limits)
 
 
 def check_sequences(field: str, sequences: int, limits: Limits) -> None:
@@ -170,6 +176,18 @@ def check_sequences(field: str, sequences: int, limits: Limits) -> None:
             field,
             f"and n ask for {sequences} sequences; this server takes at most {limits.max_request_sequences} "
             "(max_request_sequences)",
+            413,
+        )
+
+
+def check_text(field: str, text: str, longest_token: int, limits: Limits) -> None:
+    """Refuses a text that has too many tokens however long they are, before it is tokenised."""
+    most = longest_token * max(limits.max_sequence_tokens, limits.max_prompt_tokens)
+    if len(text) > most:
+        raise Refused(
+            field,
+            f"has {len(text)} characters; what this server takes has at most {most} (max_sequence_tokens, "
+            "max_prompt_tokens)",
             413,
         )
 

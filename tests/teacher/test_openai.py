@@ -15,10 +15,13 @@ import numpy as np
 import openai
 import pytest
 
+from qwen3.chat.template import ChatTemplate
 from qwen3.checkpoint import hf
 from qwen3.decoder.model import Qwen3
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
+from teacher.serve.chats import _plain
+from teacher.serve.openai_schemas import CalledFunction, ChatMessage, ToolCall
 from tests.teacher.reciting import ANSWER, CALL, SAID, THINKING
 
 # float32 sums in another order.
@@ -90,6 +93,14 @@ def test_a_chat_thinks_speaks_and_calls_in_fields_of_their_own(client):
         assert answer.choices[0].finish_reason == "stop"
 
 
+def test_a_turn_that_only_calls_has_an_empty_text_for_templates():
+    """Qwen3's original template adds its content to a text."""
+    call = ToolCall(function=CalledFunction(name="add", arguments="{}"))
+    turn = _plain(0, ChatMessage(role="assistant", content=None, tool_calls=[call]))
+    template = ChatTemplate("{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}", "here")
+    assert template.render([turn]) == "assistant:"
+
+
 def told(events) -> tuple[dict[str, str], list, str]:
     """What a stream of one choice has told: texts by field, calls, and how it ended."""
     texts = {"reasoning": "", "content": ""}
@@ -129,6 +140,8 @@ def test_modes_and_budgets(client, reciting):
     assert forced.token_ids[1 : 1 + len(stop_text)] == stop_text
     assert forced.message.reasoning.startswith("Considering the limited time by the user")
     assert forced.message.content == ANSWER
+    at_once = answer(thinking_token_budget=0).message
+    assert (at_once.reasoning, at_once.content) == (forced.message.reasoning, ANSWER)
     assert answer(include_reasoning=False).message.reasoning is None
 
 
@@ -290,9 +303,13 @@ def test_logprobs_of_chats_are_the_models_own(client, reciting, logprobs):
         ("completions", {"prompt_logprobs": 9}, 413, "prompt_logprobs"),
         ("completions", {"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs"),
         ("completions", {"prompt_logprobs": 1, "temperature": 0.5}, 400, "temperature"),
+        ("completions", {"prompt_logprobs": 1, "temperature": 0.5, "max_tokens": 0}, 400, "temperature"),
+        ("completions", {"prompt": [-1], "echo": True}, 400, "prompt"),
         ("completions", {"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ("completions", {"stop": ""}, 400, "stop"),
-        ("completions", {"stop_token_ids": list(range(8))}, 400, "max_tokens"),
+        ("completions", {"stop_token_ids": list(range(8))}, 400, "stop_token_ids"),
+        ("completions", {"top_p": 0}, 400, "top_p"),
+        ("completions", {"temperature": 1e-30}, 400, "temperature"),
         ("completions", {"suffix": "x"}, 400, "suffix"),
         ("completions", {"best_of": 2}, 400, "best_of"),
         ("completions", {"guided_json": {}}, 400, "body"),
@@ -309,6 +326,12 @@ def test_logprobs_of_chats_are_the_models_own(client, reciting, logprobs):
         ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs"),
         ("chat/completions", {"chat_template_kwargs": {"custom": 1}}, 400, "chat_template_kwargs"),
         ("chat/completions", {"chat_template": "{{ 1 }}"}, 400, "chat_template"),
+        (
+            "chat/completions",
+            {"thinking_token_budget": 1, "chat_template_kwargs": {"enable_thinking": False}},
+            400,
+            "thinking_token_budget",
+        ),
         ("chat/completions", {"reasoning_effort": "high"}, 400, "reasoning_effort"),
         (
             "chat/completions",
@@ -329,6 +352,19 @@ def test_what_is_not_served_is_refused_by_name(reciting_url, path, change, statu
         "max_tokens" not in change
         or httpx2.post(f"{reciting_url}/v1/{path}", json=body | {"user": "me"}).status_code == 200
     )
+
+
+def test_a_text_that_no_prompt_can_be_is_refused_before_it_is_tokenised(reciting_url, reciting, monkeypatch):
+    monkeypatch.setattr(reciting.tokenizer, "encode", None)
+    text = "a" * (reciting.tokenizer.longest_token * 480 + 1)
+    for path, field, body in (
+        ("v1/completions", "prompt", {"prompt": text}),
+        ("v1/chat/completions", "messages", {"messages": [{"role": "user", "content": text}]}),
+        ("generate", "text", {"text": text}),
+    ):
+        error = httpx2.post(f"{reciting_url}/{path}", json=body).json()["error"]
+        assert (error["code"], error["param"]) == (413, field), error
+        assert "characters" in error["message"]
 
 
 def test_what_fails_in_a_stream_is_told_in_it(client, reciting, monkeypatch):

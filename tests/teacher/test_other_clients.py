@@ -173,6 +173,9 @@ def test_slime_samples_with_log_probabilities(client, reciting):
 @pytest.mark.parametrize(
     ("change", "field"),
     [
+        ({"return_logprob": True, "token_ids_logprob": [99_999]}, "token_ids_logprob"),
+        ({"return_logprob": True, "token_ids_logprob": [1] * 7}, "token_ids_logprob"),
+        ({"return_logprob": True, "token_ids_logprob": [1], "input_ids": [1] * 120}, "input_ids"),
         ({"text": "a"}, "input_ids"),
         ({"input_ids": None}, "input_ids"),
         ({"input_ids": [[1], []]}, "input_ids"),
@@ -189,7 +192,8 @@ def test_slime_samples_with_log_probabilities(client, reciting):
 def test_what_sglang_has_and_this_server_not_is_refused_by_name(client, change, field):
     response = client.post("/generate", json={"input_ids": SEQUENCE} | change)
     error = response.json()["error"]
-    assert (response.status_code, error["param"]) == (400, field), error
+    assert (response.status_code, error["param"]) == (error["code"], field), error
+    assert response.status_code == (413 if "this server" in error["message"] else 400)
 
 
 SOUND: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ import io
 import json
 import threading
 import time
+import types
 from collections.abc import Iterator
 
 import httpx2
@@ -280,6 +281,23 @@ def test_what_the_engine_refuses_is_refused_before_others_are_asked_with_it(serv
     )
     with pytest.raises(Refused, match=r"requests\[0\] cannot be generated from: prompt '0' has 81 tokens"):
         service.generation.submit([request], seed=0)
+    long = TargetsRequest(targets="hidden", sequences=[np.zeros(129, np.int32)], starts=[0])
+    with pytest.raises(Refused, match=r"129 tokens .* this server scores at most 128"):
+        service.scoring.submit(long)
+    with pytest.raises(Refused, match="with 9 entries each"):
+        service.scoring.submit(dataclasses.replace(long, targets="top_k", sequences=[np.arange(2)], entries=9))
+
+
+def test_what_keeps_an_engine_from_beginning_is_told_to_who_waits(service, monkeypatch):
+    def failing(*_, **__):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(service.generation._engine, "follow", failing)
+    request = Request(
+        prompt_ids=[1], prompt_id="0", sample_index=0, mode="non_thinking", params=SamplingParams(max_new_tokens=1)
+    )
+    with pytest.raises(RuntimeError, match="out of luck"):
+        service.generation.submit([request], seed=0).result(30)
 
 
 def test_without_a_seed_every_request_samples_anew(client, sequences):
@@ -342,7 +360,26 @@ def test_who_answers_is_said_and_another_teacher_is_not_taken_for_it(client, ser
     assert response.headers[wire.TEACHER_HEADER] == service.identity.digest
 
 
-def test_a_token_is_asked_of_all_but_the_probes():
+@pytest.mark.parametrize(
+    ("header", "value", "status"),
+    [
+        ("host", "example.org:8470", 403),
+        ("host", "localhost:8470", 200),
+        ("host", "[::1]:8470", 200),
+        ("origin", "https://example.org", 403),
+        ("origin", "null", 403),
+        ("origin", "http://[", 403),
+        ("origin", "http://127.0.0.1:3000", 200),
+    ],
+)
+def test_web_pages_from_elsewhere_do_not_ask_a_server_without_a_token(client, header, value, status):
+    assert client.get("/v1/models", headers={header: value}).status_code == status
+
+
+def test_a_token_is_asked_of_all_but_the_probes(service):
+    with serving(Standing(service), token="a secret") as url:
+        response = httpx2.get(f"{url}/v1/models")
+        assert (response.status_code, wire.TEACHER_HEADER in response.headers) == (401, False)
     with serving(Standing(), token="a secret") as url, httpx2.Client(base_url=url) as client:
         assert client.get("/health").status_code == 200
         assert client.get("/ready").status_code == 503
@@ -431,6 +468,7 @@ def test_a_failure_is_told_to_those_whom_it_concerns(client, service, sequences,
         ("", {"model": "../../etc/passwd"}, 404, "model"),
         ("", {"unknown": 1}, 400, "body"),
         ("sampling", {"temperature": 0.7, "prompt_logprobs": 1}, 400, "sampling_params.temperature"),
+        ("sampling", {"temperature": 0.7, "prompt_logprobs": 1, "max_tokens": 0}, 400, "sampling_params.temperature"),
         ("sampling", {"prompt_logprobs": 9}, 413, "sampling_params.prompt_logprobs"),
         ("sampling", {"prompt_logprob_token_ids": [[1]]}, 400, "sampling_params.prompt_logprob_token_ids"),
         ("sampling", {"prompt_logprob_token_ids": [[1]] * 4, "prompt_logprob_start": 4}, 400, "sampling_params.prompt"),
@@ -564,3 +602,20 @@ def test_what_generates_is_part_of_the_memory_that_is_checked(service, monkeypat
         checked_memory(2**30, 5 * 2**29, Devices())
     pages = 8 * 120 * 2 * 16 * 4  # slots, tokens of each, keys and values, their size
     assert service.device_bytes > pages
+
+    class Program:
+        def lower(self, *_, **__):
+            return self
+
+        compile = lower
+
+        def memory_analysis(self):
+            return types.SimpleNamespace(temp_size_in_bytes=3, output_size_in_bytes=5, alias_size_in_bytes=1)
+
+    # The layers beside the stacks that they are copies of, and a program and pages for each group.
+    engine = service.generation._engine
+    monkeypatch.setattr(engine, "_read", Program())
+    monkeypatch.setattr(engine, "_decode", Program())
+    held = service.generation.device_bytes() - sum(leaf.nbytes for leaf in jax.tree.leaves(service._model.stacks))
+    a_group = engine.programs(service._model, [SamplingParams(max_new_tokens=1)]).decode_arguments[2]
+    assert held == engine._most_groups * (7 + sum(leaf.size * leaf.dtype.itemsize for leaf in a_group))

@@ -105,7 +105,7 @@ ADD = ("add", {"terms": [2, 3]})
         (f"I add.\n{CALL}\n{CALL}\n", {}, ("", "I add.", [ADD, ADD])),
         (f"{CALL}\nand more", {}, ("", "and more", [ADD])),
         (CALL.removesuffix("</tool_call>"), {}, ("", "", [ADD])),
-        ("a <tool_call>none</tool_call> b", {}, ("", "a<tool_call>none</tool_call> b", [])),
+        ("a <tool_call>none</tool_call> b", {}, ("", "a <tool_call>none</tool_call> b", [])),
         ('<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', {}, None),
         ('<tool_call>{"name": "x", "arguments": {"a": NaN}}</tool_call>', {}, None),
         ('<tool_call>{"name": "x", "arguments": [1]}</tool_call>', {}, None),

@@ -1,6 +1,8 @@
 """Requests that join and leave a generation under way, and what is told of it: the rollouts are those of company-free
 calls, and their parts add up to them."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -90,3 +92,45 @@ def test_who_leaves_ends_where_it_is_and_others_go_on_as_they_would(models):
         assert len(left.response) < len(wanted[leaver].response)
         for index, rollout in live.rollouts.items():
             np.testing.assert_array_equal(rollout.tokens, wanted[index].tokens)
+
+
+class HeldUp:
+    """A turn for which the first dispatch waits until `go_on` is set."""
+
+    def __init__(self):
+        self.go_on, self._others = threading.Event(), threading.Event()
+        self._own, self._lock = threading.current_thread(), threading.Lock()
+
+    def __enter__(self):
+        with self._lock:
+            is_first = threading.current_thread() is not self._own and not self._others.is_set()
+            if is_first:
+                self._others.set()
+        assert not is_first or self.go_on.wait(60)
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_who_joins_a_group_under_way_waits_for_its_next_dispatch(models, monkeypatch):
+    """Two groups of four slots: one has not yet begun its dispatch when the other's ends, and two more join."""
+    monkeypatch.setattr("qwen3.generation.engine.usable_cores", lambda: 2)
+    turn, requests = HeldUp(), mixed_requests()[:4]
+    engine = make_engine(batch_size=8, turn=turn)
+
+    class Two(Following):
+        def joining(self):
+            coming, self._coming = self._coming[:2], self._coming[2:]
+            return coming
+
+        def next_dispatch(self):
+            if not self._coming:
+                turn.go_on.set()
+            # What is said for those who join is not what the dispatch under way was begun with.
+            return PLAN, 2 if self._coming else 3
+
+    live = Two(requests, tokens=3)
+    engine.follow(models["dense"], live, seed=0, policy_step=5)
+    assert [len(live.parts[index][0].tokens) for index in range(4)] == [2, 2, 3, 3]
+    for index, wanted in enumerate(engine.generate(models["dense"], requests, seed=0, policy_step=5, plan=PLAN)):
+        np.testing.assert_array_equal(live.rollouts[index].tokens, wanted.tokens)
