@@ -16,6 +16,7 @@ from experiments import self_distillation
 from tests.distill.faults import scalars
 
 
+@pytest.mark.long
 def test_two_steps_learn_from_what_the_copy_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = self_distillation.config()
     stage = whole.stages["on_policy"]

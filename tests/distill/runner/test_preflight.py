@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -276,7 +277,8 @@ def test_a_prompt_twice_in_one_step_is_sampled_anew(teacher: str) -> None:
     context = SimpleNamespace(tokenizer=ChatTokenizer.from_folder(teacher))
     asked = [(problem, "thinking") for problem in (one, two, one)]
     own: Any = SimpleNamespace(_stage=stage, _context=context)
-    requests = OwnRollouts._requests(own, asked, collections.defaultdict(itertools.count))
+    own._params = functools.partial(OwnRollouts._params, own)
+    requests = OwnRollouts._requests(own, asked, collections.defaultdict(itertools.count), 0)
     drawn = [(request.prompt_id, request.sample_index) for request in requests]
     first, second = one.problem_id, two.problem_id
     assert drawn == [(first, 0), (first, 1), (second, 0), (second, 1), (first, 2), (first, 3)]

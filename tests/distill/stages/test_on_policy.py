@@ -83,8 +83,9 @@ def test_a_prefix_is_what_the_whole_rollout_begins_with(
     of_both = []
     for one in (stage, cut):
         data = rollouts_of(one, teacher, model, two_prompts)
-        of_both.append([data._write(step, 0, model).rollouts for step in range(5)])
-        samples = [data._samples(step, rollouts) for step, rollouts in enumerate(of_both[-1])]
+        written = [data._write(step, 0, model) for step in range(5)]
+        of_both.append([of_step.rollouts for of_step in written])
+        samples = [data._samples(step, of_step, slice(None)) for step, of_step in enumerate(written)]
         may_end = [[data._may_end(step, sample) for sample in of_step] for step, of_step in enumerate(samples)]
         data.close()
     kinds = set()

@@ -73,6 +73,7 @@ def cost(run: Path) -> dict[str, Any]:
     return json.loads((run / "report.json").read_text())["stages"][0]
 
 
+@pytest.mark.long
 def test_later_passes_are_free_but_for_training_and_see_the_current_student(teacher: str, tmp_path: Path) -> None:
     found, costs = {}, {}
     for passes in (1, 2):
@@ -147,6 +148,7 @@ def test_all_of_it_goes_on_bit_for_bit_where_it_stopped(teacher: str, tmp_path: 
             assert 0 <= metrics["never_stopped"] <= 1
 
 
+@pytest.mark.long
 def test_tokens_are_chosen_whatever_rows_they_are_packed_in(teacher: str, tmp_path: Path) -> None:
     found, costs = {}, {}
     for share, rows in ((1.0, 4), (0.3, 4), (0.3, 1)):

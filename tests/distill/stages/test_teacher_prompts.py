@@ -114,7 +114,9 @@ def test_places_of_packed_rows_are_those_of_the_same_tokens() -> None:
         assert as_read["segment_ids"][row, there] == packed["segment_ids"][row, column]
 
 
-@pytest.mark.parametrize("targets", [None, StudentTopK(k=3)], ids=["hidden", "ids"])
+@pytest.mark.parametrize(
+    "targets", [pytest.param(None, id="hidden", marks=pytest.mark.long), pytest.param(StudentTopK(k=3), id="ids")]
+)
 def test_a_run_learns_what_the_teacher_says_behind_its_own_prompt(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: StudentTopK | None
 ) -> None:
