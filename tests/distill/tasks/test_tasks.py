@@ -361,8 +361,10 @@ def test_sums_of_products_are_worked_out_as_both_of_their_parts_are() -> None:
     task = Arithmetic(chain_sum=ChainSum(weight=0), products=Products(weight=0), sum_of_products=sums)
     problems = task.problems("train", 200, 0)
     assert {problem.prompt.count("*") for problem in problems} == {2, 3, 4}
-    longest = dataclasses.replace(sums, min_products=40, max_products=40, max_digits=20, multiplier_digits=20)
-    problems += dataclasses.replace(task, sum_of_products=longest).problems("train", 1, 0)
+    longest = dataclasses.replace(
+        sums, min_products=40, max_products=40, min_digits=20, max_digits=20, multiplier_digits=20
+    )
+    problems += dataclasses.replace(task, sum_of_products=longest).problems("train", 3, 0)
     assert max(len(str(problem.answer)) for problem in problems) > 40
     for problem in problems:
         expression = problem.prompt.removeprefix("Calculate ").removesuffix(".")
