@@ -4,7 +4,7 @@ reinforcement learning and against more off-policy distillation, at stated FLOPs
     python -m distill.run experiments/table21.py --name table21_0 --seed 0      # one seed; the same for others
     python -m distill.report runs/table21_*                                     # all of them as one table
 
-| stage | starts from | may cost |
+| stage | starts from | is to cost |
 |---|---|---|
 | `off_policy` | a base student | until it gains no more |
 | `on_policy` | `off_policy` | 1 |
@@ -13,8 +13,9 @@ reinforcement learning and against more off-policy distillation, at stated FLOPs
 | `on_policy_rl`, `rl_teacher` | `on_policy`; `off_policy`, with the teacher's divergence beside the reward | 1 |
 | `unlikely` | `off_policy`, neither teacher nor reward: a negative advantage on unlikely tokens | 1 |
 
-Being settled: make teacher and student first (experiments/table21_teacher.py, experiments/table21_student.py). A third
-family of problems is only evaluated. No seed has been reported; what was tried stands in
+Being settled: no stage of reinforcement learning has been run, and no number of steps been fitted to these costs. Make
+teacher and student first (experiments/table21_teacher.py, experiments/table21_student.py). A third family of problems
+is only evaluated. No seed has been reported; what was tried stands in
 experiments/benchmarks/results/table21_tried_2026-11-27_cpu.md.
 """
 
@@ -106,7 +107,7 @@ def _student_generates() -> dict[str, Any]:
 
 
 def _rl(*, steps: int, start_from: str, **fields: Any) -> Grpo:
-    """At the best of the settings that were tried on other seeds."""
+    """One setting; which of several is best has yet to be tried, on other seeds than the table's."""
     return Grpo(
         prompts_per_step=GROUPS_PER_STEP,
         samples_per_prompt=GROUP,

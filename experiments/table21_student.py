@@ -9,21 +9,10 @@ It stands in for a base checkpoint: it can do some arithmetic and knows no chat 
 from pathlib import Path
 
 from distill import Experiment, FromScratch, Optimizer, Sft, Training
+from experiments.quickstart_student import ARCHITECTURE as WIDER
 from experiments.table21_task import evaluation, trained, transfer
 
-ARCHITECTURE = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 120,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 256,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-}
+ARCHITECTURE = {**WIDER, "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 120}
 
 
 def config() -> Experiment:

@@ -60,7 +60,10 @@ def overridden(
         if action.option_strings
     }
     if {"--help", "-h"} & {*fields}:
-        follow = "The fields that people change first follow (--help-all: all of them)"
+        follow = (
+            "The fields that people change first, of a stage those that differ from the first of its kind, follow\n"
+            "(--help-all: all of them)"
+        )
         said = _description(experiment, prog, options, follow)
         print(f"usage: {prog} [--field.path VALUE …]\n\n{said}\n\n{first_fields(experiment)}")
         raise SystemExit(0)

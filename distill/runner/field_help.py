@@ -49,12 +49,22 @@ _OWN_SECTION = ("stages", "tasks", "teachers")
 
 
 def first_fields(experiment: Experiment) -> str:
-    """Sections of options, each below what their names begin with; with the experiment's values, a line each."""
+    """Sections of options, each below what their names begin with; with the experiment's values, a line each.
+
+    A stage shows its first field, and of the others those that differ from the first stage of its kind.
+    """
     sections: dict[str, list[tuple[str, str]]] = {}
+    shown: dict[tuple[str, ...], Any] = {}
     for path, value, text in _walked(experiment, ()):
         depth = min(len(path) - 1, 2 if path[0] in _OWN_SECTION else 1)
         begin, end = (".".join(part).replace("_", "-") for part in (path[:depth], path[depth:]))
-        sections.setdefault(f"--{begin}.…" if begin else "--…", []).append((f"{end} {_written(value)}", text))
+        lines = sections.setdefault(f"--{begin}.…" if begin else "--…", [])
+        if path[0] == "stages":
+            field = (experiment.stages[path[1]].kind, *path[2:])
+            if lines and field in shown and shown[field] == value:
+                continue
+            shown.setdefault(field, value)
+        lines.append((f"{end} {_written(value)}", text))
     return "\n\n".join(_section(name, lines) for name, lines in sections.items())
 
 

@@ -414,8 +414,7 @@ def test_help_fits_three_screens_and_every_line_of_it_can_be_given(
         return
     assert main([str(file), "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    # Three screens, and half a screen for every stage after the sixth.
-    assert len(lines) <= 120 + 20 * max(0, len(load_experiment(file).stages) - 6)
+    assert len(lines) <= 120
     arguments, begin = [], None
     for line in lines:
         if line.startswith("--"):
