@@ -129,9 +129,15 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 def make_placed(make: Callable[[Array], Tree], key: Array, mesh: Mesh | None) -> Tree:
     """What `make` draws from `key`, every part made where the table puts it; on the default device without a mesh."""
+    return placing(make, mesh)(key)
+
+
+def placing(make: Callable[[Array], Tree], mesh: Mesh | None) -> Callable[[Array], Tree]:
+    """The program that `make_placed` runs once."""
     if mesh is None:
-        return jax.jit(make)(key)
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
+        return jax.jit(make)
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))
 
 
 def placed_shapes(tree: Tree, mesh: Mesh) -> Tree:

@@ -14,11 +14,10 @@ from qwen3.chat.chat import ChatTokenizer
 from qwen3.chat.vocabulary import check_vocabulary
 from qwen3.checkpoint import hf
 from qwen3.decoder.config import ModelConfig
-from qwen3.decoder.model import Qwen3
+from qwen3.decoder.model import Qwen3, random_model
 from qwen3.errors import UserError
 from qwen3.field_types import check_fields
 from qwen3.json_fields import JsonFields, read_object
-from qwen3.sharding import make_placed
 from student.lora import Lora
 
 
@@ -111,12 +110,7 @@ class FromScratch:
         compute_dtype: DTypeLike = jnp.float32,
     ) -> Qwen3:
         """Random weights from `key`, the same on any mesh up to rounding, made where they belong. Raises UserError."""
-        config = self.model_config()
-
-        def make(key: Array) -> Qwen3:
-            return Qwen3(config, key, param_dtype=param_dtype, compute_dtype=compute_dtype)
-
-        return make_placed(make, key, mesh)
+        return random_model(self.model_config(), key, mesh, param_dtype=param_dtype, compute_dtype=compute_dtype)
 
     def _raw(self) -> dict[str, Any]:
         if not isinstance(self.architecture, str):

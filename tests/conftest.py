@@ -32,6 +32,10 @@ if _COMPILED not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {_QUICK_COMPILE}"
 
+# A tenth of what is left, and more the longer a worker lives: jax makes many objects and few cycles, which go where
+# programs do.
+gc.set_threshold(100_000, 50, 100)
+
 _LONGEST = ("tests/test_style.py", "tests/test_readme.py")
 _KEPT_BYTES = 1_500_000_000
 """What a worker may keep between tests; compiled programs, of which jax never lets one go, would reach four times as

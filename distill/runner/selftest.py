@@ -2,13 +2,14 @@
 which every target rests. Peers' users lose days to each of these."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from distill.training.losses import Loss, distillation_loss
 from distill.training.policy import token_logprobs
@@ -95,40 +96,8 @@ def check_numerics(
     Raises UserError where either does not hold, which would be an error of this program on this platform.
     """
     probe = _probe(tokenizer, mode, mesh)
-    tokens, positions = jnp.asarray(probe.tokens), jnp.asarray(probe.positions)
-    real = jnp.asarray(probe.segment_ids) > 0
-    count = int(np.sum(probe.segment_ids[0]))
-
-    def measure(model: Qwen3) -> tuple[jax.Array, ...]:
-        hidden = model.hidden(tokens, positions, real.astype(jnp.int32), mesh)
-        weights = (real / jnp.sum(real)).astype(jnp.float32)
-
-        def divergence(
-            targets: Targets, weights: jax.Array, name: DivergenceName, teacher_head: jax.Array | None = None
-        ) -> jax.Array:
-            return distillation_loss(
-                hidden, model.head, targets, weights, Loss(name=name), teacher_head=teacher_head,
-                implementation=model.kernels.linear_kl, mesh=mesh,
-            )[0]  # fmt: skip
-
-        full = divergence(Hidden(hidden=hidden), weights, "reverse_kl", teacher_head=model.head)
-        head = model.head.astype(hidden.dtype)
-        targets = top_k_targets(hidden, head, min(8, model.config.vocab_size))
-        top = divergence(targets, weights, "forward_kl")
-        # Cross-entropy by the loss against the log-probability of the next token, written out without it.
-        inner = weights.at[:, count - 1].set(0)
-        entropy = divergence(one_hot(tokens), inner, "forward_kl")
-        logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-        measured = full, top, entropy + jnp.sum(inner[:, :-1] * chosen)
-        if not rewards:
-            return measured
-        ids = jnp.where(inner > 0, following_tokens(tokens), -1)
-        slow: LogprobsImplementation | None = "reference" if model.kernels.linear_kl == "reference" else None
-        said = token_logprobs(hidden, model.head, ids, implementation=slow, mesh=mesh)[0]
-        return *measured, jnp.max(jnp.where(inner[:, :-1] > 0, jnp.abs(said[:, :-1] - chosen), 0))
-
-    full, top, shift, *apart = (float(value) for value in jax.jit(measure)(model))
+    measured = _measured(model, probe.tokens, probe.positions, probe.segment_ids, mesh=mesh, rewards=rewards)
+    full, top, shift, *apart = (float(value) for value in measured)
     if math.isnan(full):
         raise UserError(f"self-test: the student's log-probabilities are NaN: its weights {_no_numbers(model)}")
     # float32 sums over a vocabulary of 151,936 leave about 1e-5 nats; bfloat16 hidden states are the same on both
@@ -148,6 +117,48 @@ def check_numerics(
         Agreement(check="target shift", finding="targets are stored at the predicting position"),
         *learned,
     ]
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "rewards"))
+def _measured(
+    model: Qwen3,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    mesh: Mesh,
+    rewards: bool,
+) -> tuple[Float[Array, ""], ...]:
+    """KL of the model to itself over the whole vocabulary and over top-8 and tail, and how far targets are from the
+    predicting position; with `rewards` how far their log-probabilities are, too. All in nats."""
+    real = segment_ids > 0
+    hidden = model.hidden(tokens, positions, segment_ids, mesh)
+    weights = (real / jnp.sum(real)).astype(jnp.float32)
+
+    def divergence(
+        targets: Targets, weights: Array, name: DivergenceName, teacher_head: Array | None = None
+    ) -> Float[Array, ""]:
+        return distillation_loss(
+            hidden, model.head, targets, weights, Loss(name=name), teacher_head=teacher_head,
+            implementation=model.kernels.linear_kl, mesh=mesh,
+        )[0]  # fmt: skip
+
+    full = divergence(Hidden(hidden=hidden), weights, "reverse_kl", teacher_head=model.head)
+    head = model.head.astype(hidden.dtype)
+    targets = top_k_targets(hidden, head, min(8, model.config.vocab_size))
+    top = divergence(targets, weights, "forward_kl")
+    # Cross-entropy by the loss against the log-probability of the next token, written out without it. Rows are alike.
+    inner = weights.at[:, jnp.sum(real[0]) - 1].set(0)
+    entropy = divergence(one_hot(tokens), inner, "forward_kl")
+    logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    measured = full, top, entropy + jnp.sum(inner[:, :-1] * chosen)
+    if not rewards:
+        return measured
+    ids = jnp.where(inner > 0, following_tokens(tokens), -1)
+    slow: LogprobsImplementation | None = "reference" if model.kernels.linear_kl == "reference" else None
+    said = token_logprobs(hidden, model.head, ids, implementation=slow, mesh=mesh)[0]
+    return *measured, jnp.max(jnp.where(inner[:, :-1] > 0, jnp.abs(said[:, :-1] - chosen), 0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

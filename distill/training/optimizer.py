@@ -1,6 +1,7 @@
 """AdamW with warm-up, decay and clipping: the one optimiser of every stage."""
 
 import dataclasses
+import functools
 from typing import Annotated, Any, Literal
 
 import jax
@@ -58,7 +59,9 @@ class Optimizer:
         rise = optax.linear_schedule(self.learning_rate / (warmup + 1), self.learning_rate, max(1, warmup))
         return optax.join_schedules([rise, decay], [warmup])
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a few small frozen ones are kept
     def transformation(self, steps: int) -> optax.GradientTransformation:
+        """What updates weights, the same object for equal settings, whose compiled program is therefore shared."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(

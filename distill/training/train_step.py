@@ -106,16 +106,8 @@ class TrainStep:
         self._teacher_head, self._teachers = teacher_head, teachers
         self._accumulate = _gradient_program(loss, mesh, rematerialise, policy, teachers)
         self._add_load = _load_program(mesh)
+        self._apply = _update_program(transformation, mesh)
         self._growth = Growth()
-
-        def apply(state: TrainState, sums: _Sums) -> tuple[TrainState, dict[str, Array]]:
-            updates, optimizer = transformation.update(sums.gradients, state.optimizer, state.model)
-            model = optax.apply_updates(state.model, updates)
-            metrics = dict(sums.metrics) | {"gradient_norm": optax.global_norm(sums.gradients)}
-            new = TrainState(step=state.step + 1, model=model, optimizer=optimizer)
-            return jax.lax.with_sharding_constraint(new, shardings(new, mesh)), metrics
-
-        self._apply = jax.jit(apply, donate_argnums=0)
 
     def __call__(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, StepResult]:
         """Update `state` on `batches`, all of one shape; all its buffers but those of frozen weights are given away.
@@ -280,6 +272,20 @@ def _load_program(mesh: Mesh) -> Callable[..., RouterStats]:
         return jax.lax.with_sharding_constraint(new, NamedSharding(mesh, PartitionSpec()))
 
     return jax.jit(add_load, donate_argnums=2)
+
+
+@functools.lru_cache(maxsize=4)
+def _update_program(transformation: optax.GradientTransformation, mesh: Mesh) -> Callable[..., Any]:
+    """Applies the summed gradients once."""
+
+    def apply(state: TrainState, sums: _Sums) -> tuple[TrainState, dict[str, Array]]:
+        updates, optimizer = transformation.update(sums.gradients, state.optimizer, state.model)
+        model = optax.apply_updates(state.model, updates)
+        metrics = dict(sums.metrics) | {"gradient_norm": optax.global_norm(sums.gradients)}
+        new = TrainState(step=state.step + 1, model=model, optimizer=optimizer)
+        return jax.lax.with_sharding_constraint(new, shardings(new, mesh)), metrics
+
+    return jax.jit(apply, donate_argnums=0)
 
 
 def _rows(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]]:

@@ -22,8 +22,8 @@ import tyro
 from experiments.benchmarks.machine import machine, memory_bytes
 from qwen3.checkpoint import hf, streaming
 from qwen3.decoder.config import ModelConfig
-from qwen3.decoder.model import Qwen3
-from qwen3.sharding import MeshShape, make_mesh, make_placed
+from qwen3.decoder.model import random_model
+from qwen3.sharding import MeshShape, make_mesh
 
 CONFIG = ModelConfig(
     model_type="qwen3_moe",
@@ -49,7 +49,7 @@ class Make:
     folder: tyro.conf.Positional[Path]
 
     def run(self) -> None:
-        model = make_placed(lambda key: Qwen3(CONFIG, key, param_dtype=jnp.bfloat16), jax.random.key(0), None)
+        model = random_model(CONFIG, jax.random.key(0), param_dtype=jnp.bfloat16)
         hf.save(self.folder, model, max_shard_bytes=_MAX_SHARD_BYTES)
 
 

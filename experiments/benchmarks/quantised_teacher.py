@@ -10,7 +10,6 @@ goes. With `--random` a wider MoE of random weights scores random tokens instead
 it shows what rounding does at its width, and nothing about a trained model."""
 
 import dataclasses
-import functools
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +34,9 @@ from qwen3.chat.chat import ChatTokenizer
 from qwen3.checkpoint import hf
 from qwen3.checkpoint.quantisation import Quantisation
 from qwen3.decoder.config import ModelConfig
-from qwen3.decoder.model import Qwen3
+from qwen3.decoder.model import Qwen3, random_model
 from qwen3.generation.engine import Engine, Request
 from qwen3.rollout import MODES, Mode, Rollout
-from qwen3.sharding import make_placed
 
 RANDOM = ModelConfig(
     model_type="qwen3_moe",
@@ -101,8 +99,7 @@ def random() -> Iterator[dict[str, Any]]:
     tokens = np.random.default_rng(0).integers(0, RANDOM.vocab_size, _RANDOM_SHAPE)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model"
-        make = functools.partial(Qwen3, RANDOM, param_dtype=jnp.bfloat16)
-        hf.save(path, make_placed(make, jax.random.key(0), None))
+        hf.save(path, random_model(RANDOM, jax.random.key(0), param_dtype=jnp.bfloat16))
         exact = load(path, _EXACT)
         for kept in _OTHERS:
             model = load(path, kept)

@@ -5,6 +5,8 @@ K key/value heads, G = N/K, H head, F feed-forward, E experts, X experts per tok
 M tokens (B·T), J teacher entries per token, R rank of an adapter.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +22,7 @@ from qwen3.decoder.kernels import Kernels
 from qwen3.decoder.layers import Attend, Attention, Mlp, constant, rms_norm, weight
 from qwen3.decoder.moe import Moe, RouterStats
 from qwen3.decoder.rope import Rotary, rotation
-from qwen3.sharding import to_pieces, to_rows
+from qwen3.sharding import placing, to_pieces, to_rows
 
 UNROLL_LAYERS = 12
 """Deepest model whose layers are unrolled: in the decoding loop (see `qwen3.generation.cache`), and on CPU in every
@@ -154,3 +156,28 @@ class Qwen3(nnx.Module):
         """All logits in float32, for tests and small inputs: training and scoring never hold them."""
         hidden = self.hidden(tokens, positions, segment_ids)
         return jnp.einsum("BTD,VD->BTV", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def random_model(
+    config: ModelConfig,
+    key: Array,
+    mesh: Mesh | None = None,
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike = jnp.float32,
+) -> Qwen3:
+    """Weights drawn from `key`, the same on any mesh up to rounding, each made where it belongs; on the default device
+    without a mesh. Raises UserError where a size does not divide its part of the mesh."""
+    return _drawing(config, mesh, jnp.dtype(param_dtype), jnp.dtype(compute_dtype))(key)
+
+
+@functools.lru_cache(maxsize=4)
+def _drawing(
+    config: ModelConfig, mesh: Mesh | None, param_dtype: jnp.dtype, compute_dtype: jnp.dtype
+) -> Callable[[Array], Qwen3]:
+    """Models of one architecture share the program that draws them."""
+
+    def draw(key: Array) -> Qwen3:
+        return Qwen3(config, key, param_dtype=param_dtype, compute_dtype=compute_dtype)
+
+    return placing(draw, mesh)

@@ -15,6 +15,7 @@ where `qwen3.decoder.kernels.Kernels.paged_attention` reads pages in place.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -175,9 +176,7 @@ class Engine:
         self._check_pages(1)
         # Groups run the same programs: one compiles them, the others wait for it.
         self._turn = threading.Lock() if turn is None else turn
-        self._layers = jax.jit(layers_of)
-        self._read = jax.jit(self._prefill, static_argnames="mesh", donate_argnames="pages")
-        self._decode = jax.jit(self._decoder.write, static_argnames=("plan", "mesh"), donate_argnames="pages")
+        self._decode = _decoding(self._decoder)
 
     def generate(
         self,
@@ -285,7 +284,7 @@ class Engine:
         if not self.unroll:
             return tuple(model.stacks)
         with self._turn:
-            return self._layers(model)
+            return _layers(model)
 
     def _numbers(self, seed: int, policy_step: int, step: int | None) -> tuple[np.uint32, np.uint32]:
         step = policy_step if step is None else step
@@ -316,7 +315,7 @@ class Engine:
         fixed, state = row_shapes((group.slots.fixed, group.slots.state), mesh)
         number, count = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((), np.int32)
         return EnginePrograms(
-            prefill=self._read,
+            prefill=_prefill,
             prefill_arguments=(model, group.pages, prompts, count),
             prefill_options={"mesh": mesh},
             decode=self._decode,
@@ -359,7 +358,7 @@ class Engine:
             if (admitted := slots.admit()) is not None:
                 prompts, chunks = admitted
                 placed = _place(prompts, PartitionSpec(None, *BATCH), mesh)
-                group.pages = self._read(model, group.pages, placed, np.int32(chunks), mesh=mesh)
+                group.pages = _prefill(model, group.pages, placed, np.int32(chunks), mesh=mesh)
             # Where none waits, nothing is gained by ending a dispatch before its last slot has ended.
             leave = max(0, slots.writing - -(-slots.size // 8)) if slots.waiting else 0
             fixed, state = _place((slots.fixed, slots.state), BATCH, mesh)
@@ -458,12 +457,25 @@ class Engine:
         most = min(usable_cores(), self.batch_size // _GROUP_ROWS, self.pages // self._table_pages)
         return max((n for n in range(1, most + 1) if self.batch_size % n == 0), default=1)
 
-    def _prefill(self, model: Qwen3, pages: Pages, prompts: Prompts, chunks: Array, *, mesh: Mesh | None) -> Pages:
-        def read(chunk: Array, pages: Pages) -> Pages:
-            part = Prompts(*(x[chunk] for x in prompts))
-            return prefill(model, pages, part.tokens, part.lengths, part.page_table, mesh=mesh)
 
-        return jax.lax.fori_loop(0, chunks, read, pages)
+_layers = jax.jit(layers_of)
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="pages")
+def _prefill(model: Qwen3, pages: Pages, prompts: Prompts, chunks: Array, *, mesh: Mesh | None) -> Pages:
+    """So many chunks of prompts into pages."""
+
+    def read(chunk: Array, pages: Pages) -> Pages:
+        part = Prompts(*(x[chunk] for x in prompts))
+        return prefill(model, pages, part.tokens, part.lengths, part.page_table, mesh=mesh)
+
+    return jax.lax.fori_loop(0, chunks, read, pages)
+
+
+@functools.lru_cache(maxsize=4)
+def _decoding(decoder: Decoder) -> Any:
+    """The program of a decoder: engines of the same sizes, such as those of a run's stages, share it."""
+    return jax.jit(decoder.write, static_argnames=("plan", "mesh"), donate_argnames="pages")
 
 
 def _spread(joining: Sequence[Asked], groups: Sequence[_Group]) -> None:

@@ -8,8 +8,8 @@ from distill.training.losses import Loss
 from distill.training.train_state import TrainState
 from distill.training.train_step import Batch, TrainStep
 from qwen3.decoder.config import ModelConfig
-from qwen3.decoder.model import Qwen3
-from qwen3.sharding import MeshShape, make_placed
+from qwen3.decoder.model import random_model
+from qwen3.sharding import MeshShape
 from teacher.placement import own_mesh
 from teacher.scoring import Scorer
 from tests.distill.miniature import DENSE, MOE
@@ -27,7 +27,7 @@ def losses(share: str) -> list[dict[str, float]]:
     small = {"num_hidden_layers": 1, "num_key_value_heads": 2, "vocab_size": WORDS}
     configs = [ModelConfig.from_hf(architecture | small) for architecture in (MOE, DENSE)]
     teacher, student = (
-        make_placed(lambda key, config=config: Qwen3(config, key), jax.random.key(seed), mesh)
+        random_model(config, jax.random.key(seed), mesh)
         for seed, (config, mesh) in enumerate(zip(configs, (of_teacher, of_student), strict=True))
     )
     scorer, transformation = Scorer(teacher, of_teacher, wanted_on=of_student), optax.adam(1e-2)

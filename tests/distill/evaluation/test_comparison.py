@@ -14,11 +14,11 @@ from distill.monitor.progress import Progress
 from distill.stages.context import EngineSizes, TeacherModel
 from distill.stages.stopping import Interrupted
 from qwen3.decoder.config import ModelConfig
-from qwen3.decoder.model import Qwen3
+from qwen3.decoder.model import Qwen3, random_model
 from qwen3.errors import UserError
 from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode, Rollout
-from qwen3.sharding import MeshShape, make_mesh, make_placed
+from qwen3.sharding import MeshShape, make_mesh
 from teacher.placement import own_mesh
 from tests.distill.miniature import DENSE, MOE
 
@@ -123,7 +123,7 @@ def test_figures_are_those_of_whole_distributions(name: str) -> None:
     meshes, rng = meshes_of(name), np.random.default_rng(0)
     alone = [Qwen3(config(architecture), jax.random.key(seed)) for seed, architecture in enumerate((DENSE, MOE))]
     student, teacher = (
-        make_placed(lambda key, model=model: Qwen3(model.config, key), jax.random.key(seed), mesh)
+        random_model(model.config, jax.random.key(seed), mesh)
         for seed, (model, mesh) in enumerate(zip(alone, meshes, strict=True))
     )
     of_teacher = [rollout(rng, mode, index) for mode in MODES for index in range(13)]
