@@ -68,12 +68,12 @@ def window(segments):
 CASES = [
     # platform, batch, length, heads, kv_heads, size, dtype, span
     ("tpu", 2, 1, 2, 1, 64, jnp.float32, whole),
-    ("tpu", 1, 128, 2, 2, 128, jnp.float32, whole),
+    pytest.param("tpu", 1, 128, 2, 2, 128, jnp.float32, whole, marks=pytest.mark.long),
     ("tpu", 1, 300, 4, 2, 64, jnp.float32, window),
-    ("tpu", 2, 401, 4, 1, 128, jnp.bfloat16, whole),
+    pytest.param("tpu", 2, 401, 4, 1, 128, jnp.bfloat16, whole, marks=pytest.mark.long),
     ("gpu", 1, 1, 2, 1, 64, jnp.bfloat16, whole),
     ("gpu", 1, 200, 2, 1, 64, jnp.bfloat16, window),
-    ("gpu", 1, 257, 3, 1, 128, jnp.bfloat16, whole),
+    pytest.param("gpu", 1, 257, 3, 1, 128, jnp.bfloat16, whole, marks=pytest.mark.long),
 ]
 
 
@@ -182,7 +182,10 @@ def test_some_queries_of_a_row(platform, dtype):
     check(platform, 1, 260, 2, 1, 64, dtype, span, pieces=np.r_[190:260, 40:110])
 
 
-@pytest.mark.parametrize(("platform", "dtype"), [("tpu", jnp.float32), ("gpu", jnp.bfloat16)])
+@pytest.mark.parametrize(
+    ("platform", "dtype"),
+    [("tpu", jnp.float32), pytest.param("gpu", jnp.bfloat16, marks=pytest.mark.long)],
+)
 def test_padding_gives_zeros_and_takes_part_in_nothing(platform, dtype):
     q, k, v, cotangent = make_inputs(200, 2, 1, 64, dtype, batch=2)
     segments = jnp.stack([jnp.zeros(200, jnp.int32), jnp.arange(200) < 4]).astype(jnp.int32)

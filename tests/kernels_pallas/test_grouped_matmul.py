@@ -101,8 +101,10 @@ def test_gpu_on_random_groups(case):
 
 @pytest.mark.parametrize(
     ("sizes", "rows", "width", "inner", "alignment"),
-    [([0, 70, 0, 33], 200, 128, 64, 1), ([128, 0, 128], 384, 64, 192, 128)],
-    ids=["shared_blocks", "aligned"],
+    [
+        pytest.param([0, 70, 0, 33], 200, 128, 64, 1, id="shared_blocks"),
+        pytest.param([128, 0, 128], 384, 64, 192, 128, id="aligned", marks=pytest.mark.long),
+    ],
 )
 def test_gpu(sizes, rows, width, inner, alignment):
     inputs = make_inputs(rows, width, inner, len(sizes), jnp.bfloat16)

@@ -86,13 +86,13 @@ def check(implementation, kind, inputs, divergence):
 
 CASES = [
     # platform, kind, tokens, widths, vocabulary, named, share of live tokens, dtype, divergence
-    ("tpu", "at_ids", 200, (40, 64), 300, 17, 0.7, jnp.bfloat16, FORWARD),
+    pytest.param("tpu", "at_ids", 200, (40, 64), 300, 17, 0.7, jnp.bfloat16, FORWARD, marks=pytest.mark.long),
     ("tpu", "at_ids", 1, (8, 8), 130, 1, 1, jnp.float32, REVERSE),
     ("tpu", "at_ids", 5, (8, 8), 7, 7, 1, jnp.float32, SKEW),
     ("tpu", "full", 200, (40, 64), 300, 0, 0.7, jnp.bfloat16, FORWARD),
-    ("tpu", "full", 131, (64, 40), 130, 0, 0.7, jnp.float32, JSD),
+    pytest.param("tpu", "full", 131, (64, 40), 130, 0, 0.7, jnp.float32, JSD, marks=pytest.mark.long),
     ("gpu", "at_ids", 200, (64, 40), 300, 17, 0.7, jnp.bfloat16, FORWARD),
-    ("gpu", "at_ids", 1, (64, 8), 70, 70, 1, jnp.bfloat16, SKEW),
+    pytest.param("gpu", "at_ids", 1, (64, 8), 70, 70, 1, jnp.bfloat16, SKEW, marks=pytest.mark.long),
     ("gpu", "full", 131, (64, 128), 300, 0, 0.7, jnp.bfloat16, REVERSE),
 ]
 

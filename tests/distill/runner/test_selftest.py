@@ -104,6 +104,7 @@ def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(selftest, "following_tokens", own_tokens)
+        jax.clear_caches()  # what has been compiled knows nothing of it
         with pytest.raises(UserError, match="policy gradient's log-probabilities are off"):
             selftest.check_numerics(model, tokenizer, "thinking", mesh, rewards=True)
 
@@ -112,8 +113,10 @@ def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pyte
 
     one_hot = selftest.one_hot
     monkeypatch.setattr(selftest, "one_hot", shifted)
+    jax.clear_caches()
     with pytest.raises(UserError, match="not at the predicting position"):
         selftest.check_numerics(model, tokenizer, "thinking", mesh)
+    jax.clear_caches()
 
 
 def overflowing(folder: Path, target: Path, tensor: str) -> Path:
