@@ -19,9 +19,9 @@ from distill.evaluation.comparison import SumsProgram, scoring_shape, sums_progr
 from distill.experiment import Experiment, Teacher, asks_for_hidden, asks_teacher, scoring_passes, teacher_field
 from distill.planner.program import EVALUATION, Program, Purpose, Role
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
+from distill.stages.asking import places_of_stage
 from distill.stages.context import EngineSizes, make_engine
 from distill.stages.loop import Training
-from distill.stages.own_rollouts import places_of_stage
 from distill.training.losses import Loss
 from distill.training.policy import PolicyData
 from distill.training.train_state import TrainState

@@ -15,8 +15,8 @@ from distill.monitor.progress import Progress
 from distill.monitor.progress import Task as Bar
 from distill.runner.chat_format import check_chat_format
 from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
+from distill.stages.asking import fresh_steps
 from distill.stages.context import stage_seed
-from distill.stages.own_rollouts import fresh_steps
 from distill.tasks import Problem
 from distill.tasks.mixture import TaskMixture
 from distill.tasks.requests import asked_in, prompt_ids, raw_document, teacher_prompt_ids, worked_document

@@ -21,9 +21,10 @@ from distill.hosts.processes import first_says
 from distill.rewards.advantages import Advantages, advantages, have_signal
 from distill.rewards.reward import Failed, Reward, RewardFailed, Rewards, Truncated, check_reward
 from distill.stages.ahead import Outcome, Written
+from distill.stages.asking import Asked, asked_of, check_ahead, check_asking, fresh_steps
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, Training, train
-from distill.stages.own_rollouts import Asked, OwnRollouts, asked_of, check_ahead, check_asking, fresh_steps
+from distill.stages.own_rollouts import OwnRollouts
 from distill.stages.student_top_k import StudentTopK
 from distill.tasks import Problem
 from distill.tasks.drawing import exact_decimal

@@ -20,9 +20,10 @@ from typing import Annotated, ClassVar
 
 from jax.sharding import Mesh
 
+from distill.stages.asking import asked_of, check_ahead, check_asking
 from distill.stages.context import EngineSizes, RunContext
 from distill.stages.loop import Spent, Training, train
-from distill.stages.own_rollouts import OwnRollouts, asked_of, check_ahead, check_asking
+from distill.stages.own_rollouts import OwnRollouts
 from distill.stages.rollout_schedule import RolloutSchedule
 from distill.stages.student_top_k import StudentTopK
 from distill.tasks import Problem

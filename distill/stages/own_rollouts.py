@@ -1,4 +1,4 @@
-"""The student's own rollouts as a stage's data: asked, generated now or ahead, scored by a teacher, packed, resumed.
+"""The student's own rollouts as a stage's data: asked, generated now or ahead, scored, judged, resumed.
 
 Stages that train on them differ in what they take from them: what a teacher says of each token, what a reward says of
 the whole response, or both. All else is here.
@@ -8,80 +8,32 @@ import collections
 import dataclasses
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from distill.monitor.metrics import RolloutSample
 from distill.stages.ahead import Outcome, Scored, Written, WrittenAhead
-from distill.stages.context import EngineSizes, RunContext
-from distill.stages.loop import Spent, StepData, Training
-from distill.stages.rollout_schedule import RolloutSchedule
-from distill.stages.student_top_k import StudentTopK, with_sampled
+from distill.stages.asking import Asked, Asking, places_of_stage
+from distill.stages.context import RunContext
+from distill.stages.loop import Spent, StepData
+from distill.stages.scored_rows import ScoredRows
 from distill.tasks import Problem
-from distill.tasks.mixture import TaskMixture
-from distill.tasks.requests import ModeMix, prompt_ids, teacher_prompt_ids
+from distill.tasks.requests import prompt_ids
 from distill.tasks.samples import Verdict, judge, judged_by
 from distill.training.flops import forward_flops, training_flops
-from distill.training.packing import Example, pack_rollouts, places_read, read_at, rollout_example, rows_needed
-from distill.training.policy import PolicyData
-from distill.training.token_choice import at_places, chosen, places_in_row, places_of, room, taken_at
 from distill.training.train_step import Batch
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.model import Qwen3
-from qwen3.errors import UserError
-from qwen3.field_types import MOST_PROBLEMS, check_product
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
-from qwen3.rollout import MODES, THINKING, Mode, Rollout, with_prompt
+from qwen3.rollout import MODES, THINKING, Mode, Rollout
 from teacher.scoring import Scorer
 from teacher.served import ServedScorer
-from teacher.targets import AtIds, Hidden
-
-Asked = Sequence[tuple[Problem, Mode]]
-_ASKED = "asked_ids"
-"""The packed array of the ids that the teacher is asked for."""
-
-
-class Asking(Protocol):
-    """What a stage says of the responses that its student generates."""
-
-    @property
-    def prompts_per_step(self) -> int: ...
-    @property
-    def samples_per_prompt(self) -> int: ...
-    @property
-    def modes(self) -> ModeMix: ...
-    @property
-    def thinking(self) -> SamplingParams: ...
-    @property
-    def non_thinking(self) -> SamplingParams: ...
-    @property
-    def max_prompt_tokens(self) -> int: ...
-    @property
-    def training(self) -> Training: ...
-    @property
-    def max_staleness(self) -> int: ...
-    @property
-    def samples_every_steps(self) -> int: ...
-    @property
-    def rollout_tokens(self) -> RolloutSchedule | None: ...
-    @property
-    def token_share(self) -> float: ...
-    @property
-    def targets(self) -> StudentTopK | None: ...
-    @property
-    def updates_per_batch(self) -> int: ...
-    @property
-    def passes(self) -> int: ...
-    @property
-    def generation(self) -> EngineSizes: ...
 
 
 class Lesson(Protocol):
@@ -126,71 +78,6 @@ class Lesson(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
-def fresh_steps(stage: Asking) -> int:
-    """The steps that have prompts of their own; those of later passes have theirs again."""
-    assert stage.training.steps is not None
-    return stage.training.steps // stage.passes
-
-
-def asked_of(stage: Asking, tasks: TaskMixture, seed: int, *, beside: int = 0) -> list[tuple[Problem, Mode]]:
-    """The prompts of all fresh steps, one step's after the other's, each with its mode; then `beside` more for a step,
-    likewise. Raises UserError where there are none."""
-    steps = fresh_steps(stage)
-    usual = steps * stage.prompts_per_step
-    problems = tasks.problems("train", usual + steps * beside, seed, repeat=True)
-    asked = stage.modes.assign(problems[:usual], seed, prompts_per_step=stage.prompts_per_step)
-    more = problems[usual:]
-    return asked + (stage.modes.assign(more, seed + 1, prompts_per_step=beside) if more else [])
-
-
-def places_of_stage(stage: Asking, mesh: Mesh, teacher_mesh: Mesh) -> int | None:
-    """How many positions of each row heads are multiplied out at; None: all."""
-    if stage.token_share == 1:
-        return None
-    return places_in_row(stage.token_share, stage.training.row_length, (mesh, teacher_mesh))
-
-
-def check_asking(stage: Asking, what: str, *, beside: int = 0) -> None:
-    """Refuses sizes of a stage, called `what`, that do not fit together. Raises UserError."""
-    if stage.training.steps is None:
-        raise UserError(f"training.steps is None; {what} needs a number of steps")
-    steps = "training.steps" if stage.passes == 1 else "training.steps / passes"
-    drawn = {"prompts_per_step": stage.prompts_per_step + beside, steps: fresh_steps(stage)}
-    check_product(drawn, "for the problems of all steps are kept in memory", MOST_PROBLEMS)
-    stage.generation.check("prompts_per_step × samples_per_prompt")
-    updates = {"updates_per_batch": stage.updates_per_batch, "passes": stage.passes}
-    batches, left = divmod(stage.training.steps, math.prod(updates.values()))
-    if left:
-        several = {name: count for name, count in updates.items() if count > 1}
-        raise UserError(
-            f"training.steps is {stage.training.steps}, which {' × '.join(several)}, "
-            f"{' × '.join(map(str, several.values()))}, does not divide: the last rollouts would be for nothing; make "
-            "it a multiple"
-        )
-    if stage.rollout_tokens is not None:
-        stage.rollout_tokens.check(stage.thinking, stage.non_thinking, batches)
-    longest = stage.generation.longest_tokens
-    if longest > stage.training.row_length:
-        raise UserError(
-            f"prompt and response may have {longest} tokens, training.row_length is {stage.training.row_length}; "
-            "raise it, or lower max_prompt_tokens or max_new_tokens"
-        )
-
-
-def check_ahead(stage: Asking, name: str, mesh: Mesh, teacher_mesh: Mesh | None) -> None:
-    """Refuses, by the name of the stage, to generate ahead where nothing would be gained by it; `teacher_mesh` is that
-    of a teacher that scores, None without one."""
-    if not stage.max_staleness or mesh.size == 1 or teacher_mesh not in (None, mesh):
-        return
-    reason = (
-        f"but the student shares {mesh.size} devices with its teacher, which then wait for each other however old "
-        "rollouts are; set it to 0, or set teacher.placement to own_mesh"
-        if teacher_mesh is not None
-        else f"but without a teacher on devices of its own nothing runs beside the student's {mesh.size}; set it to 0"
-    )
-    raise UserError(f"stages.{name}.max_staleness is {stage.max_staleness}, {reason}")
-
-
 class OwnRollouts:
     """Every `updates_per_batch` × `passes` steps: sample a batch from the student, as it is or was `max_staleness`
     batches ago. At every step: take the next part of it, in the first pass scored by the teacher, if there is one, and
@@ -210,11 +97,9 @@ class OwnRollouts:
         """`asked` are the prompts of all steps, of which the model generates; what comes after those is the lesson's.
         `lesson` may add rewards to what the `scorers`, of every teacher by name, say."""
         assert stage.training.steps is not None
-        self._stage, self._name, self._context, self._scorers, self._lesson = stage, name, context, scorers, lesson
+        self._stage, self._name, self._context, self._lesson = stage, name, context, lesson
         self._seed = context.stage_seed(name)
         self._asked = asked
-        self._hinted = {problem.problem_id: problem for problem, _ in asked if problem.teacher_prompt is not None}
-        """Problems of which the teacher reads more than the student."""
         self._engine = context.engine(model, stage.generation)
         self._adapter_parameters = adapter_parameters(model)
         self._sample_flops = forward_flops(model.config, self._adapter_parameters)
@@ -224,6 +109,7 @@ class OwnRollouts:
         self._parts = stage.updates_per_batch
         self._updates = self._parts * stage.passes
         self._places = places_of_stage(stage, context.mesh, self._teacher_mesh) if self._teacher_mesh else None
+        self._rows = ScoredRows(stage, context, asked, scorers, self._places)
         threads = context.mesh.size == 1
         self._batches = stage.training.steps // self._updates
         self._ahead = (
@@ -264,12 +150,12 @@ class OwnRollouts:
                 spent.student_sample_flops += self._sample_flops.of(len(one.tokens) for one in written.rollouts)
             speed = written.tokens / written.seconds / self._context.mesh.size
             metrics["tokens_per_second_per_device/generation"] = speed
-        read = (self._as_read(rollouts) if self._teacher_flops and first_pass else None) or rollouts
+        read = (self._rows.as_read(rollouts) if self._teacher_flops and first_pass else None) or rollouts
         for teacher, flops in self._teacher_flops.items() if first_pass else ():
             own = [len(one.tokens) for one in read if one.teacher == teacher]
             own_heads = heads
             if heads is not None and teacher:
-                masks = (batch.loss_mask & (batch.teacher == self._number(teacher)) for batch in batches)
+                masks = (batch.loss_mask & (batch.teacher == self._rows.number(teacher)) for batch in batches)
                 own_heads = float(sum(np.sum(mask) for mask in masks))
             spent.teacher_flops += flops.of(own, own_heads)
         spent.student_sample_seconds += sampled - started
@@ -385,98 +271,11 @@ class OwnRollouts:
         part = self._part(number)
         rollouts = written.rollouts[part]
         more = self._lesson.per_token(written, part) if self._lesson and self._lesson.learns else [{}] * len(rollouts)
-        ids: list[np.ndarray | None] = [*written.student_ids[part]] or [None] * len(rollouts)
-        records = [_Record(*record) for record in zip(rollouts, more, ids, strict=True)]
-        batches: list[Batch] = []
-        if not self._scorers:
-            batches += self._packed(records, None, {})
-        # What several teachers say comes in rows of their own.
-        for teacher, scorer in self._scorers.items():
-            if own := [record for record in records if record.rollout.teacher == teacher]:
-                batches += self._packed(own, scorer, {"teacher": self._number(teacher)} if teacher else {})
+        batches = self._rows.batches(rollouts, more, written.student_ids[part])
         if self._teacher_mesh == self._context.mesh:
             # Without waiting, the teacher's time would be counted as the student's.
             jax.block_until_ready([batch.targets for batch in batches])
         return batches
-
-    def _number(self, teacher: str) -> int:
-        """As rows of several teachers have it."""
-        return self._context.named_teachers.index(teacher)
-
-    def _packed(
-        self, records: Sequence["_Record"], scorer: Scorer | ServedScorer | None, whose: Mapping[str, int]
-    ) -> Iterator[Batch]:
-        """Microbatches of what one teacher, if there is any, is asked about; of several, `whose` has its number."""
-        rows, length = self._stage.training.rows, self._stage.training.row_length
-        rooms = [len(record.rollout.tokens) for record in records]
-        if self._places is not None:
-            masks = [chosen(record.rollout, self._stage.token_share) for record in records]
-            rooms = [room(own, int(mask.sum()), self._places, length) for own, mask in zip(rooms, masks, strict=True)]
-            records = [
-                record._replace(rollout=dataclasses.replace(record.rollout, loss_mask=mask))
-                for record, mask in zip(records, masks, strict=True)
-            ]
-        views = self._as_read([record.rollout for record in records]) if scorer is not None else None
-        if views is not None:
-            records = [record._replace(read=view) for record, view in zip(records, views, strict=True)]
-            rooms = [max(own, len(view.tokens)) for own, view in zip(rooms, views, strict=True)]
-        needed = -(-rows_needed(rooms, length) // rows) * rows
-
-        def rows_of(documents: Sequence[Any], to_example: Callable[[Any], Example]) -> Mapping[str, np.ndarray]:
-            return pack_rollouts(
-                documents, rows=needed, length=length, one_per_row=False, to_example=to_example, rooms=rooms
-            )
-
-        packed = rows_of(records, lambda record: record.example(whose))
-        read = None if views is None else rows_of(views, rollout_example)
-        for first in range(0, needed, rows):
-            arrays = {name: array[first : first + rows] for name, array in packed.items()}
-            places = None if self._places is None else places_of(arrays["loss_mask"], self._places)
-            as_read = None if read is None else {name: array[first : first + rows] for name, array in read.items()}
-            targets = self._targets(arrays, as_read, places, scorer)
-            policy = {name: arrays[name] for name in records[0].per_token}
-            yield Batch.of(
-                arrays if places is None else at_places(arrays, places),
-                targets,
-                _policy_data(policy) if policy else None,
-            )
-
-    def _as_read(self, rollouts: Sequence[Rollout]) -> list[Rollout] | None:
-        """The rollouts after the prompts that the teacher reads; None where it reads the student's."""
-        if not self._hinted:
-            return None
-        fraction, views = self._stage.modes.flag_fraction, [*rollouts]
-        for place, rollout in enumerate(views):
-            if problem := self._hinted.get(rollout.prompt_id):
-                ids = teacher_prompt_ids(problem, rollout.mode, self._context.tokenizer, flag_fraction=fraction)
-                views[place] = with_prompt(rollout, ids)
-        return views
-
-    def _targets(
-        self,
-        arrays: Mapping[str, np.ndarray],
-        read: Mapping[str, np.ndarray] | None,
-        places: np.ndarray | None,
-        scorer: Scorer | ServedScorer | None,
-    ) -> Hidden | AtIds | None:
-        """What a divergence under the current student is computed from, whoever generated the rollouts; `read` are the
-        rows as the teacher reads them, where they are others."""
-        if scorer is None:
-            return None
-        ids = None if self._stage.targets is None else arrays[_ASKED]
-        if ids is not None and places is not None:
-            ids = taken_at(ids, places)
-        if read is not None:
-            there = places_read(arrays, read)
-            places = (
-                there if places is None else np.where(places < there.shape[1], taken_at(there, places), there.shape[1])
-            )
-        seen = arrays if read is None else read
-        rows, wanted = (seen["tokens"], seen["positions"], seen["segment_ids"]), seen["loss_mask"]
-        if self._stage.targets is None:
-            return scorer.hidden(*rows, wanted, places)
-        assert ids is not None
-        return scorer.at_ids(*rows, ids, wanted, places, top_k=self._stage.targets.k)
 
     def _judged(self, step: int, batch: int, written: Written, part: slice) -> dict[str, float]:
         """Of all that was generated for a part, by mode: length, and of those that were no prefixes accuracy where
@@ -552,31 +351,6 @@ class OwnRollouts:
     def close(self) -> None:
         if self._ahead:
             self._ahead.close()
-
-
-class _Record(NamedTuple):
-    """A rollout as it is packed."""
-
-    rollout: Rollout
-    per_token: Mapping[str, np.ndarray]
-    """Arrays [T] by the names of `PolicyData`."""
-    student_ids: np.ndarray | None
-    """[T, k], see `StudentTopK`."""
-    read: Rollout | None = None
-    """The rollout after the prompt that the teacher reads; None where that is the student's."""
-
-    def example(self, whose: Mapping[str, int]) -> Example:
-        arrays = dict(self.per_token)
-        arrays |= {name: np.full(len(self.rollout.tokens), value, np.uint8) for name, value in whose.items()}
-        if self.student_ids is not None:
-            arrays[_ASKED] = with_sampled(self.rollout, self.student_ids)
-        if self.read is not None:
-            arrays["read_at"] = read_at(self.rollout, self.read)
-        return rollout_example(self.rollout, **arrays)
-
-
-def _policy_data(arrays: Mapping[str, Any]) -> PolicyData:
-    return PolicyData(**arrays)
 
 
 def _mean(values: Any) -> float:
