@@ -91,6 +91,7 @@ _ENDPOINTS = (
         path="/generate",
         summary="As SGLang has it.",
         asked=SglangGenerate,
+        answered=(_JSON, "text/event-stream"),
         refused=_OF_BODIES,
     ),
     _Endpoint(

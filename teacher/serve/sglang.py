@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -91,8 +91,10 @@ class SglangGenerate(Struct, forbid_unknown_fields=True, kw_only=True):
     token_ids_logprob: Annotated[Ids | None, Meta(description="Ids whose log-probabilities stand beside each.")] = None
     return_text_in_logprobs: bool = False
     rid: Annotated[Name | None, Meta(description="The answer's id.")] = None
+    stream: Annotated[
+        bool | None, Meta(description="Server-sent events, each with all of a choice that there is by then.")
+    ] = False
     # What follows is not served; these are the values that say so.
-    stream: Literal[False] | None = False
     input_embeds: None = None
     image_data: None = None
     video_data: None = None
@@ -112,19 +114,36 @@ async def generate(call: Call) -> Response:
     asked = await asyncio.to_thread(read, await call.body(), SglangGenerate)
     wanted, many = await asyncio.to_thread(_wanted, asked, call.service)
     answering = await Answering.begin(call, wanted)
+    many = many or asked.sampling_params.n > 1
     scores = await answering.scores()
+
+    def told(choice: Choice, at_named: Answer | None = None) -> dict[str, Any]:
+        top, before = scores[choice.place // choice.wanted.count]
+        meta = _meta(asked, call.service, choice, top, before, at_named)
+        if choice.ended:
+            meta["e2e_latency"] = time.monotonic() - started
+        return {"text": choice.text, "output_ids": [token.id for token in choice.tokens], "meta_info": meta}
+
+    async def events() -> AsyncIterator[dict[str, Any]]:
+        """Of each choice, whenever there is more of it, all that there is: SGLang's events are not the differences."""
+
+        def event(choice: Choice) -> dict[str, Any]:
+            return told(choice) | ({"index": choice.place} if many else {})
+
+        for choice in answering.choices:
+            if choice.ended:
+                yield event(choice)
+        async for piece in answering.pieces():
+            yield await asyncio.to_thread(event, answering.choices[piece.choice])
+
+    if asked.stream:
+        return openai.stream(events())
     await answering.finish()
     named = [await answering.scored(_named_behind(choice)) for choice in answering.choices]
 
     def answer() -> Response:
-        made = []
-        for choice, at_named in zip(answering.choices, named, strict=True):
-            top, before = scores[choice.place // choice.wanted.count]
-            meta = _meta(asked, call.service, choice, top, before, at_named)
-            meta["e2e_latency"] = time.monotonic() - started
-            ids = [token.id for token in choice.tokens]
-            made.append({"text": choice.text, "output_ids": ids, "meta_info": meta})
-        return openai.json_response(made if many or asked.sampling_params.n > 1 else made[0])
+        made = [told(choice, at_named) for choice, at_named in zip(answering.choices, named, strict=True)]
+        return openai.json_response(made if many else made[0])
 
     return await asyncio.to_thread(answer)
 
@@ -146,6 +165,8 @@ def _wanted(asked: SglangGenerate, service: Service) -> tuple[list[Wanted], bool
     for name in ("top_logprobs_num", "token_ids_logprob"):
         if getattr(asked, name) and not scored:
             raise Refused(name, "are beside the token's own; ask with return_logprob")
+    if asked.stream and asked.token_ids_logprob:
+        raise Refused("token_ids_logprob", "are not in streams; ask without stream")
     values = {
         "max_new_tokens": max(1, new_tokens),
         "temperature": sampling.temperature,
@@ -279,7 +300,9 @@ def _at_ids(ids: Sequence[int], answer: Answer | None, entry: Any) -> list[list[
     ]
 
 
-def _finish_reason(choice: Choice) -> dict[str, Any]:
+def _finish_reason(choice: Choice) -> dict[str, Any] | None:
+    if not choice.ended:
+        return None
     if choice.finish_reason == "length":
         return {"type": "length", "length": len(choice.tokens)}
     matched = choice.stop_reason if choice.stop_reason is not None else choice.tokens[-1].id

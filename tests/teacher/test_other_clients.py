@@ -4,6 +4,7 @@ TRL 1.16: trl/experimental/async_distillation/async_rollout_worker.py. prime-rl:
 SkyRL 0.4: skyrl/tinker/extra/external_inference.py. slime, miles: examples/on_policy_distillation, and their rollouts.
 """
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -170,6 +171,49 @@ def test_slime_samples_with_log_probabilities(client, reciting):
     assert many[0]["meta_info"]["finish_reason"] == {"type": "stop", "matched": reciting.tokenizer.eos_ids[0]}
 
 
+def streamed(client: httpx2.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events, as SGLang's own client reads them (python/sglang/lang/backend/runtime_endpoint.py)."""
+    with client.stream("POST", "/generate", json=body | {"stream": True}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_each_event_of_a_stream_holds_the_whole_answer_so_far(client):
+    body = {
+        "input_ids": SEQUENCE,
+        "sampling_params": {"max_new_tokens": 30, "sampling_seed": 4, "ignore_eos": True},
+        "return_logprob": True,
+        "logprob_start_len": 3,
+        "top_logprobs_num": 2,
+    }
+    whole = client.post("/generate", json=body).json()
+    events = streamed(client, body)
+    assert len(events) > 1
+    for before, after in itertools.pairwise(events):
+        assert after["text"].startswith(before["text"])
+        assert after["output_ids"][: len(before["output_ids"])] == before["output_ids"]
+        assert len(after["output_ids"]) > len(before["output_ids"])
+        assert before["meta_info"]["finish_reason"] is None
+        assert before["meta_info"]["completion_tokens"] == len(before["output_ids"])
+        assert len(before["meta_info"]["output_top_logprobs"]) == len(before["output_ids"])
+        assert before["meta_info"]["input_token_logprobs"] == after["meta_info"]["input_token_logprobs"]
+    last = events[-1]
+    assert (last["text"], last["output_ids"]) == (whole["text"], whole["output_ids"])
+    assert last["meta_info"]["finish_reason"] == whole["meta_info"]["finish_reason"] == {"type": "length", "length": 30}
+    assert "e2e_latency" in last["meta_info"]
+    assert "index" not in last
+    # Of several, each event says of which; a prompt that is only scored has one.
+    many = streamed(client, {"text": ["H", "H"], "sampling_params": {"temperature": 0}})
+    assert {event["index"]: event["text"] for event in many} == {0: "i ü🙂wxyz", 1: "i ü🙂wxyz"}
+    (scored,) = streamed(client, body | {"sampling_params": {"max_new_tokens": 0}})
+    assert scored["meta_info"]["input_top_logprobs"] == whole["meta_info"]["input_top_logprobs"]
+    # What goes wrong before it begins is no stream.
+    refused = client.post("/generate", json=body | {"stream": True, "top_logprobs_num": 99})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (413, "top_logprobs_num")
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -182,7 +226,7 @@ def test_slime_samples_with_log_probabilities(client, reciting):
         ({"logprob_start_len": 8}, "logprob_start_len"),
         ({"sampling_params": {"temperature": 0.7}, "return_logprob": True}, "sampling_params.temperature"),
         ({"top_logprobs_num": 2}, "top_logprobs_num"),
-        ({"stream": True}, "stream"),
+        ({"stream": True, "return_logprob": True, "token_ids_logprob": [1]}, "token_ids_logprob"),
         ({"return_hidden_states": True}, "return_hidden_states"),
         ({"sampling_params": {"regex": "a"}}, "sampling_params.regex"),
         ({"sampling_params": {"frequency_penalty": 1}}, "sampling_params.frequency_penalty"),
