@@ -25,6 +25,7 @@ from qwen3.field_types import MOST, Bounds, Positive, check_fields
 from qwen3.rollout import MODES
 from qwen3.sharding import MeshShape, check_batch, check_rows, make_mesh
 from student.init import FromCheckpoint, FromScratch
+from teacher.dialects import Program, kinds_of
 from teacher.placement import own_mesh
 
 _RESERVED = ("student_initial", "teacher", "evaluation")
@@ -47,8 +48,11 @@ class Teacher:
     placement: Literal["colocated", "own_mesh", "service"] = "colocated"
     """colocated: on the student's mesh, taking turns with it. own_mesh: on devices of the same job that the student
     has not, scoring the next rows while the student trains on those before; of several processes each gives both
-    equally many. service: behind servers, python -m teacher.serve; of its folder only config.json and the tokenizer
-    need be here."""
+    equally many. service: behind servers; of its folder only config.json and the tokenizer need be here."""
+    server: Program = "teacher.serve"
+    """With service, the program that serves there: python -m teacher.serve, vllm or sglang. The latter two give no
+    hidden states, and sglang nothing for rollouts of the student; what their weights are computed in `dtype` does not
+    say."""
     prompt: str | None = None
     """What this teacher alone reads in place of a problem's question, with {prompt}, {solution} and {answer} of the
     problem in it, where the data has no teacher_prompt of its own. The student's response is scored behind it; prompts
@@ -87,6 +91,11 @@ class Teacher:
             raise UserError(
                 f"teacher.placement is {self.placement}, but teacher.urls names {len(self.urls)} servers; servers go "
                 "with placement service, which needs at least one"
+            )
+        if self.placement != "service" and self.server != "teacher.serve":
+            raise UserError(
+                f"teacher.server is {self.server}, but teacher.placement is {self.placement}; leave it, or set "
+                "teacher.placement to service"
             )
         if self.placement == "service" and self.quantisation is not None:
             raise UserError(
@@ -150,6 +159,7 @@ class Experiment:
             if not re.fullmatch(r"\S(.*\S)?", name):
                 yield f"tasks has {name!r}; give every task a name of one line, without white space around it"
         yield from self._wrong_teachers()
+        yield from self._beyond_servers()
         names = list(self.stages)
         for index, (name, stage) in enumerate(self.stages.items()):
             if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in _RESERVED:
@@ -175,6 +185,27 @@ class Experiment:
                     f"teachers.{name}.placement is own_mesh, which one teacher alone can have: devices are given to "
                     "one; use colocated or service"
                 )
+
+    def _beyond_servers(self) -> Iterator[str]:
+        """What the teachers' servers cannot give."""
+        for teacher_name, teacher in self.all_teachers.items():
+            kinds = kinds_of(teacher.server)
+            by = f"{teacher_field(teacher_name)}.server {teacher.server}"
+            for name, stage in self.stages.items():
+                field = f"stages.{name}"
+                if isinstance(stage, OffPolicy):
+                    if stage.targets_of is None and stage.sampled_tokens is not None and "sampled" not in kinds:
+                        yield (
+                            f"{field}.sampled_tokens is {stage.sampled_tokens}, but {by} samples no targets; leave it, "
+                            "which keeps top_k"
+                        )
+                elif asks_teacher(stage) and "at_ids" not in kinds:
+                    yield (
+                        f"{field} asks about other tokens at every position, of which {by} says nothing; take vllm "
+                        "with targets=StudentTopK(), or python -m teacher.serve"
+                    )
+                elif asks_for_hidden(stage) and "hidden" not in kinds:
+                    yield f"{field}.targets is None: hidden states, which {by} does not give; set it to StudentTopK()"
 
     def _wrong_references(self, name: str, stage: Stage, earlier: list[str]) -> Iterator[str]:
         fields = ("start_from", "targets_of", "flops_of")
@@ -219,9 +250,14 @@ class Experiment:
         return TaskMixture(self.tasks, {name: teacher.prompt for name, teacher in self.all_teachers.items()})
 
     @property
-    def compares(self) -> bool:
-        """Whether evaluations compare students with the teacher."""
+    def evaluates_teacher(self) -> bool:
+        """Whether the teacher answers held-out problems itself."""
         return bool(self.all_teachers) and self.evaluation.problems > 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether evaluations compare students with the teacher, for which all teachers give hidden states."""
+        return self.evaluates_teacher and all("hidden" in kinds_of(one.server) for one in self.all_teachers.values())
 
     @property
     def adapted_base(self) -> str | None:

@@ -78,6 +78,7 @@ def _main(arguments: list[str]) -> int:
             raise UserError(
                 f"{field}.placement is service, and a plan knows nothing of the servers' devices; to plan for teacher "
                 f"and student together: --{field}.placement {'colocated' if name else 'own_mesh'} --{field}.urls"
+                f"{'' if teacher.server == 'teacher.serve' else f' --{field}.server teacher.serve'}"
             )
     if not own.topology:
         raise UserError("--topology is missing; name one or more, such as v5p:4x4x4 or v6e:8x8,h100:8x8")

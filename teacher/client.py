@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import httpx2
@@ -61,7 +61,7 @@ class TeacherClient:
             except (KeyError, IndexError, TypeError):
                 raise UserError(
                     f"{server.url} is no teacher.serve: it says nothing of its identity; start one there with "
-                    "python -m teacher.serve --model DIR, or say in teacher.server which other it is"
+                    "python -m teacher.serve --model DIR, or say in teacher.server which other program serves there"
                 ) from None
             expected = expected or identity
             check_same(expected, identity, server.url)
@@ -76,6 +76,18 @@ class TeacherClient:
         # As many as fill a server's slots, where a part holds few of the longest sequences.
         generated = self.limits.max_request_tokens // (self.limits.max_prompt_tokens + self.limits.max_new_tokens)
         self._servers.start(max(_PARTS_AT_ONCE, -(-self.limits.generation_batch_size // generated)))
+
+    def check(self, asked: Iterable[tuple[str, int, str]]) -> None:
+        """Refuses, naming the server's option, what the servers would refuse once a stage comes to it: field, how much
+        it needs, and of which limit."""
+        for field, needed, limit in asked:
+            most = getattr(self.limits, limit)
+            if needed > most:
+                option = f"--{limit.replace('_', '-')}"
+                raise UserError(
+                    f"{field} needs {needed}, but the teacher's server takes {most}; start it with {option} {needed}, "
+                    "or lower the field"
+                )
 
     def targets(self, request: TargetsRequest) -> list[Answer]:
         """What the teacher says about each sequence, as `teacher.wire` lists it; split over servers as need be."""

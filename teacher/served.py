@@ -17,6 +17,7 @@ from teacher.client import TeacherClient
 from teacher.scored_rollout import ScoredRollout
 from teacher.scoring import head_sharding
 from teacher.targets import AtIds, Hidden
+from teacher.token_client import TokenClient
 from teacher.wire import TargetsRequest
 
 
@@ -24,7 +25,7 @@ from teacher.wire import TargetsRequest
 class ServedModel:
     """Stands for the weights."""
 
-    client: TeacherClient
+    client: TeacherClient | TokenClient
     config: ModelConfig
     """Of the folder that is here without its weights, or with them."""
 

@@ -17,6 +17,8 @@ _CONNECT_SECONDS, _SEND_SECONDS, _FIRST_ANSWER_SECONDS = 5.0, 60.0, 60.0
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.05, 5.0
 _FAILURES = 3
 """Answers of status 500 to one request after which it is the server's fault and not a moment's."""
+_PASSING = (429, 500, 502, 503, 504)
+"""Statuses after which a request is tried again."""
 _NEW_CONNECTION = "connection.connect_tcp.complete"
 Part = TypeVar("Part")
 Found = TypeVar("Found")
@@ -28,6 +30,10 @@ class ServerRefusal(UserError):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+class NoAnswer(Exception):
+    """A server has let go of a request that it had begun, as one does that is stopped."""
 
 
 @dataclasses.dataclass
@@ -105,6 +111,20 @@ class Servers:
         `checked` nobody is called on a new connection.
         Raises ServerRefusal where a server refuses, UserError where none answers.
         """
+        return self.read(lambda response: response, method, path, content, kind, only, checked=checked)
+
+    def read(
+        self,
+        made: Callable[[httpx2.Response], Found],
+        method: str,
+        path: str,
+        content: bytes | None = None,
+        kind: str | None = None,
+        only: Server | None = None,
+        *,
+        checked: bool = True,
+    ) -> Found:
+        """What `made` makes of the answer, as `answered`. Where it raises NoAnswer, the server is taken to be away."""
         headers = self.headers | ({} if kind is None else {"content-type": kind})
         timeout = httpx2.Timeout(self.read_seconds, connect=_CONNECT_SECONDS, write=_SEND_SECONDS, pool=None)
         outage_ends: float | None = None
@@ -126,16 +146,23 @@ class Servers:
             except httpx2.TransportError as error:
                 away, reason = True, f"{type(error).__name__} {error}".strip()
             else:
+                new = checked and _NEW_CONNECTION in events and response.status_code not in _PASSING
+                if new and self.on_connection is not None:
+                    self.on_connection(server)
                 if response.status_code < 400:
-                    server.rest_seconds = 0.0
-                    if checked and self.on_connection is not None and _NEW_CONNECTION in events:
-                        self.on_connection(server)
-                    return response
-                reason = _reason(response)
-                failures += response.status_code == 500
-                if response.status_code not in (429, 500, 502, 503, 504) or failures == _FAILURES:
-                    raise ServerRefusal(_refusal(server, response, reason), response.status_code)
-                away = response.status_code in (502, 503, 504)
+                    try:
+                        found = made(response)
+                    except NoAnswer as error:
+                        away, reason = True, str(error)
+                    else:
+                        server.rest_seconds = 0.0
+                        return found
+                else:
+                    reason = _reason(response)
+                    failures += response.status_code == 500
+                    if response.status_code not in _PASSING or failures == _FAILURES:
+                        raise ServerRefusal(_refusal(server, response, reason), response.status_code)
+                    away = response.status_code in (502, 503, 504)
             finally:
                 with self._lock:
                     server.under_way -= 1

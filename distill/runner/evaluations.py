@@ -32,7 +32,7 @@ class Evaluations:
 
     def of_teacher(self) -> list[EvaluationRow]:
         """Of the teacher, if there is one."""
-        if not self._experiment.compares:
+        if not self._experiment.evaluates_teacher:
             return []
         return self._run.evaluation(TEACHER) or self._evaluated_teacher[0]
 

@@ -24,6 +24,8 @@ def parts_of(experiment: Experiment, evaluated: Collection[str], finished: Colle
             for title in (*([generating_title(name)] if generates else []), name):
                 parts.append(Part(title=title, kind="stage", whose=name, place=place))
         parts += _evaluation(experiment, name, place)
+    if experiment.evaluates_teacher and not experiment.compares:
+        parts += _evaluation(experiment, TEACHER, f"stage {count} of {count}")
     return [part for part in parts if part.kind == "stage" or part.whose not in evaluated]
 
 

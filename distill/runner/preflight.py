@@ -28,6 +28,7 @@ from qwen3.generation.sampling import SamplingParams
 from qwen3.rollout import Mode
 from qwen3.sharding import partition_spec
 from student.init import FromCheckpoint
+from teacher.dialects import kinds_of
 
 _SHOWN_CHARACTERS = 60
 _PROMPTS_AT_ONCE = 256
@@ -79,6 +80,14 @@ def preflight(
         progress.print(
             f"data       evaluation leaves out {unasked} of its {experiment.evaluation.problems} problems, which ask "
             "for a mode that is not in evaluation.modes"
+        )
+    if experiment.evaluates_teacher and not experiment.compares:
+        servers = sorted(
+            {teacher.server for teacher in experiment.all_teachers.values() if "hidden" not in kinds_of(teacher.server)}
+        )
+        progress.print(
+            f"evaluation grades students and does not compare them with the teacher: {' and '.join(servers)} gives no "
+            "hidden states"
         )
     for line in tasks.left_out():
         progress.print(f"data       {line}")

@@ -24,9 +24,9 @@ from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from teacher.client import TeacherClient
-from teacher.identity import TeacherIdentity, known_as, tokenizer_hashes
-from teacher.limits import Limits
+from teacher.identity import StatedIdentity, TeacherIdentity, known_as, tokenizer_hashes
 from teacher.served import ServedModel
+from teacher.token_client import TokenClient
 
 
 class Teachers:
@@ -81,32 +81,28 @@ class Teachers:
                 f"one; run one process, or set {field}.placement to own_mesh"
             )
         file = run.path / identity_file(name)
-        remedy = "delete it if the servers have the teacher with which the run began"
-        known = read_json(file, TeacherIdentity.from_json, remedy) if file.exists() and run.holds_work else None
-        client = TeacherClient(teacher.urls, outage_seconds=teacher.outage_seconds, expected=known)
+        client = self._client(teacher, file if file.exists() and run.holds_work else None)
         with contextlib.closing(client):
-            if client.identity.dtype != teacher.dtype:
-                raise UserError(
-                    f"{field}.dtype is {teacher.dtype}, but the teacher at {teacher.urls[0]} computes in "
-                    f"{client.identity.dtype}; say the same here and there (--dtype)"
-                )
-            tokenizer, template = tokenizer_hashes(teacher.path)
-            for what, here in (("tokenizer", tokenizer), ("template", template)):
-                if getattr(client.identity, what) != here:
-                    raise UserError(
-                        f"the {what} in {field}.path {teacher.path} is not that of the teacher at {teacher.urls[0]}; "
-                        "name a folder with the served teacher's config.json and tokenizer"
-                    )
             config = ModelConfig.from_folder(teacher.path)
-            if config.vocab_size != client.vocab_size:
-                raise UserError(
-                    f"{teacher.path}/config.json has vocab_size {config.vocab_size}, the teacher at {teacher.urls[0]} "
-                    f"{client.vocab_size}; name a folder with the served teacher's config.json"
-                )
-            _check_limits(self._experiment, client.limits)
+            if isinstance(client, TokenClient):
+                for note in client.notes:
+                    self._progress.print(f"teacher    {note}")
+            else:
+                _check_folder(field, teacher, config, client)
+            client.check(_asked(self._experiment))
             self._progress.print(f"teacher    served by {', '.join(teacher.urls)}, weights {client.identity.weights}")
             model = ServedModel(client=client, config=config)
             yield TeacherModel(model=model, mesh=self._mesh, fingerprint=client.identity.weights)
+
+    def _client(self, teacher: Teacher, file: Path | None) -> TeacherClient | TokenClient:
+        """Asks its servers, which must have whom `file`, if there is one, names."""
+        remedy = "delete it if the servers have the teacher with which the run began"
+        urls, seconds = teacher.urls, teacher.outage_seconds
+        if teacher.server == "teacher.serve":
+            known = None if file is None else read_json(file, TeacherIdentity.from_json, remedy)
+            return TeacherClient(urls, outage_seconds=seconds, expected=known)
+        stated = None if file is None else read_json(file, StatedIdentity.from_json, remedy)
+        return TokenClient(teacher.server, urls, self._tokenizer, outage_seconds=seconds, expected=stated)
 
     def keep_identities(self, directory: Path) -> None:
         """Writes down who answers, for the run's later parts to insist on."""
@@ -137,16 +133,25 @@ def check_one_tokenizer(teachers: Mapping[str, Teacher]) -> None:
             )
 
 
-def _check_limits(experiment: Experiment, limits: Limits) -> None:
-    """Refuses, naming the server's option, what the servers would refuse once a stage comes to it."""
-    for field, asked, limit in _asked(experiment):
-        most = getattr(limits, limit)
-        if asked > most:
-            option = f"--{limit.replace('_', '-')}"
+def _check_folder(field: str, teacher: Teacher, config: ModelConfig, client: TeacherClient) -> None:
+    """Refuses a folder that is not the served teacher's."""
+    if client.identity.dtype != teacher.dtype:
+        raise UserError(
+            f"{field}.dtype is {teacher.dtype}, but the teacher at {teacher.urls[0]} computes in "
+            f"{client.identity.dtype}; say the same here and there (--dtype)"
+        )
+    tokenizer, template = tokenizer_hashes(teacher.path)
+    for what, here in (("tokenizer", tokenizer), ("template", template)):
+        if getattr(client.identity, what) != here:
             raise UserError(
-                f"{field} needs {asked}, but the teacher's server takes {most}; start it with {option} {asked}, or "
-                "lower the field"
+                f"the {what} in {field}.path {teacher.path} is not that of the teacher at {teacher.urls[0]}; "
+                "name a folder with the served teacher's config.json and tokenizer"
             )
+    if config.vocab_size != client.vocab_size:
+        raise UserError(
+            f"{teacher.path}/config.json has vocab_size {config.vocab_size}, the teacher at {teacher.urls[0]} "
+            f"{client.vocab_size}; name a folder with the served teacher's config.json"
+        )
 
 
 def _asked(experiment: Experiment) -> Iterator[tuple[str, int, str]]:
@@ -171,7 +176,7 @@ def _asked(experiment: Experiment) -> Iterator[tuple[str, int, str]]:
             if stage.targets is not None:
                 yield f"{field}.targets.k", stage.targets.k, "max_top_k"
                 yield f"{field}.targets.k and the sampled token", stage.targets.asked, "max_ids"
-    if experiment.compares:
+    if experiment.evaluates_teacher:
         yield from generates("evaluation", experiment.evaluation.generation)
         longest = experiment.evaluation.generation.longest_tokens
         yield "evaluation: prompt and response", longest, "max_sequence_tokens"

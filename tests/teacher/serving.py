@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import uvicorn
+from starlette.types import ASGIApp
 
 from qwen3.chat.chat import STOP_THINKING_TEXT
 from qwen3.chat.tokenizer import MIN_VOCABULARY, train_byte_level_bpe
@@ -64,10 +65,15 @@ def load(folder: str, limits: Limits = LIMITS, *, devices: int = 1) -> Service:
     return Service.load(Served(model=folder, dtype="float32", limits=limits), mesh)
 
 
-@contextlib.contextmanager
-def serving(standing: Standing, *, token: str | None = None, port: int = 0) -> Iterator[str]:
+def serving(standing: Standing, *, token: str | None = None, port: int = 0) -> "contextlib.AbstractContextManager[str]":
     """The URL of a server that stops with the block; the service goes on."""
-    server = uvicorn.Server(uvicorn.Config(make_app(standing, token=token), port=port, log_level="warning"))
+    return serving_app(make_app(standing, token=token), port=port)
+
+
+@contextlib.contextmanager
+def serving_app(app: ASGIApp, *, port: int = 0) -> Iterator[str]:
+    """The URL of an application."""
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
