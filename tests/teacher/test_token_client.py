@@ -1,28 +1,20 @@
 """Servers of vLLM and SGLang as teachers: what a scorer and an engine here would say, or one line that says why not."""
 
-import base64
 import contextlib
 import dataclasses
-import functools
-import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from starlette.applications import Starlette
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
-from qwen3.chat.chat import ChatTokenizer
 from qwen3.checkpoint import hf
 from qwen3.errors import UserError
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
-from qwen3.rollout import MODES, NON_THINKING, THINKING, Rollout
+from qwen3.rollout import MODES, Rollout
 from qwen3.sharding import MeshShape, make_mesh
 from teacher.dialects import Program
 from teacher.identity import StatedIdentity
@@ -33,7 +25,7 @@ from teacher.served import ServedModel, ServedScorer
 from teacher.token_client import TokenClient
 from teacher.wire import TargetsRequest
 from tests.teacher.dressed import MOST_TOKENS, Dress, as_sglang, as_vllm
-from tests.teacher.serving import serving, serving_app
+from tests.teacher.serving import serving_app
 
 DRESSES: dict[Program, Dress] = {"vllm": as_vllm, "sglang": as_sglang}
 PROGRAMS = list(DRESSES)
