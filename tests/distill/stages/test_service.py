@@ -20,6 +20,7 @@ from distill.experiment import Experiment, Teacher
 from distill.monitor.progress import Progress
 from distill.runner.execute import execute
 from distill.stages.stopping import StopRequest
+from distill.stages.student_top_k import StudentTopK
 from distill.training.losses import Loss
 from distill.training.packing import pack_rollouts, rollout_example, scored_example
 from distill.training.train_state import TrainState
@@ -31,8 +32,9 @@ from qwen3.rollout import MODES, Rollout
 from qwen3.sharding import MeshShape, make_mesh
 from student.init import FromScratch
 from teacher.client import TeacherClient
+from teacher.dialects import Program
 from teacher.scoring import Scorer
-from teacher.serve.app import Standing
+from teacher.serve.app import Standing, make_app
 from teacher.serve.service import Service
 from teacher.served import ServedModel, ServedScorer
 from teacher.store import TargetStore, TargetStoreWriter
@@ -40,7 +42,8 @@ from teacher.targets import TopK
 from tests.distill.faults import scalars
 from tests.distill.miniature import DENSE, make_teacher
 from tests.distill.miniature import experiment as miniature
-from tests.teacher.serving import LIMITS, load, serving
+from tests.teacher.dressed import as_vllm
+from tests.teacher.serving import LIMITS, load, serving, serving_app
 
 pytestmark = pytest.mark.usefixtures("charts_are_left_out")
 
@@ -69,7 +72,8 @@ def colocated(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 @pytest.fixture(scope="module")
 def service(colocated: Experiment) -> Service:
     assert colocated.teacher is not None
-    return load(colocated.teacher.path, LIMITS)
+    # Where it stands for another program's, a prompt goes on with what has been generated.
+    return load(colocated.teacher.path, dataclasses.replace(LIMITS, max_prompt_tokens=120))
 
 
 @pytest.fixture(autouse=True)
@@ -79,16 +83,18 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Experiment, "meshes", lambda self, devices=None: meshes(self, devices or one))
 
 
-def run(experiment: Experiment, directory: Path) -> dict[tuple[str, int], dict[str, float]]:
+def run(
+    experiment: Experiment, directory: Path, said: io.StringIO | None = None
+) -> dict[tuple[str, int], dict[str, float]]:
     with StopRequest().listening() as stop:
-        execute(experiment, directory, Progress(Console(file=io.StringIO())), stop)
+        execute(experiment, directory, Progress(Console(file=said or io.StringIO(), width=200)), stop)
     return scalars(directory)
 
 
-def served_by(colocated: Experiment, url: str) -> Experiment:
+def served_by(colocated: Experiment, url: str, *, server: Program = "teacher.serve") -> Experiment:
     assert colocated.teacher is not None
-    teacher = dataclasses.replace(colocated.teacher, placement="service", urls=(url,), outage_seconds=60)
-    return dataclasses.replace(colocated, teacher=teacher)
+    place: dict[str, Any] = {"placement": "service", "server": server, "urls": (url,), "outage_seconds": 60}
+    return dataclasses.replace(colocated, teacher=dataclasses.replace(colocated.teacher, **place))
 
 
 class Restarting:
@@ -167,6 +173,72 @@ def test_metrics_weights_and_store_equal_those_of_a_colocated_teacher(
         pytest.raises(UserError, match=r"serves another teacher than was expected: it differs in weights"),
     ):
         run(served_by(colocated, another), tmp_path / "service")
+
+
+@pytest.fixture(scope="module")
+def for_vllm(colocated: Experiment) -> Experiment:
+    """Off-policy by the teacher's likeliest tokens, on-policy at the student's. What such servers sample, seeds of
+    their own decide: the teacher takes the likeliest."""
+    off_policy, on_policy = colocated.stages["off_policy"], colocated.stages["on_policy"]
+    greedy = {mode: dataclasses.replace(getattr(off_policy, mode), temperature=0) for mode in MODES}
+    return dataclasses.replace(
+        colocated,
+        stages={
+            "off_policy": dataclasses.replace(off_policy, top_k=6, **greedy),
+            "on_policy": dataclasses.replace(on_policy, targets=StudentTopK(k=4)),
+        },
+        evaluation=dataclasses.replace(colocated.evaluation, problems=0),
+    )
+
+
+def test_a_teacher_behind_vllms_endpoint_teaches(
+    colocated: Experiment, for_vllm: Experiment, service: Service, tmp_path: Path
+) -> None:
+    assert colocated.teacher is not None
+    with serving_app(as_vllm(make_app(Standing(service)), service)) as url:
+        there = served_by(for_vllm, url, server="vllm")
+        found = run(there, tmp_path)
+    assert found.keys() == {(name, step) for name in for_vllm.stages for step in (1, 2)}
+    store = TargetStore.open(tmp_path / "targets/off_policy")
+    assert store.identity["teacher"] == "Teacher (org/Teacher) of vllm 0.33.0"
+    records = [store[index] for index in range(len(store))]
+    rollouts = [record.rollout for record in records]
+    assert {rollout.mode for rollout in rollouts} == set(MODES)
+    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    scorer = Scorer(hf.load(colocated.teacher.path, mesh=mesh), mesh)
+    for one, other in zip(records, scorer.score_rollouts(rollouts, k=6, rows=2, length=120, pad_id=0), strict=True):
+        kept = one.rollout.loss_mask
+        np.testing.assert_array_equal(one.ids[kept], other.ids[kept])
+        # The 16 bits of a store.
+        np.testing.assert_allclose(one.logprobs[kept], other.logprobs[kept], rtol=2**-11, atol=2**-11)
+        np.testing.assert_allclose(one.log_tail[kept], other.log_tail[kept], atol=2e-5)
+    known = json.loads((tmp_path / "teacher.json").read_text())
+    assert [known[name] for name in ("server", "version", "root")] == ["vllm", "0.33.0", "org/Teacher"]
+    # The run goes on with no other teacher.
+    with (
+        serving_app(as_vllm(make_app(Standing(service)), service, name="Other")) as another,
+        pytest.raises(UserError, match=r"serves another teacher than was expected: it differs in model, root"),
+    ):
+        run(served_by(there, another, server="vllm"), tmp_path)
+
+
+@pytest.mark.long
+def test_it_teaches_what_a_colocated_teacher_teaches(
+    colocated: Experiment, for_vllm: Experiment, service: Service, tmp_path: Path
+) -> None:
+    expected = run(for_vllm, tmp_path / "colocated")
+    with serving_app(as_vllm(make_app(Standing(service)), service)) as url:
+        there = served_by(dataclasses.replace(for_vllm, evaluation=colocated.evaluation), url, server="vllm")
+        said = io.StringIO()
+        found = run(there, tmp_path / "vllm", said)
+    assert found.keys() == expected.keys()
+    for step, values in expected.items():
+        # float32 sums in another order, and tails of what they leave.
+        assert found[step] == pytest.approx(values, rel=1e-4, abs=1e-5), step
+    assert "does not compare them with the teacher: vllm gives no hidden states" in said.getvalue()
+    rows = json.loads((tmp_path / "vllm" / "report.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"student_initial", *for_vllm.stages, "teacher"}
+    assert not any("forward_kl" in row for row in rows)
 
 
 @pytest.mark.long
@@ -271,3 +343,39 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
         Teacher(path="teacher", placement="service", urls=("http://127.0.0.1:8470",), quantisation="int8")
     with pytest.raises(UserError, match=r"teacher\.mesh is set, but teacher\.placement is service"):
         Teacher(path="teacher", placement="service", urls=("http://127.0.0.1:8470",), mesh=MeshShape(expert=2))
+    with pytest.raises(
+        UserError, match=r"teacher\.server is vllm, but teacher\.placement is colocated; leave it, or set"
+    ):
+        Teacher(path="teacher", server="vllm")
+    with pytest.raises(UserError, match=r"teacher\.server is 'tgi'"):
+        Teacher(path="teacher", placement="service", server="tgi", urls=("http://127.0.0.1:8470",))  # type: ignore[arg-type]
+
+
+def test_what_a_server_cannot_give_is_said_of_all_stages_at_once(colocated: Experiment) -> None:
+    stages = dict(colocated.stages)
+    stages["sampled"] = dataclasses.replace(stages["off_policy"], sampled_tokens=4)
+    stages["at_ids"] = dataclasses.replace(stages["on_policy"], targets=StudentTopK(k=4))
+    whole = dataclasses.replace(colocated, stages=stages)
+    url = "http://127.0.0.1:1"
+    hidden = (
+        "stages.on_policy.targets is None: hidden states, which teacher.server {} does not give; set it to "
+        "StudentTopK()"
+    )
+    asks = (
+        "stages.{} asks about other tokens at every position, of which teacher.server sglang says nothing; take vllm "
+        "with targets=StudentTopK(), or python -m teacher.serve"
+    )
+    sampled = (
+        "stages.sampled.sampled_tokens is 4, but teacher.server {} samples no targets; leave it, which keeps top_k"
+    )
+    for server, complaints in {
+        "vllm": [hidden.format("vllm"), sampled.format("vllm")],
+        "sglang": [asks.format("on_policy"), sampled.format("sglang"), asks.format("at_ids")],
+    }.items():
+        with pytest.raises(UserError) as raised:
+            served_by(whole, url, server=server)  # type: ignore[arg-type]
+        assert str(raised.value).split("; and ") == complaints
+    assert served_by(whole, url).compares
+    del stages["sampled"], stages["on_policy"]
+    vllm = served_by(dataclasses.replace(colocated, stages=stages), url, server="vllm")
+    assert (vllm.evaluates_teacher, vllm.compares) == (True, False)
