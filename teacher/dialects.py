@@ -101,6 +101,8 @@ class Dialect(Protocol):
     length_option: str
     entries_option: str | None
     """Bounds what is named at a position; None where nothing does."""
+    raw: str
+    """What helps where it gives other log-probabilities than the teacher's own."""
 
     def about(self, get: Callable[..., Mapping[str, Any]]) -> About:
         """Who is served; `get` asks for the first of some paths that is there."""
@@ -160,6 +162,7 @@ class Vllm:
     missing = "it takes vLLM 0.32 or newer, started with vllm serve"
     length_option = "--max-model-len"
     entries_option: str | None = "--max-logprobs"
+    raw = "start it with --logprobs-mode raw_logprobs"
 
     def about(self, get: Callable[..., Mapping[str, Any]]) -> About:
         card = get("/v1/models")["data"][0]
@@ -281,6 +284,7 @@ class Sglang:
     missing = "it takes SGLang 0.5, started with python -m sglang.launch_server"
     length_option = "--context-length"
     entries_option: str | None = None
+    raw = "take another version of it"
 
     def about(self, get: Callable[..., Mapping[str, Any]]) -> About:
         card = get("/v1/models")["data"][0]

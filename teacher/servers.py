@@ -19,7 +19,7 @@ _FAILURES = 3
 """Answers of status 500 to one request after which it is the server's fault and not a moment's."""
 _PASSING = (429, 500, 502, 503, 504)
 """Statuses after which a request is tried again."""
-_NEW_CONNECTION = "connection.connect_tcp.complete"
+_CONNECTED = "connection.connect_tcp.complete"
 Part = TypeVar("Part")
 Found = TypeVar("Found")
 
@@ -46,6 +46,10 @@ class Server:
     """Doubled whenever it does not answer, 0 once it does."""
     rests_until: float = 0.0
     """On the monotonic clock; until then others come first."""
+    opened_at: float = 0.0
+    """On the monotonic clock, when the last connection to it was opened."""
+    known_at: float = 0.0
+    """On the monotonic clock, when it was last asked who it is."""
 
 
 class Servers:
@@ -56,8 +60,8 @@ class Servers:
         each: The servers.
         headers: Go with every request.
         read_seconds: How long one may be silent.
-        on_connection: Called with a server before the first answer over a new connection to it is taken, as it may
-            have become another since the connection before; what it raises ends the request.
+        on_connection: Called with a server before an answer is taken, where a connection has been opened since it was
+            last called: the server may have become another. What it raises ends the request.
     """
 
     def __init__(self, urls: Sequence[str], *, outage_seconds: float):
@@ -108,7 +112,7 @@ class Servers:
         """The answer of whichever server gives one first, or of `only` this; all that may pass is tried again.
 
         The outage begins when no server is reached, and ends with any answer; one that is too busy is there. Without
-        `checked` nobody is called on a new connection.
+        `checked` nobody is called about new connections.
         Raises ServerRefusal where a server refuses, UserError where none answers.
         """
         return self.read(lambda response: response, method, path, content, kind, only, checked=checked)
@@ -131,7 +135,11 @@ class Servers:
         failures = 0
         while True:
             server = self._chosen(only)
-            events: list[str] = []
+
+            def traced(event: str, _: Any, server: Server = server) -> None:
+                if event == _CONNECTED:
+                    server.opened_at = time.monotonic()
+
             try:
                 response = self._http.request(
                     method,
@@ -139,16 +147,15 @@ class Servers:
                     content=content,
                     headers=headers,
                     timeout=timeout,
-                    extensions={"trace": lambda event, _, events=events: events.append(event)},
+                    extensions={"trace": traced},
                 )
             except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
                 raise UserError(f"{server.url!r} is no server's address ({error}); write http://HOST:PORT") from None
             except httpx2.TransportError as error:
                 away, reason = True, f"{type(error).__name__} {error}".strip()
             else:
-                new = checked and _NEW_CONNECTION in events and response.status_code not in _PASSING
-                if new and self.on_connection is not None:
-                    self.on_connection(server)
+                if checked and response.status_code not in _PASSING:
+                    self._find_out(server)
                 if response.status_code < 400:
                     try:
                         found = made(response)
@@ -176,6 +183,13 @@ class Servers:
                     f"{self._outage_seconds:g} seconds ({reason}); start it again: a run goes on from what it has saved"
                 )
             self._rest(server)
+
+    def _find_out(self, server: Server) -> None:
+        """Lets `on_connection` see who answers, unless it has since the last connection was opened."""
+        if self.on_connection is not None and server.known_at < server.opened_at:
+            began = time.monotonic()
+            self.on_connection(server)
+            server.known_at = began
 
     def _rest(self, server: Server) -> None:
         """Waits before a request is tried again, longer each time that the server has not answered."""

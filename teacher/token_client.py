@@ -43,6 +43,7 @@ class TokenClient:
 
     Attributes:
         identity: What the servers say of the teacher.
+        longest_tokens: Tokens of the longest sequence that all of them score.
         notes: What could not be made sure of, a line each.
     """
 
@@ -184,7 +185,7 @@ class TokenClient:
         if (mass > _MOST_MASS).any():
             raise UserError(
                 f"the probabilities that {self._dialect.program}'s server gives at a position add up to "
-                f"{mass.max():.4g}: they are no log-probabilities; start it with --logprobs-mode raw_logprobs"
+                f"{mass.max():.4g}: they are no log-probabilities; {self._dialect.raw}"
             )
         return np.log(np.maximum(1 - mass, _LEAST_TAIL)).astype(np.float32)
 
@@ -305,7 +306,9 @@ class TokenClient:
         except ServerRefusal as refusal:
             if refusal.status != 404:
                 raise
-            self.notes.append(f"{server.url} has no /tokenize: its tokenizer is taken for that of this folder")
+            self.notes.append(
+                f"{server.url} has no /tokenize: its tokenizer is taken for that of {self._tokenizer.folder}"
+            )
             return
         found = json_of(response, self._dialect.program)
         if not isinstance(found, dict) or found.get("tokens") != self._probe_ids:
@@ -332,8 +335,7 @@ class TokenClient:
         if not apart < _PROBE_NATS:
             raise UserError(
                 f"{server.url} gives other log-probabilities of what it generates than of the same tokens in a prompt "
-                f"(by {apart:.2g} nats at temperature {_PROBE_TEMPERATURE:g}); start it with --logprobs-mode "
-                "raw_logprobs"
+                f"(by {apart:.2g} nats at temperature {_PROBE_TEMPERATURE:g}); {dialect.raw}"
             )
 
 

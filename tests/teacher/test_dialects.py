@@ -208,6 +208,9 @@ class Bigrams:
     max_logprobs: int = 20
     aborts: int = 0
     """Answers that it lets go of before it gives any."""
+    loads: int = 0
+    """Answers of 503 before it gives any."""
+    name: str = "Teacher"
     lacks: tuple[str, ...] = ()
     """Paths that are not there."""
     token: str = ""
@@ -233,6 +236,9 @@ class Bigrams:
                         f"Requested {field.replace('_', ' ')} of {sampling[field]}, which is greater than max allowed: "
                         f"{self.max_logprobs}"
                     )
+            if self.loads:
+                self.loads -= 1
+                return Response(status_code=503)
             if self.aborts:
                 self.aborts -= 1
                 return Response(of_vllm(choices=[{"index": 0, "finish_reason": "abort", "token_ids": []}]))
@@ -241,7 +247,7 @@ class Bigrams:
         async def card(request: Request) -> Response:
             if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
                 return JSONResponse({"error": "Unauthorized"}, 401)  # as vLLM's --api-key has it
-            card = {"id": "Teacher", "owned_by": "vllm", "root": "org/Teacher", "max_model_len": 4096}
+            card = {"id": self.name, "owned_by": "vllm", "root": "org/Teacher", "max_model_len": 4096}
             return JSONResponse({"object": "list", "data": [card]})
 
         async def version(request: Request) -> Response:
@@ -319,6 +325,21 @@ def test_a_tail_that_is_rounding_is_no_infinity(tokenizer):
     assert np.isfinite(answer["log_tail"]).all()
 
 
+def test_another_teacher_is_seen_though_its_connection_is_not_new_when_it_answers(tokenizer):
+    request = TargetsRequest(targets="top_k", sequences=[np.int32([1, 2, 3])], starts=[0], entries=2)
+    with serving_app(Bigrams(tokenizer).app()) as url:
+        client = TokenClient("vllm", [url], tokenizer, outage_seconds=20)
+        port = int(url.rpartition(":")[2])
+    other = Bigrams(tokenizer, name="Other", loads=2)
+    with (
+        contextlib.closing(client),
+        serving_app(other.app(), port=port),
+        pytest.raises(UserError, match="serves another teacher than was expected: it differs in model"),
+    ):
+        client.targets(request)
+    assert other.loads == 0
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -342,7 +363,7 @@ def test_what_cannot_be_made_sure_of_is_noted(tokenizer, monkeypatch):
     monkeypatch.setenv("TEACHER_TOKEN", "geheim")
     with client_of(Bigrams(tokenizer, lacks=("/tokenize",), token="geheim")) as client:
         (note,) = client.notes
-        assert "has no /tokenize: its tokenizer is taken for that of this folder" in note
+        assert f"has no /tokenize: its tokenizer is taken for that of {tokenizer.folder}" in note
 
 
 def test_limits_are_tried_before_anything_is_spent(tokenizer):
