@@ -50,9 +50,8 @@ class Teacher:
     has not, scoring the next rows while the student trains on those before; of several processes each gives both
     equally many. service: behind servers; of its folder only config.json and the tokenizer need be here."""
     server: Program = "teacher.serve"
-    """With service, the program that serves there: python -m teacher.serve, vllm or sglang. The latter two give no
-    hidden states, and sglang nothing for rollouts of the student; what their weights are computed in `dtype` does not
-    say."""
+    """With service, the program that serves there: python -m teacher.serve, vllm or sglang. teacher/README.md says what
+    each can give; of the latter two `dtype` says nothing."""
     prompt: str | None = None
     """What this teacher alone reads in place of a problem's question, with {prompt}, {solution} and {answer} of the
     problem in it, where the data has no teacher_prompt of its own. The student's response is scored behind it; prompts

@@ -43,7 +43,8 @@ class ServedEngine:
         step: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> list[Rollout]:
-        """The same rollouts as an engine with the teacher's weights gives, but for float sums in another order."""
+        """The same rollouts as an engine with the teacher's weights gives, but for float sums in another order. Servers
+        of other programs sample others, by seeds of their own."""
         step = policy_step if step is None else step
         rollouts = model.client.rollouts(requests, seed=seed, step=step, on_progress=on_progress)
         return [dataclasses.replace(rollout, policy_step=policy_step) for rollout in rollouts]
