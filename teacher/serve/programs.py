@@ -78,6 +78,15 @@ def shapes_of(limits: Limits, mesh: Mesh) -> list[Shape]:
     return shapes
 
 
+def filled_shape(shapes: Sequence[Shape], lengths: Sequence[int]) -> Shape:
+    """The largest of `shapes` that sequences of these lengths fill more than half; at least one that holds the first.
+
+    What is left over goes into a smaller one: that takes less time than computing more padding than tokens."""
+    holding = [shape for shape in shapes if shape.length >= lengths[0]]
+    filled = (shape for shape in holding if 2 * sum(one for one in lengths if one <= shape.length) > shape.tokens)
+    return max(filled, key=lambda shape: shape.tokens, default=holding[0])
+
+
 class Room:
     """Sequences in the rows of a shape, each in the first row that has room for it."""
 

@@ -1,7 +1,8 @@
 """Requests of many clients become batches: those that wait go together, as far as they fit, while a batch is computed.
 
-One thread forms batches and starts them on the devices, another waits for results: the host prepares a batch while the
-devices work on the one before. What is given up by its client before its batch starts leaves the queue.
+One thread forms batches and starts them on the devices, another waits for results: a full batch is prepared while the
+devices work on the one before. One that would be padded waits for them: meanwhile more may come that goes with it. What
+is given up by its client before its batch starts leaves the queue.
 """
 
 import collections
@@ -15,7 +16,7 @@ import numpy as np
 
 from teacher.limits import Limits
 from teacher.serve.metrics import Metrics
-from teacher.serve.programs import Launched, Programs, Room, Unit
+from teacher.serve.programs import Launched, Programs, Room, Unit, filled_shape
 from teacher.wire import Answer, Refused, TargetsRequest
 
 
@@ -104,11 +105,11 @@ class ScoringQueue:
     def __init__(self, programs: Programs, metrics: Metrics):
         self._programs, self._metrics = programs, metrics
         self._waiting: collections.deque[tuple[_Job, Unit]] = collections.deque()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._launcher = concurrent.futures.ThreadPoolExecutor(1, "launch-scoring")
         self._collector = concurrent.futures.ThreadPoolExecutor(1, "collect-scores")
-        # Batches that devices or collector hold: one that is computed, one that is ready to follow.
-        self._under_way = threading.Semaphore(2)
+        self._under_way = 0
+        """Batches that devices or collector hold: at most one that is computed, and a full one that follows it."""
 
     def submit(self, request: TargetsRequest) -> "concurrent.futures.Future[Answer]":
         """The answer, when it is there; cancelling it before its batch starts saves the work.
@@ -116,8 +117,9 @@ class ScoringQueue:
         Raises Refused (413) for what no program holds: in a batch it would fail others."""
         self._programs.check(request)
         job = _Job(request, concurrent.futures.Future(), [None] * len(request.sequences))
-        with self._lock:
+        with self._changed:
             self._waiting.extend((job, Unit(request, index)) for index in range(len(request.sequences)))
+            self._changed.notify_all()
         self._launcher.submit(self._launch)
         return job.future
 
@@ -128,34 +130,42 @@ class ScoringQueue:
 
     def _launch(self) -> None:
         """Starts batches until nothing waits."""
-        while True:
-            self._under_way.acquire()
-            batch = self._next_batch()
-            if not batch:
-                self._under_way.release()
-                return
+        while batch := self._next_batch():
             units = [unit for _, unit in batch]
             try:
                 launched = self._programs.launch(units[0].request.targets, units)
             except Exception as error:  # noqa: BLE001 - whatever it is, its clients must hear of it
-                self._under_way.release()
+                self._end()
                 _fail(batch, error)
             else:
                 self._collector.submit(self._collect, batch, launched)
 
     def _next_batch(self) -> list[tuple[_Job, Unit]]:
-        """Those that came first, of one kind of target, as far as they fit."""
-        room = Room(self._programs.shapes[-1])
-        with self._lock:
+        """Those that came first, of one kind of target, as far as they fit; once the devices shall have them."""
+        with self._changed:
+            self._changed.wait_for(self._may_begin)
             live = [one for one in self._waiting if not one[0].future.done()]
             batch: list[tuple[_Job, Unit]] = []
             left: list[tuple[_Job, Unit]] = []
-            for job, unit in live:
-                kind = batch[0][1].request.targets if batch else unit.request.targets
-                taken = unit.request.targets == kind and room.take(len(unit.tokens)) is not None
-                (batch if taken else left).append((job, unit))
+            if live:
+                kind = live[0][1].request.targets
+                alike = [len(unit.tokens) for _, unit in live if unit.request.targets == kind]
+                room = Room(filled_shape(self._programs.shapes, alike))
+                for job, unit in live:
+                    taken = unit.request.targets == kind and room.take(len(unit.tokens)) is not None
+                    (batch if taken else left).append((job, unit))
+                self._under_way += 1
             self._waiting = collections.deque(left)
         return batch
+
+    def _may_begin(self) -> bool:
+        waiting = sum(len(unit.tokens) for _, unit in self._waiting)
+        return self._under_way == 0 or (self._under_way == 1 and waiting >= self._programs.shapes[-1].tokens)
+
+    def _end(self) -> None:
+        with self._changed:
+            self._under_way -= 1
+            self._changed.notify_all()
 
     def _collect(self, batch: Sequence[tuple[_Job, Unit]], launched: Launched) -> None:
         try:
@@ -164,7 +174,7 @@ class ScoringQueue:
             _fail(batch, error)
             return
         finally:
-            self._under_way.release()
+            self._end()
         used = sum(len(unit.tokens) for _, unit in batch)
         shape = launched.shape
         self._metrics.scored_tokens.inc(used)
