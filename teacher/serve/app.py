@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,9 +20,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from qwen3.rollout import rollouts_to_json
+from teacher.identity import TeacherIdentity
 from teacher.limits import TOKEN_VARIABLE
 from teacher.serve import chats, completions, openapi, sglang, vllm
-from teacher.serve.calls import Call, Sending
+from teacher.serve.calls import Call, Sending, worked_on
 from teacher.serve.openai import json_response
 from teacher.serve.refusals import failure, refusal
 from teacher.serve.schemas import RolloutsRequest, engine_requests, read
@@ -98,7 +100,7 @@ class _Endpoint:
             service = self._standing.service
             if service is not None:
                 if response.status_code != _NO_TOKEN:
-                    response.headers[TEACHER_HEADER] = service.identity.digest
+                    response.headers[TEACHER_HEADER] = _known_by(service.identity)["teacher"]
                 path = request.url.path
                 service.metrics.requests.labels(path, str(response.status_code)).inc()
                 service.metrics.seconds.labels(path).observe(time.monotonic() - started)
@@ -181,11 +183,11 @@ def _with_rows(empty: bytes, head: np.ndarray) -> bytes:
 
 async def _targets(call: Call) -> Response:
     service, body = call.service, await call.body()
-    asked = await asyncio.to_thread(decode_request, body, service.limits, service.vocab_size)
+    asked = await worked_on(len(body), decode_request, body, service.limits, service.vocab_size)
     call.admit(asked.tokens)
     answer = await call.answer(service.scoring.submit(asked))
-    identity = {name: str(value) for name, value in dataclasses.asdict(service.identity).items()}
-    content = await asyncio.to_thread(encode, answer, identity | {"teacher": service.identity.digest})
+    size = sum(array.nbytes for array in answer.values())
+    content = await worked_on(size, encode, answer, _known_by(service.identity))
     return Response(content, media_type=CONTENT_TYPE)
 
 
@@ -198,6 +200,12 @@ async def _rollouts(call: Call) -> Response:
     call.admit(tokens)
     rollouts = await call.answer(service.generation.submit(made, seed=asked.seed, step=asked.step))
     return await asyncio.to_thread(lambda: json_response(rollouts_to_json(rollouts)))
+
+
+@functools.lru_cache(maxsize=1)
+def _known_by(identity: TeacherIdentity) -> Mapping[str, str]:
+    """What an answer says of its teacher: the hashes, and the digest of them all as `teacher`."""
+    return {**dataclasses.asdict(identity), "teacher": identity.digest}
 
 
 def _check_own(request: Request) -> None:
@@ -225,5 +233,5 @@ def _check_token(request: Request, token: str) -> None:
 
 def _check_teacher(request: Request, service: Service) -> None:
     wanted = request.headers.get(TEACHER_HEADER)
-    if wanted is not None and wanted != service.identity.digest:
+    if wanted is not None and wanted != _known_by(service.identity)["teacher"]:
         raise Refused(TEACHER_HEADER, "names another teacher than the one that is served here", status=409)

@@ -5,7 +5,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import math
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -20,6 +20,8 @@ _SENT_BYTES = 2**18
 """Of an answer at once: each waits until the client has taken most of those before."""
 _COUNTED_BYTES = 2**16
 """Of a body at once, at least."""
+_AT_ONCE_BYTES = 2**20
+"""So many are read or written in less time than a thread takes to be woken and to wake its caller."""
 _STALLED_SECONDS = 60.0
 """After which a client that takes nothing of its answer is given up."""
 Result = TypeVar("Result")
@@ -103,6 +105,11 @@ class Call:
     def _late(self) -> Refused:
         seconds = self._deadline_seconds()
         return Refused("deadline", f"of {seconds:g} seconds has come before the answer; ask for less at once", 408)
+
+
+async def worked_on(size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+    """`work(*arguments)` on so many bytes; in a thread where others would have to wait for it."""
+    return work(*arguments) if size <= _AT_ONCE_BYTES else await asyncio.to_thread(work, *arguments)
 
 
 class Sending:

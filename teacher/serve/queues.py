@@ -25,9 +25,13 @@ class Admission:
     refused."""
 
     def __init__(self, limits: Limits, metrics: Metrics):
-        self._limits, self._metrics = limits, metrics
+        self._limits = limits
         self._lock = threading.Lock()
         self._requests = self._tokens = self._bytes = 0
+        # Read when they are asked for: they change a dozen times a request.
+        metrics.queue_requests.set_function(lambda: self._requests)
+        metrics.queue_tokens.set_function(lambda: self._tokens)
+        metrics.held_bytes.set_function(lambda: self._bytes)
 
     @contextlib.contextmanager
     def admitted(self, tokens: int) -> Iterator[None]:
@@ -72,9 +76,6 @@ class Admission:
         self._requests += requests
         self._tokens += tokens
         self._bytes += size
-        self._metrics.queue_requests.set(self._requests)
-        self._metrics.queue_tokens.set(self._tokens)
-        self._metrics.held_bytes.set(self._bytes)
 
 
 @dataclasses.dataclass(eq=False)

@@ -409,7 +409,7 @@ def test_a_full_queue_says_when_to_come_again_and_a_deadline_is_kept(client, ser
     assert late.status_code == 408
     assert "deadline" in late.json()["error"]["message"]
     # Its client has gone, and it with it: what waits is the first one alone.
-    with service.scoring._lock:
+    with service.scoring._changed:
         assert all(job.future.cancelled() for job, _ in service.scoring._waiting)
     monkeypatch.setattr(service.admission, "_limits", LIMITS_OF_ONE)
     full = client.post("/v1/targets", content=body)
