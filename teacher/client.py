@@ -93,6 +93,8 @@ class TeacherClient:
         """What the teacher says about each sequence, as `teacher.wire` lists it; split over servers as need be."""
         most = min(_PART_TOKENS, self.limits.max_request_tokens)
         parts = _parts([len(sequence) for sequence in request.sequences], most, self.limits.max_request_sequences)
+        if len(parts) == 1:
+            return self._scored(request)
         found = self._servers.map(lambda part: self._scored(_part_of(request, part)), parts)
         return [answer for answers in found for answer in answers]
 

@@ -204,7 +204,10 @@ class Servers:
         It counts as asked."""
         with self._lock:
             now = time.monotonic()
-            chosen = only or min(self.each, key=lambda one: (max(0.0, one.rests_until - now), one.under_way))
+            # Clients that ask for one thing at a time, and know nothing of one another, would all choose the first.
+            chosen = only or min(
+                self.each, key=lambda one: (max(0.0, one.rests_until - now), one.under_way, random.random())
+            )
             chosen.under_way += 1
             return chosen
 

@@ -1,11 +1,17 @@
-"""A teacher behind HTTP in the test's own process: a miniature, its service, and a server on a port of its own."""
+"""A teacher behind HTTP: a miniature, its service, and servers in the test's own process or in others."""
 
 import contextlib
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import jax
 import uvicorn
 from starlette.types import ASGIApp
@@ -20,6 +26,7 @@ from teacher.limits import Limits
 from teacher.serve.app import Standing, make_app
 from teacher.serve.service import Served, Service
 
+ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Limits(
     max_sequence_tokens=128,
     batch_tokens=256,
@@ -83,3 +90,55 @@ def serving_app(app: ASGIApp, *, port: int = 0) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+class ServerProcess:
+    """`python -m teacher.serve` on one device, on the same port however often it is started.
+
+    Attributes:
+        url: Where it is asked.
+        process: What has been started last.
+    """
+
+    def __init__(self, folder: str, log: Path, limits: Limits = LIMITS):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._command = [sys.executable, "-m", "teacher.serve", "--model", folder, "--dtype", "float32"]
+        for name, value in {"port": port, **dataclasses.asdict(limits)}.items():
+            self._command += [f"--{name.replace('_', '-')}", str(value)]
+        self._log = log
+
+    def start(self) -> None:
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+        with self._log.open("a") as output:
+            self.process = subprocess.Popen(self._command, env=environment, stdout=output, stderr=output)
+
+    def wait(self) -> set[int]:
+        """Until it can be asked; what /ready has answered until then."""
+        statuses: set[int] = set()
+        while 200 not in statuses:
+            assert self.process.poll() is None, self._log.read_text()
+            try:
+                statuses.add(httpx2.get(f"{self.url}/ready").status_code)
+            except httpx2.TransportError:
+                time.sleep(0.1)
+        return statuses
+
+    def kill(self) -> None:
+        """Without a warning."""
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def resident_bytes(self) -> int:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def answered(self) -> int:
+        """Requests for targets."""
+        metrics = httpx2.get(f"{self.url}/metrics").text.splitlines()
+        of_targets = 'teacher_requests_total{endpoint="/v1/targets",status="200"}'
+        return next((int(float(line.split()[-1])) for line in metrics if line.startswith(of_targets)), 0)

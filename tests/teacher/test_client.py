@@ -19,14 +19,21 @@ from qwen3.generation.sampling import SamplingParams
 from teacher.client import TeacherClient
 from teacher.limits import token_of_environment
 from teacher.serve.app import Standing
+from teacher.serve.metrics import Metrics
 from teacher.serve.service import Service
 from teacher.wire import TargetsRequest
+from tests.teacher.crowd import Crowd
 from tests.teacher.serving import load, make_folder, serving
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
-    return load(make_folder(tmp_path_factory.mktemp("teacher")))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_folder(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def service(folder: str) -> Service:
+    return load(folder)
 
 
 @pytest.fixture
@@ -98,6 +105,26 @@ def test_a_restart_is_waited_for(service, answers, request_):
         asking.join()
     assert_equal(found, answers)
     client.close()
+
+
+def test_clients_of_two_servers_get_every_answer_once_while_one_of_them_goes_and_comes_back(service, url, folder):
+    """`test_faults` does it with processes that are killed, and many more requests."""
+    twin = copy.copy(service)
+    twin.metrics = Metrics()
+    with contextlib.ExitStack() as second, contextlib.ExitStack() as opened:
+        other = second.enter_context(serving(Standing(twin)))
+        crowd = opened.enter_context(contextlib.closing(Crowd(folder, [url, other], clients=32, requests=192)))
+        gone = threading.Event()
+        going = threading.Thread(target=lambda: (gone.wait(60), second.close()))
+        going.start()
+        crowd.ask(128, lambda count: gone.set() if count == 40 else None)
+        going.join()
+        twin.metrics = Metrics()
+        opened.enter_context(serving(Standing(twin), port=int(other.rpartition(":")[2])))
+        crowd.ask(192)
+        crowd.check()
+    # Clients that ask for one thing at a time go to both.
+    assert b'teacher_requests_total{endpoint="/v1/targets",status="200"}' in twin.metrics.text()
 
 
 def test_another_teacher_is_refused_at_the_start_and_after_a_restart(service, other, url, request_):

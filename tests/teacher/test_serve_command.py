@@ -1,23 +1,16 @@
 """The command that serves: what it refuses before it listens, and that a signal ends it when all is answered."""
 
-import os
+import dataclasses
 import signal
 import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import httpx2
 import numpy as np
 import pytest
 
 from teacher.client import TeacherClient
 from teacher.serve.__main__ import main
 from teacher.wire import TargetsRequest
-from tests.teacher.serving import make_folder
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.teacher.serving import LIMITS, ServerProcess, make_folder
 
 
 @pytest.fixture(scope="module")
@@ -64,53 +57,18 @@ def test_an_address_that_is_taken_is_said_in_one_line(folder, capsys):
 
 
 def test_it_answers_until_a_signal_comes(folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    sizes = (
-        "--max-sequence-tokens",
-        "128",
-        "--batch-tokens",
-        "128",
-        "--max-prompt-tokens",
-        "64",
-        "--max-new-tokens",
-        "16",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "teacher.serve",
-        "--model",
-        folder,
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        *sizes,
-    ]
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    output = (tmp_path / "output").open("w+")
-    process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    server = ServerProcess(folder, tmp_path / "output", dataclasses.replace(LIMITS, batch_tokens=128))
+    server.start()
     try:
-        url = f"http://127.0.0.1:{port}"
-        statuses: list[int] = []
-        while 200 not in statuses and process.poll() is None:
-            try:
-                statuses.append(httpx2.get(f"{url}/ready").status_code)
-            except httpx2.TransportError:
-                time.sleep(0.1)
-        assert set(statuses) == {503, 200}
-        client = TeacherClient([url])
+        assert server.wait() == {503, 200}
+        client = TeacherClient([server.url])
         (said,) = client.targets(
             TargetsRequest(targets="top_k", sequences=[np.arange(9, dtype=np.int32)], starts=[0], entries=2)
         )
         assert said["ids"].shape == (9, 2)
         client.close()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
     finally:
-        process.kill()
-    output.seek(0)
-    assert f"serving {folder} on {url}" in output.read()
+        server.kill()
+    assert f"serving {folder} on {server.url}" in (tmp_path / "output").read_text()

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,11 @@ from tests.distill.faults import scalars
 from tests.distill.miniature import DENSE, make_teacher
 from tests.distill.miniature import experiment as miniature
 from tests.teacher.dressed import as_vllm
-from tests.teacher.serving import LIMITS, load, serving, serving_app
+from tests.teacher.serving import LIMITS, ServerProcess, load, serving, serving_app
 
 pytestmark = pytest.mark.usefixtures("charts_are_left_out")
 
+OUTAGE_SECONDS = 60.0
 ONE_LAYER = DENSE | {"num_hidden_layers": 1}
 
 
@@ -239,6 +241,44 @@ def test_it_teaches_what_a_colocated_teacher_teaches(
     rows = json.loads((tmp_path / "vllm" / "report.json").read_text())["rows"]
     assert {row["model"] for row in rows} == {"student_initial", *for_vllm.stages, "teacher"}
     assert not any("forward_kl" in row for row in rows)
+
+
+@pytest.mark.long
+def test_a_minute_without_a_teacher_changes_no_bit_of_what_is_learned(
+    colocated: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's process is killed in the middle of training, and another one comes a minute later."""
+    assert colocated.teacher is not None
+    server = ServerProcess(colocated.teacher.path, tmp_path / "log")
+    # What fits one request is scored in one batch, whose sums have one order.
+    stages = dict(colocated.stages)
+    stages["off_policy"] = dataclasses.replace(stages["off_policy"], prompts=4)
+    evaluation = dataclasses.replace(colocated.evaluation, problems=0)
+    served = served_by(dataclasses.replace(colocated, stages=stages, evaluation=evaluation), server.url)
+    assert served.teacher is not None
+    served = dataclasses.replace(served, teacher=dataclasses.replace(served.teacher, outage_seconds=600))
+    with contextlib.ExitStack() as opened:
+        server.start()
+        opened.callback(lambda: server.kill())
+        server.wait()
+        expected = run(served, tmp_path / "without")
+        train, ended = TrainStep.__call__, list[float]()
+
+        def trained(self: TrainStep, state: TrainState, batches: list[Batch]) -> tuple[TrainState, StepResult]:
+            result = train(self, state, batches)
+            ended.append(time.monotonic())
+            if len(ended) == 3:
+                server.kill()
+                threading.Timer(OUTAGE_SECONDS, server.start).start()
+            return result
+
+        monkeypatch.setattr(TrainStep, "__call__", trained)
+        assert run(served, tmp_path / "with") == expected
+    assert len(expected) == len(ended) == 4
+    assert ended[3] - ended[2] > OUTAGE_SECONDS
+    weights = [hf.load(tmp_path / name / "export") for name in ("without", "with")]
+    for one, other in zip(*map(jax.tree.leaves, weights), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.long
