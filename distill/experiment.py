@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from distill.evaluation.evaluate import Evaluation
 from distill.rewards.reward import Reward, reward_name, reward_source
-from distill.stages import Grpo, OffPolicy, OnPolicy, Sft, Stage
+from distill.stages import Grpo, OffPolicy, OnPolicy, Stage
 from distill.tasks import Arithmetic, PromptFile, ReasoningGym
 from distill.tasks.mixture import TaskMixture
 from qwen3.chat.turns import THINK_END, THINK_START
@@ -166,7 +166,8 @@ class Experiment:
             yield from self._wrong_references(name, stage, names[:index])
             if not self.all_teachers and isinstance(stage, Grpo) and stage.teacher_kl:
                 yield f"stages.{name}.teacher_kl is {stage.teacher_kl:g} and needs a teacher; give the experiment one"
-            elif not self.all_teachers and not isinstance(stage, Sft | Grpo):
+            needs_one = stage.writes if isinstance(stage, OffPolicy) else isinstance(stage, OnPolicy)
+            if not self.all_teachers and needs_one:
                 yield f"stages.{name} needs a teacher; give the experiment one"
         if self.export_adapter and self.adapted_base is None:
             yield "export_adapter is True, but the student has no adapters; give student.lora, or leave it"
@@ -214,7 +215,7 @@ class Experiment:
                 yield _unknown_stage(f"stages.{name}.{field}", other, earlier)
         if isinstance(stage, OffPolicy) and stage.targets_of in earlier:
             source = self.stages[stage.targets_of]
-            if not isinstance(source, OffPolicy) or source.targets_of is not None:
+            if not isinstance(source, OffPolicy) or not source.writes:
                 yield f"stages.{name}.targets_of is {stage.targets_of!r}, which writes no targets of its own"
                 return
             if source.sampled_tokens is not None and stage.loss.name != "forward_kl":
@@ -233,8 +234,8 @@ class Experiment:
         """The most that targets name at a position: those of a store or of a student's likeliest, or the one that
         follows, for the cross-entropy of supervised stages and for perplexity; 0 where none is needed."""
         stages = self.stages.values()
-        writing = [stage for stage in stages if isinstance(stage, OffPolicy) and stage.targets_of is None]
-        named = [stage.sampled_tokens or stage.top_k for stage in writing]
+        own = [stage for stage in stages if isinstance(stage, OffPolicy) and stage.targets_of is None]
+        named = [stage.sampled_tokens or stage.top_k for stage in own]
         named += [stage.targets.entries for stage in stages if isinstance(stage, OnPolicy | Grpo) and stage.targets]
         one = any(stage.kind == "Sft" for stage in stages) or self.compares
         return max(named, default=int(one))
@@ -280,7 +281,7 @@ class Experiment:
         for its_mesh in evaluated_on if self.evaluation.problems else ():
             check_rows("evaluation.batch_size", self.evaluation.batch_size, its_mesh)
         for name, stage in self.stages.items():
-            if isinstance(stage, OffPolicy) and stage.targets_of is None:
+            if isinstance(stage, OffPolicy) and stage.writes:
                 check_rows(f"stages.{name}.batch_size", stage.batch_size, teacher_mesh)
             if isinstance(stage, OnPolicy | Grpo):
                 asked = stage.generation.batch_size

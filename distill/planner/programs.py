@@ -163,7 +163,7 @@ class _Planned:
                     yield self._scores(name, stage)
                 if scoring_passes(stage):
                     yield self._scores_itself(name, stage)
-            elif isinstance(stage, OffPolicy) and stage.targets_of is None:
+            elif isinstance(stage, OffPolicy) and stage.writes:
                 yield from self._generates(name, "teacher", stage.generation)
                 yield self._scores(name, stage)
             yield from self._trains(name, stage)

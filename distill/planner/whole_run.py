@@ -103,7 +103,7 @@ class _Run:
             return self._on_policy(name, stage)
         calls: dict[Purpose, float] = {}
         moved = 0.0
-        if stage.targets_of is None:
+        if stage.writes:
             response = self._response(stage.modes, stage.thinking, stage.non_thinking)
             prompt = self._assumed.prompt_share * stage.max_prompt_tokens
             calls |= self._generation(name, "teacher", stage.prompts, response)

@@ -48,7 +48,7 @@ def _asks(stage: Stage) -> bool:
 
 
 def _reads_targets(stage: Stage) -> bool:
-    return isinstance(stage, OffPolicy) and stage.targets_of is not None
+    return isinstance(stage, OffPolicy) and not stage.writes
 
 
 def _thinking(experiment: Experiment, stages: Mapping[str, Stage]) -> Iterator[tuple[str, SamplingParams]]:

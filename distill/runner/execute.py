@@ -54,6 +54,7 @@ def execute(
         preflight(experiment, mesh, teacher_mesh, tokenizer, tasks, progress, finished)
         teachers = Teachers(experiment, tokenizer, teacher_mesh, progress)
         opened.enter_context(teachers.served(run))
+        teachers.check_stores(finished)
         student = _student(experiment, tokenizer, mesh)
         rewards = any(isinstance(stage, Grpo) for stage in experiment.stages.values())
         agreements += selftest.check_numerics(student, tokenizer, experiment.evaluation.modes[0], mesh, rewards=rewards)

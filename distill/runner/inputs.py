@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distill.experiment import Experiment, teacher_field
+from distill.stages import OffPolicy
 from distill.tasks import PromptFile, ReasoningGym
 from qwen3.chat.tokenizer import tokenizer_paths
 from qwen3.errors import UserError
 from student.init import FromCheckpoint
 from teacher.fingerprint import weights_digest
+from teacher.store import INDEX_NAME
 
 FileState = dict[str, int | str]
 """`bytes`, `changed_ns` and `blake2b` of a file, or the `version` of a package. A file whose first two are as they were
@@ -100,6 +102,10 @@ def _input_paths(experiment: Experiment) -> dict[str, list[Path]]:
         paths["student.tokenizer"] = [*tokenizer_paths(student.tokenizer), Path(student.tokenizer, GENERATION_CONFIG)]
         if isinstance(student.architecture, str):
             paths["student.architecture"] = [Path(student.architecture)]
+    for name, stage in experiment.stages.items():
+        if isinstance(stage, OffPolicy) and stage.store is not None:
+            # It has the hashes of all others.
+            paths[f"stages.{name}.store"] = [Path(stage.store, INDEX_NAME)]
     for name, task in experiment.tasks.items():
         if isinstance(task, PromptFile):
             paths[f"tasks.{name}.path"] = [Path(task.path)]

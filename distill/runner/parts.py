@@ -20,7 +20,7 @@ def parts_of(experiment: Experiment, evaluated: Collection[str], finished: Colle
     for number, (name, stage) in enumerate(experiment.stages.items(), start=1):
         place = f"stage {number} of {count}"
         if name not in finished:
-            generates = isinstance(stage, OffPolicy) and stage.targets_of is None
+            generates = isinstance(stage, OffPolicy) and stage.writes
             for title in (*([generating_title(name)] if generates else []), name):
                 parts.append(Part(title=title, kind="stage", whose=name, place=place))
         parts += _evaluation(experiment, name, place)

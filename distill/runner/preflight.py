@@ -116,7 +116,7 @@ def _check_evaluation_lengths(evaluation: Evaluation, models: Mapping[str, Model
 
 
 def _check_stage_lengths(field: str, stage: Stage, models: Mapping[str, ModelConfig]) -> None:
-    if isinstance(stage, Sft) or (isinstance(stage, OffPolicy) and stage.targets_of is not None):
+    if isinstance(stage, Sft) or (isinstance(stage, OffPolicy) and not stage.writes):
         return
     _check_positions(field, stage.max_prompt_tokens, [stage.thinking, stage.non_thinking], models)
     smallest = min(config.vocab_size for config in models.values())
@@ -191,8 +191,8 @@ def _of_evaluation(evaluation: Evaluation, tasks: TaskMixture) -> _Asked:
 
 
 def _of_stage(field: str, stage: Stage, seed: int, tasks: TaskMixture) -> _Asked | None:
-    """What a stage will ask its policy, or train on; None where it reads another stage's targets."""
-    if isinstance(stage, OffPolicy) and stage.targets_of is not None:
+    """What a stage will ask its policy, or train on; None where it reads targets that are there."""
+    if isinstance(stage, OffPolicy) and not stage.writes:
         return None
     if isinstance(stage, Sft):
         return _Asked(

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -104,6 +104,22 @@ class Teachers:
         stated = None if file is None else read_json(file, StatedIdentity.from_json, remedy)
         return TokenClient(teacher.server, urls, self._tokenizer, outage_seconds=seconds, expected=stated)
 
+    def check_stores(self, finished: Collection[str]) -> None:
+        """Refuses, naming the field, a store of another teacher or tokenizer, or of other targets, than the stage that
+        reads it says. Raises UserError."""
+        stages = self._experiment.stages.items()
+        reading = {n: one for n, one in stages if isinstance(one, OffPolicy) and one.store and n not in finished}
+        if reading:
+            tokenizer, _ = tokenizer_hashes(self._tokenizer.folder)
+            teachers = {name: self._fingerprint(one) for name, one in self._experiment.all_teachers.items()}
+            for name, stage in reading.items():
+                stage.check_store(f"stages.{name}", tokenizer, teachers)
+
+    def _fingerprint(self, teacher: Teacher) -> str:
+        """As stores keep it, without loading the weights."""
+        known = self._known.get(teacher.as_loaded)
+        return known.fingerprint if known is not None else known_as(teacher.path, teacher.quantisation)
+
     def keep_identities(self, directory: Path) -> None:
         """Writes down who answers, for the run's later parts to insist on."""
         for name, teacher in self._experiment.all_teachers.items():
@@ -164,7 +180,7 @@ def _asked(experiment: Experiment) -> Iterator[tuple[str, int, str]]:
 
     for name, stage in experiment.stages.items():
         field = f"stages.{name}"
-        if isinstance(stage, OffPolicy) and stage.targets_of is None:
+        if isinstance(stage, OffPolicy) and stage.writes:
             yield from generates(field, stage.generation)
             yield f"{field}: prompt and response", stage.longest_tokens, "max_sequence_tokens"
             if stage.sampled_tokens is None:

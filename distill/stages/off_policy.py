@@ -70,6 +70,9 @@ class OffPolicy:
     """Stage whose student this one starts from; None for the stage before."""
     targets_of: str | None = None
     """Stage whose target store this one reads instead of writing its own."""
+    store: str | None = None
+    """Folder of a finished target store that this stage reads instead, such as `python -m teacher.store merge` makes;
+    `top_k` or `sampled_tokens` say what it keeps."""
     flops_of: str | None = None
     """Stage whose whole cost in FLOPs (teacher included) this one may use up; training.steps is then None."""
 
@@ -83,11 +86,21 @@ class OffPolicy:
             )
         if (self.training.steps is None) == (self.flops_of is None):
             raise UserError("give either training.steps or flops_of: one of them must say how long to train")
-        if self.targets_of is None and self.longest_tokens > self.training.row_length:
+        if self.targets_of is not None and self.store is not None:
+            raise UserError(
+                f"targets_of is {self.targets_of!r} and store {self.store!r}, but a stage reads one of them; leave the "
+                "other"
+            )
+        if self.writes and self.longest_tokens > self.training.row_length:
             raise UserError(
                 f"prompt and response may have {self.longest_tokens} tokens, training.row_length is "
                 f"{self.training.row_length}; raise it, or lower max_prompt_tokens or max_new_tokens"
             )
+
+    @property
+    def writes(self) -> bool:
+        """Whether the teacher generates for it."""
+        return self.targets_of is None and self.store is None
 
     @property
     def longest_tokens(self) -> int:
@@ -109,18 +122,54 @@ class OffPolicy:
 
     def run(self, name: str, model: Qwen3, context: RunContext) -> tuple[Qwen3, Spent]:
         spent = Spent()
-        if self.targets_of is None:
-            store = _write_store(self, name, context, spent)
-        else:
+        if self.store is not None:
+            store = TargetStore.open(self.store)
+        elif self.targets_of is not None:
             store = TargetStore.open(context.directory / "targets" / self.targets_of)
+        else:
+            store = _write_store(self, name, context, spent)
+        self.check_lengths(store)
+        steps = self.training.steps or self._affordable_steps(store, model, context, spent)
+        data = _StoredTargets(self, context.stage_seed(name), model, store, context.named_teachers)
+        return train(name, model, self.training, self.loss, data, context, steps=steps, before=spent)
+
+    def check_store(self, field: str, tokenizer: str, teachers: Mapping[str, str]) -> None:
+        """Refuses, before anything is spent, a `store` that is not what this stage says, or of others than these.
+
+        Args:
+            field: How the experiment calls the stage.
+            tokenizer: Hash of the experiment's tokenizer.
+            teachers: What its teachers are known as, by name; none where it has no teacher.
+
+        Raises UserError.
+        """
+        assert self.store is not None
+        store = TargetStore.open(self.store)
+        known = store.identity
+        if known.get("tokenizer") != tokenizer:
+            raise UserError(
+                f"{field}.store {self.store} was written with another tokenizer than the experiment's "
+                f"({known.get('tokenizer', 'not said')}, here {tokenizer}); read a store of this one"
+            )
+        one = teachers.get("", dict(teachers))
+        if teachers and known.get("teacher") != one:
+            raise UserError(
+                f"{field}.store {self.store} was written by teacher {known.get('teacher', 'not said')}, but the "
+                f"experiment's is {one}; name that teacher, or none where no stage and no evaluation asks one"
+            )
+        kept = self.sampled_tokens or self.top_k
+        if known.get("sampled_tokens") != self.sampled_tokens or store.entries != kept:
+            kind = "top_k" if known.get("sampled_tokens") is None else "sampled_tokens"
+            raise UserError(f"{field}.store {self.store} keeps {kind} {store.entries}; set {field}.{kind} to that")
+        self.check_lengths(store)
+
+    def check_lengths(self, store: TargetStore) -> None:
+        """Raises UserError where a response of `store` does not fit a row."""
         if store.longest_tokens > self.training.row_length:
             raise UserError(
                 f"the longest response in {store.directory} has {store.longest_tokens} tokens, training.row_length is "
                 f"{self.training.row_length}; raise it"
             )
-        steps = self.training.steps or self._affordable_steps(store, model, context, spent)
-        data = _StoredTargets(self, context.stage_seed(name), model, store, context.named_teachers)
-        return train(name, model, self.training, self.loss, data, context, steps=steps, before=spent)
 
     def _affordable_steps(self, store: TargetStore, model: Qwen3, context: RunContext, spent: Spent) -> int:
         """Steps that the other stage's FLOPs pay for after what writing the targets has cost."""
