@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    own = _parser().parse_args(arguments)
+    own = parser().parse_args(arguments)
     token = token_of_environment()
     if own.host not in LOOPBACK and token is None:
         raise UserError(
@@ -164,7 +164,8 @@ def _loaded(served: Served, mesh: Mesh) -> Service:
         return Service.load(served, mesh, on_step)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = OneLineParser(
         prog="python -m teacher.serve",
         description=_DESCRIPTION,
