@@ -26,6 +26,7 @@ TRL = Environment(
     name="trl",
     batches=(("torch==2.13.0",), ("transformers==5.23.0", "trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0")),
 )
+TRANSFORMERS = Environment(name="transformers", batches=(("torch==2.13.0",), ("transformers[serving]==5.23.0",)))
 TUNIX = Environment(name="tunix", batches=(("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8"),))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.benchmarks import distill_step, own_mesh, sampler
+from experiments.benchmarks import distill_step, own_mesh, sampler, service
 from experiments.benchmarks.comparison import OURS, ROWS, TRL_GKD, TUNIX_LOGIT, Row, summary, table, verdicts
 from experiments.benchmarks.contest import FEWEST_STEPS, QUIET_CORES, Contestant, Measured, Pace, contest
 from experiments.benchmarks.peer_environments import Environment, prepare
@@ -77,6 +77,29 @@ def test_a_teacher_on_a_device_of_its_own_is_measured() -> None:
 def test_a_thread_that_ends_while_threads_are_counted_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "iterdir", lambda tasks: iter([tasks / "0", tasks / str(os.getpid())]))
     assert own_mesh.thread_seconds() > 0
+
+
+@pytest.mark.long
+def test_a_served_teacher_is_measured_beside_one_in_the_same_process(tmp_path: Path) -> None:
+    size = miniature()
+    size = dataclasses.replace(size, teacher=dataclasses.replace(size.teacher, vocab_size=1_024))
+    asked = service.Arguments(clients=3, requests=2, rounds=2, singles=2, peer=False)
+    rows = {row["comparison"]: row for row in service.measure(size, tmp_path / "model", asked)}
+    assert rows.keys() == {f"{what}, {kind}" for what in ("scoring", "one request") for kind in ("top_k", "hidden")}
+    for kind in ("top_k", "hidden"):
+        scoring, one = rows[f"scoring, {kind}"], rows[f"one request, {kind}"]
+        lowest, highest = scoring["share_of_in_process_range"]
+        assert 0 < lowest <= scoring["share_of_in_process"] <= highest
+        assert one["served_ms"] > one["program_ms"] > 0
+
+
+def test_ratios_are_of_one_rounds_turns() -> None:
+    over, under = (
+        [service.Turn(*one) for one in turns] for turns in ([(1, 4), (9, 4), (2, 4)], [(2, 1), (3, 2), (1, 4)])
+    )
+    found = service.ratio("times", over, under)
+    assert (found["times"], found["times_range"]) == (2, [0.5, 3])
+    assert (found["times_by_cpu_seconds"], found["times_by_cpu_seconds_range"]) == (2, [1, 4])
 
 
 def test_disturbed_steps_do_not_count_where_enough_others_do() -> None:
