@@ -118,6 +118,8 @@ class Programs:
 
     Attributes:
         shapes: What batches are padded to, the smallest first.
+        at_once: Batches that may be begun before their results are there. While devices compute one, the next waits
+            in their own queue; a CPU would compute both at a time, each getting in the other's way.
         temporary_bytes: The most that one program takes on a device beside the weights, results included; None where
             the compiler does not say.
     """
@@ -126,6 +128,7 @@ class Programs:
         """Compiles everything; `on_compiled` is called after each of `len(KINDS) * len(shapes_of(limits, mesh))`."""
         self._model, self._placement = model, batch_sharding(mesh)
         self.shapes = shapes_of(limits, mesh)
+        self.at_once = 1 if mesh.devices.flat[0].platform == "cpu" else 2
         self._entries: dict[Kind, int] = {
             "top_k": min(limits.max_top_k, model.config.vocab_size),
             "at_ids": limits.max_ids,

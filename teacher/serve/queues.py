@@ -110,7 +110,7 @@ class ScoringQueue:
         self._launcher = concurrent.futures.ThreadPoolExecutor(1, "launch-scoring")
         self._collector = concurrent.futures.ThreadPoolExecutor(1, "collect-scores")
         self._under_way = 0
-        """Batches that devices or collector hold: at most one that is computed, and a full one that follows it."""
+        """Batches that devices or collector hold: one that is computed, and at most a full one that follows it."""
 
     def submit(self, request: TargetsRequest) -> "concurrent.futures.Future[Answer]":
         """The answer, when it is there; cancelling it before its batch starts saves the work.
@@ -161,7 +161,8 @@ class ScoringQueue:
 
     def _may_begin(self) -> bool:
         waiting = sum(len(unit.tokens) for _, unit in self._waiting)
-        return self._under_way == 0 or (self._under_way == 1 and waiting >= self._programs.shapes[-1].tokens)
+        is_full = waiting >= self._programs.shapes[-1].tokens
+        return self._under_way < (self._programs.at_once if is_full else 1)
 
     def _end(self) -> None:
         with self._changed:

@@ -60,7 +60,7 @@ class Batch:
 class Devices:
     """In the place of `Programs`."""
 
-    shapes = SHAPES
+    shapes, at_once = SHAPES, 2
 
     def __init__(self) -> None:
         self.begun: queue.Queue[Batch] = queue.Queue()
