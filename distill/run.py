@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.text import Text
 
 from distill.experiment import Experiment
-from distill.hosts.processes import Cluster, is_first, where
 from distill.monitor.progress import Progress
 from distill.monitor.terminal import make_console
 from distill.monitor.time_left import duration
@@ -24,6 +23,7 @@ from distill.stages.stopping import Interrupted, StopRequest
 from distill.training.host_memory import keep_freed_memory
 from qwen3.commands import give_up_output, reported, spell_out
 from qwen3.errors import UserError
+from qwen3.hosts.processes import Cluster, is_first, where
 
 _DESCRIPTION = """\
 Run a distillation experiment, or go on with one that was stopped.

@@ -20,8 +20,8 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from distill.hosts.lifelines import Lifelines
 from qwen3.errors import UserError
+from qwen3.hosts.lifelines import Lifelines
 
 _SECONDS_TO_JOIN = 300
 # A host that is gone without closing its connections (power, network) is given up after this long.
