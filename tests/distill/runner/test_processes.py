@@ -151,7 +151,7 @@ from tests.distill.taught import losses
 from tests.qwen3.hosts.two_processes import free_address, run_two
 
 
-def work():
+def work(lifelines):
     print(json.dumps(losses(sys.argv[3])), file=sys.stderr)
     return 0
 
@@ -190,7 +190,7 @@ def require_moved(x, onto):
         np.testing.assert_array_equal(shard.data, EXPECTED[shard.index])
 
 
-def work():
+def work(lifelines):
     for teacher, student in (
         ({"data": 3, "expert": 2}, {"fsdp": 2}),  # other cuts, but each process has its rows
         ({"data": 4}, {"data": 1, "tensor": 4}),  # each process wants rows of the other
@@ -236,7 +236,7 @@ def refused(work):
         return str(error)
 
 
-def work():
+def work(lifelines):
     me = "first" if processes.is_first() else "second"
     assert processes.first_says(lambda: {"who": me, "long": "x" * 5000}) == {"who": "first", "long": "x" * 5000}
 

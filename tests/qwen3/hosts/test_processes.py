@@ -1,6 +1,8 @@
 """Processes find one another, and none outlives another by long."""
 
+import queue
 import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 
 from qwen3.errors import UserError
-from qwen3.hosts.lifelines import Lifelines
+from qwen3.hosts.lifelines import FAREWELL, Lifelines
 from qwen3.hosts.processes import Cluster
 from tests.qwen3.hosts.two_processes import run_two
 
@@ -17,7 +19,7 @@ import os, signal, sys
 from qwen3.hosts import processes
 
 
-def work():
+def work(lifelines):
     processes.any_process(False)
     if sys.argv[2] == sys.argv[3]:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -80,26 +82,48 @@ def test_options_of_a_single_process_join_nothing() -> None:
     assert Cluster.named("host:8000", 1, 0) is None
 
 
+class Tied:
+    """Three processes' lifelines, each tied in a thread, and the deaths that they tell of: (who noticed, whose)."""
+
+    def __init__(self) -> None:
+        self.lines = [Lifelines(process, 3) for process in range(3)]
+        self.deaths: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        port, secret = self.lines[0].listen()
+        # Whoever does not know the secret takes nobody's place, whether it speaks or not.
+        self.strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        self.strangers[0].sendall(bytes(16) + (1).to_bytes(4, "big"))
+        self.strangers[1].close()
+        arguments = ("127.0.0.1", port, secret, lambda line, which: self.deaths.put((self.lines.index(line), which)))
+        threads = [threading.Thread(target=line.tie, args=arguments) for line in self.lines]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=10)
+
+
 def test_lifelines_tell_of_a_death_but_not_of_a_farewell() -> None:
-    lines = [Lifelines(process, 3) for process in range(3)]
-    port = lines[0].listen()
-    deaths: list[tuple[int, int]] = []
-    told = threading.Event()
-
-    def on_death(watcher: Lifelines, which: int) -> None:
-        deaths.append((lines.index(watcher), which))
-        told.set()
-
-    threads = [threading.Thread(target=line.tie, args=("127.0.0.1", port, on_death)) for line in lines]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=10)
-    lines[2].unwatch()
-    lines[1].hang_up()
-    assert told.wait(timeout=10)
-    lines[0].hang_up()
+    tied = Tied()
+    assert tied.strangers[0].recv(1) == b""
+    tied.lines[2].unwatch()
+    tied.lines[1].hang_up()
+    assert tied.deaths.get(timeout=10) == (0, 1)
+    tied.lines[0].hang_up()
     time.sleep(0.2)
     # Process 2 has said that it is done with watching, and hears nothing of process 0.
-    assert (0, 1) in deaths
-    assert 2 not in [watcher for watcher, _ in deaths]
+    assert tied.deaths.empty()
+
+
+def test_what_the_first_says_all_others_hear_in_its_order_until_it_leaves() -> None:
+    tied = Tied()
+    first, *others = tied.lines
+    said = [b"one", bytes(5_000_000), b"three"]
+    for message in said:
+        first.say(message)
+    others[1].say(b"to the first")
+    assert first.received.get(timeout=10) == b"to the first"
+    first.hang_up(in_order=True)
+    for line in others:
+        assert [line.received.get(timeout=10) for _ in range(4)] == [*said, FAREWELL]
+        assert line.is_ending
+    time.sleep(0.2)
+    assert tied.deaths.empty()
