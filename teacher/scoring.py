@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3.decoder.model import Qwen3
@@ -246,6 +246,15 @@ class ScoringProgram(NamedTuple):
 
     function: Any
     arguments: tuple[Any, ...]
+
+
+def with_results_everywhere(program: ScoringProgram, mesh: Mesh) -> ScoringProgram:
+    """The same with results that every process has whole, as `qwen3.sharding.everywhere` would make them afterwards."""
+    place = NamedSharding(mesh, PartitionSpec())
+    if place.is_fully_addressable:
+        return program
+    static = [number for number, argument in enumerate(program.arguments) if isinstance(argument, int | Mesh)]
+    return ScoringProgram(jax.jit(program.function, static_argnums=static, out_shardings=place), program.arguments)
 
 
 def hidden_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, places: int | None = None) -> ScoringProgram:

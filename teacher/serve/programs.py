@@ -4,9 +4,8 @@ What runs under load are these executables and nothing else, so that nothing com
 scoring takes is known from the compiler before a request is accepted.
 """
 
-import contextlib
 import dataclasses
-import threading
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 
 from qwen3.decoder.model import Qwen3
-from qwen3.sharding import batch_sharding, batch_shares, fetch, place
+from qwen3.hosts.launcher import Launcher, Work
+from qwen3.sharding import batch_sharding, batch_shares, place
 from teacher.limits import Limits
 from teacher.scoring import (
     ScoringProgram,
@@ -23,6 +23,7 @@ from teacher.scoring import (
     by_uniform_program,
     hidden_program,
     top_k_and_following_program,
+    with_results_everywhere,
 )
 from teacher.wire import KINDS, Answer, Kind, Refused, TargetsRequest
 
@@ -113,9 +114,19 @@ class Programs:
             the compiler does not say.
     """
 
-    def __init__(self, model: Qwen3, mesh: Mesh, limits: Limits, on_compiled: Callable[[], None] | None = None):
-        """Compiles everything; `on_compiled` is called after each of `len(KINDS) * len(shapes_of(limits, mesh))`."""
+    def __init__(
+        self,
+        model: Qwen3,
+        mesh: Mesh,
+        limits: Limits,
+        on_compiled: Callable[[], None] | None = None,
+        launcher: Launcher | None = None,
+    ):
+        """Compiles everything; `on_compiled` is called after each of `len(KINDS) * len(shapes_of(limits, mesh))`.
+
+        `launcher` is that of `qwen3.generation.engine.Engine`."""
         self._model, self._placement = model, batch_sharding(mesh)
+        self._launcher = Launcher() if launcher is None else launcher
         self.shapes = shapes_of(limits, mesh)
         self._entries: dict[Kind, int] = {
             "top_k": min(limits.max_top_k, model.config.vocab_size),
@@ -135,9 +146,6 @@ class Programs:
                 if on_compiled is not None:
                     on_compiled()
         self.temporary_bytes = max(taken, default=None)
-        self.turn: contextlib.AbstractContextManager[Any] | None = threading.Lock() if mesh.size > 1 else None
-        """Whoever begins programs from another thread takes it meanwhile: of programs that several devices run
-        together, one order must hold on all of them, or they wait for each other for ever. None for one device."""
 
     def check(self, request: TargetsRequest) -> None:
         """Refuses what fits none of the shapes, or asks for more entries than they are compiled for."""
@@ -160,9 +168,23 @@ class Programs:
         arrays = _Rows(kind, shape, self._entries[kind])
         for number, (unit, where) in enumerate(zip(units, places, strict=True), start=1):
             arrays.put(unit, where, number)
-        with self.turn or contextlib.nullcontext():
-            results = self._compiled[kind, shape](self._model, *place(arrays.all, self._placement))
-        return Launched(kind=kind, units=units, places=places, shape=shape, most=self._entries, results=results)
+        options = {"kind": kind, "rows": shape.rows, "length": shape.length}
+        results = self._launcher.launch("score", self._launch, arrays.all, **options)
+        return Launched(
+            kind=kind,
+            units=units,
+            places=places,
+            shape=shape,
+            most=self._entries,
+            results=functools.partial(self._launcher.results, results),
+        )
+
+    def works(self) -> dict[str, Work]:
+        """What is launched, by name, for a process that follows one that scores."""
+        return {"score": self._launch}
+
+    def _launch(self, arrays: Sequence[np.ndarray], kind: Kind, rows: int, length: int) -> Any:
+        return self._compiled[kind, Shape(rows, length)](self._model, *place(tuple(arrays), self._placement))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,11 +197,12 @@ class Launched:
     shape: Shape
     most: Mapping[Kind, int]
     """Entries a position for which the programs are compiled."""
-    results: Any
+    results: Callable[[], Any]
+    """On the host, once the devices have finished."""
 
     def answers(self) -> list[Answer]:
         """What is said about each sequence, on the host, once the devices have finished."""
-        results = fetch(self.results)
+        results = self.results()
         return [
             _answer(self.kind, unit, self.most, results, (row, slice(span.start + unit.start, span.stop)))
             for unit, (row, span) in zip(self.units, self.places, strict=True)
@@ -220,12 +243,14 @@ class _Rows:
 def _program(kind: Kind, model: Qwen3, mesh: Mesh, shape: Shape, most: Mapping[Kind, int]) -> ScoringProgram:
     rows, length, entries = shape.rows, shape.length, most[kind]
     if kind == "top_k":
-        return top_k_and_following_program(model, mesh, rows=rows, length=length, k=entries)
-    if kind == "at_ids":
-        return at_ids_program(model, mesh, rows=rows, length=length, entries=entries, top_k=most["top_k"])
-    if kind == "sampled":
-        return by_uniform_program(model, mesh, rows=rows, length=length, sampled_tokens=entries)
-    return hidden_program(model, mesh, rows=rows, length=length)
+        program = top_k_and_following_program(model, mesh, rows=rows, length=length, k=entries)
+    elif kind == "at_ids":
+        program = at_ids_program(model, mesh, rows=rows, length=length, entries=entries, top_k=most["top_k"])
+    elif kind == "sampled":
+        program = by_uniform_program(model, mesh, rows=rows, length=length, sampled_tokens=entries)
+    else:
+        program = hidden_program(model, mesh, rows=rows, length=length)
+    return with_results_everywhere(program, mesh)
 
 
 def _answer(kind: Kind, unit: Unit, most: Mapping[Kind, int], results: Any, where: tuple[int, slice]) -> Answer:
