@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention import DualChunkQueries, attention_behind_prefix, attention_of
+from kernels_pallas.attention import DualChunkQueries, attention_behind_prefix
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
 from qwen3.generation.cache import HEADS, PAGES, Pages, over_pages, page_shapes, per_share
@@ -61,7 +61,7 @@ def prefix_page_shapes(config: ModelConfig, dtype: DTypeLike, *, pages: int, pag
 
 
 def read_rows(
-    model: Qwen3, cached: PrefixPages, rows: Rows, writes: Writes, prefixes: Prefixes | None, *, mesh: Mesh
+    model: Qwen3, cached: PrefixPages, rows: Rows, writes: Writes, prefixes: Prefixes, *, mesh: Mesh
 ) -> tuple[Float[Array, "B T D"], PrefixPages]:
     """Final hidden states of rows, each sequence behind its prefix if it has one, and the pages with what is written.
 
@@ -72,33 +72,33 @@ def read_rows(
 
     def read(q: Array | DualChunkQueries, k: Array, v: Array, pages: Pages, first: Array) -> tuple[Array, Pages]:
         def of_share(
-            q: Array | DualChunkQueries, k: Array, v: Array, pages: Pages, rows: Rows, writes: Writes, *behind: Prefixes
+            q: Array | DualChunkQueries,
+            k: Array,
+            v: Array,
+            pages: Pages,
+            rows: Rows,
+            writes: Writes,
+            prefixes: Prefixes,
         ) -> tuple[Array, Pages]:
             new = (_of_pages(x, writes, pages.k.shape[2]).swapaxes(1, 2) for x in (k, v))
             at = writes.pages + first
             pages = Pages(*(x.at[at].set(y, mode="promise_in_bounds") for x, y in zip(pages, new, strict=True)))
-            if not behind:
-                attend = attention_of(q)
-                return attend(q, k, v, rows.segment_ids, implementation=model.kernels.attention), pages
-            (prefixes,) = behind
-            prefix_k, prefix_v = (_side_by_side(x, prefixes.table + first) for x in pages)
             out = attention_behind_prefix(
                 q,
                 k,
                 v,
                 rows.segment_ids,
-                prefix_k,
-                prefix_v,
+                *pages,
+                prefixes.table + first,
                 prefixes.tokens,
                 rows.positions,
                 implementation=model.kernels.attention,
             )
             return out, pages
 
-        given = (q, k, v, pages, rows, writes, *(() if prefixes is None else (prefixes,)))
         heads = jax.tree.map(lambda x: HEADS if x.ndim == 4 else BATCH, q)
-        specs = (heads, HEADS, HEADS, PAGES, *(BATCH,) * (len(given) - 4))
-        return per_share(of_share, spread, specs, (HEADS, PAGES))(*given)
+        specs = (heads, HEADS, HEADS, PAGES, BATCH, BATCH, BATCH)
+        return per_share(of_share, spread, specs, (HEADS, PAGES))(q, k, v, pages, rows, writes, prefixes)
 
     real = rows.segment_ids != 0
     x, layers = over_pages(
@@ -133,9 +133,3 @@ def _of_pages(x: Float[Array, "B T ..."], writes: Writes, page_size: int) -> Flo
     """What is to be written into each page."""
     places = writes.sources[:, None] + jnp.arange(page_size)
     return x.reshape(-1, *x.shape[2:]).at[places].get(mode="promise_in_bounds")
-
-
-def _side_by_side(pages: Float[Array, "P K s H"], table: Int[Array, "B p"]) -> Float[Array, "B S K H"]:
-    """Each row's pages, S = p·s."""
-    found = pages.at[table].get(mode="promise_in_bounds")  # [B, p, K, s, H]
-    return found.swapaxes(2, 3).reshape(len(table), -1, pages.shape[1], pages.shape[3])

@@ -59,10 +59,8 @@ class Packed:
                 used[piece.share] += 1
         return writes
 
-    def prefixes(self, table_pages: int) -> Prefixes | None:
-        """Behind what the pieces are read, in tables of so many pages; None where all begin at their first token."""
-        if not any(piece.prefix for piece in self.pieces):
-            return None
+    def prefixes(self, table_pages: int) -> Prefixes:
+        """Behind what the pieces are read, in tables of so many pages."""
         table: Any = np.zeros((self.shape.rows, table_pages), np.int32)
         prefixes = Prefixes(table, self._filled(np.int32))
         for piece, (row, where) in zip(self.pieces, self.places, strict=True):

@@ -2,7 +2,7 @@
 
 What runs under load are these executables and nothing else, so that nothing compiles then and the memory that
 scoring takes is known from the compiler before a request is accepted. One program takes rows through the layers,
-behind prefixes or not; another makes targets of their hidden states, or of those that the pages of prefixes keep.
+behind prefixes where they have some. Another makes targets of their hidden states, or of those that pages have kept.
 """
 
 import collections
@@ -38,8 +38,8 @@ from teacher.serve.batches import Batch, Shape, Unit
 from teacher.serve.packing import Packed
 from teacher.wire import KINDS, Answer, Kind, Refused, TargetsRequest
 
-Name = Literal["read", "read behind", "recall"] | Kind
-"""Of a program: rows through the layers, without and with prefixes; hidden states out of pages; targets of them."""
+Name = Literal["read", "recall"] | Kind
+"""Of a program: rows through the layers; hidden states out of pages; targets of them."""
 _LEAST_LENGTH = 128
 _STEP = 2
 """From one shape to the next the tokens grow by this, so that at most half of a batch is padding where there is little
@@ -66,7 +66,7 @@ def shapes_of(limits: Limits, mesh: Mesh) -> list[Shape]:
 
 def names_of(limits: Limits) -> list[Name]:
     """The programs that a server has of every shape."""
-    return [*(("read", "read behind", "recall") if _prefix_pages(limits) else ("read",)), *KINDS]
+    return [*(("read", "recall") if _prefix_pages(limits) else ("read",)), *KINDS]
 
 
 def _prefix_pages(limits: Limits) -> int:
@@ -177,9 +177,8 @@ class Programs:
             return _Step("recall", packed.shape, packed.recalled(), asked)
         if not self._pages:
             return _Step("read", packed.shape, tuple(packed.rows()), asked)
-        prefixes = packed.prefixes(self._table_pages)
-        name: Name = "read" if prefixes is None else "read behind"
-        return _Step(name, packed.shape, (packed.rows(), packed.writes(), prefixes), asked)
+        given = packed.rows(), packed.writes(), packed.prefixes(self._table_pages)
+        return _Step("read", packed.shape, given, asked)
 
     def _begin(self, kind: Kind, steps: Sequence["_Step"], *, renew: bool) -> list[Any]:
         """Begins the programs of these steps, one after the other, with new pages if so it is to be. Returns what is
@@ -203,7 +202,7 @@ class Programs:
 
     @property
     def _table_pages(self) -> int:
-        return self.shapes[-1].length // PAGE_SIZE
+        return max(1, self.shapes[-1].length // PAGE_SIZE)
 
     def _program(self, name: Name, shape: Shape) -> ScoringProgram:
         model, mesh, rows, length = self._model, self._mesh, shape.rows, shape.length
@@ -227,7 +226,7 @@ class Programs:
             function = jax.jit(functools.partial(recall, mesh=mesh), out_shardings=self._placement)
             return ScoringProgram(function, (self._page_shapes.hidden, shaped(rows, length)))
         writes = shaped(rows * (length // PAGE_SIZE))
-        prefixes = Prefixes(shaped(rows, self._table_pages), shaped(rows, length)) if name == "read behind" else None
+        prefixes = Prefixes(shaped(rows, self._table_pages), shaped(rows, length))
         function = jax.jit(
             functools.partial(read_rows, mesh=mesh),
             donate_argnums=1,
@@ -246,7 +245,7 @@ class Programs:
             taken = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
             most[name] = max(most[name], taken)
         targets = max(most[kind] for kind in KINDS)
-        return max(most["read"], most["read behind"]) + most["recall"] + (2 if self._pages else 1) * targets
+        return most["read"] + most["recall"] + (2 if self._pages else 1) * targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

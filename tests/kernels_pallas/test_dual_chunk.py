@@ -133,9 +133,16 @@ def test_wrong_arguments_are_named(row):
         attention_part(q, k, v, segments, (segments, segments[:, 1:]))
 
 
+def in_pages(x):
+    """The first of 24 tokens [1, 24, K, H] in page 3, the others in 1 and 2; page 0 holds nothing of them."""
+    pages = jnp.asarray(x).reshape(3, 8, *x.shape[2:]).swapaxes(1, 2)
+    return jnp.stack([jnp.full_like(pages[0], 1e4), pages[1], pages[2], pages[0]])
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_behind_a_prefix_documents_are_attended_to_as_whole_ones(row, implementation):
+def test_behind_a_prefix_documents_are_attended_to_as_whole_ones(row, implementation, monkeypatch):
     """One row's documents go on from 21 and from 13 tokens of the same one, and a third stands beside them whole."""
+    monkeypatch.setattr("kernels_pallas.attention.prefix._BLOCK_TOKENS", 16)
     q, k, v, segments, positions = row
     at = dual_chunk_positions(positions, chunk_size=CHUNK, local_size=LOCAL)
     rotated = queries(q, at), rotate(k, at.keys)
@@ -151,8 +158,8 @@ def test_behind_a_prefix_documents_are_attended_to_as_whole_ones(row, implementa
             jnp.asarray(keys)[:, picked],
             v[:, picked],
             jnp.asarray(own),
-            jnp.asarray(keys)[:, begin : begin + 24],
-            v[:, begin : begin + 24],
+            *(in_pages(x[:, begin : begin + 24]) for x in (keys, v)),
+            jnp.asarray([[3, 1, 2]]),
             jnp.asarray(behind),
             positions[:, picked],
             implementation=implementation,
