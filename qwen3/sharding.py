@@ -255,6 +255,15 @@ def _itself(array: Array) -> Array:
     return array
 
 
+def bytes_on_device(arrays: PyTree) -> int:
+    """What a device holds of arrays, which may be abstract."""
+    held = 0
+    for leaf in jax.tree.leaves(arrays):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        held += math.prod(shape) * leaf.dtype.itemsize
+    return held
+
+
 def row_shares(mesh: Mesh | None) -> int:
     """Equal parts into which the devices split rows of whole sequences, as sampling has them."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH[0])

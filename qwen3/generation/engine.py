@@ -16,7 +16,6 @@ where `qwen3.decoder.kernels.Kernels.paged_attention` reads pages in place.
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
@@ -40,7 +39,16 @@ from qwen3.generation.sampling import Plan, RowParams, SamplingParams
 from qwen3.generation.slots import Asked, Fixed, Prompts, Request, Slots, State, Written
 from qwen3.hosts.launcher import Launcher, Work
 from qwen3.rollout import THINKING, Rollout
-from qwen3.sharding import BATCH, check_rows, everywhere, place, placed_shapes, row_shapes, row_shares
+from qwen3.sharding import (
+    BATCH,
+    bytes_on_device,
+    check_rows,
+    everywhere,
+    place,
+    placed_shapes,
+    row_shapes,
+    row_shares,
+)
 
 __all__ = ["STOP_IDS", "Engine", "OnProgress", "Request"]
 
@@ -351,8 +359,8 @@ class Engine:
             taken.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
         mesh, _ = self._placement(model)
         groups = self._most_groups if mesh is None else 1
-        copied = _bytes_on_device(layers) if self.unroll else 0
-        return copied + groups * (_bytes_on_device(programs.decode_arguments[2]) + max(taken))
+        copied = bytes_on_device(layers) if self.unroll else 0
+        return copied + groups * (bytes_on_device(programs.decode_arguments[2]) + max(taken))
 
     def works(self, model: Qwen3) -> dict[str, Work]:
         """What the engine launches, by name, for a process that follows one that generates with these weights."""
@@ -519,15 +527,6 @@ def _spread(joining: Sequence[Asked], groups: Sequence[_Group]) -> None:
     for group, part in zip(idlest, np.array_split(np.arange(len(joining)), max(1, len(groups))), strict=False):
         for index in part:
             group.coming.append(joining[index])
-
-
-def _bytes_on_device(arrays: PyTree) -> int:
-    """What a device holds of arrays, which may be abstract."""
-    held = 0
-    for leaf in jax.tree.leaves(arrays):
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        held += math.prod(shape) * leaf.dtype.itemsize
-    return held
 
 
 def _mesh(model: Qwen3) -> Mesh | None:

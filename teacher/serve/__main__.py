@@ -67,6 +67,7 @@ _OPTIONS: Mapping[str, str] = {
     "max_top_k": "most likely tokens a position that can be asked for",
     "max_ids": "ids a position that can be asked for by name",
     "max_sampled_tokens": "tokens a position that can be sampled",
+    "prefix_cache_tokens": "tokens kept for sequences that begin with them; 0: scoring computes every prompt anew",
     "max_request_sequences": "sequences in one request",
     "max_request_tokens": "tokens of all sequences in one request",
     "max_body_bytes": "bytes of one request",
@@ -243,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=8470, help="default: 8470")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of weights and computing")
     add("--quantisation", choices=typing.get_args(Quantisation), help="keep projections and experts in eight bits")
-    limits = parser.add_argument_group("what it takes; the first six say how large the compiled programs are")
+    limits = parser.add_argument_group("what it takes; the first six say how large programs and cache are")
     for field in dataclasses.fields(Limits):
         kind: Callable[[str], Any] = float if isinstance(field.default, float) else int
         limits.add_argument(

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from teacher.limits import Limits
+from teacher.serve.batches import Batch, Unit
 from teacher.serve.metrics import Metrics
-from teacher.serve.programs import Launched, Programs, Room, Unit
+from teacher.serve.programs import Launched, Programs
 from teacher.wire import Answer, Refused, TargetsRequest
 
 
@@ -130,50 +131,55 @@ class ScoringQueue:
         """Starts batches until nothing waits."""
         while True:
             self._under_way.acquire()
-            batch = self._next_batch()
-            if not batch:
+            batch, jobs = self._next_batch()
+            if not jobs:
                 self._under_way.release()
                 return
-            units = [unit for _, unit in batch]
             try:
-                launched = self._programs.launch(units[0].request.targets, units)
+                launched = self._programs.launch(batch)
             except Exception as error:  # noqa: BLE001 - whatever it is, its clients must hear of it
                 self._under_way.release()
-                _fail(batch, error)
+                _fail(jobs, error)
             else:
-                self._collector.submit(self._collect, batch, launched)
+                self._collector.submit(self._collect, jobs, launched)
 
-    def _next_batch(self) -> list[tuple[_Job, Unit]]:
-        """Those that came first, of one kind of target, as far as they fit."""
-        room = Room(self._programs.shapes[-1])
+    def _next_batch(self) -> tuple[Batch, list[_Job]]:
+        """Those that came first, of one kind of target, as far as they fit, and the job of each."""
+        batch = self._programs.batch()
+        jobs: list[_Job] = []
         with self._lock:
-            live = [one for one in self._waiting if not one[0].future.done()]
-            batch: list[tuple[_Job, Unit]] = []
             left: list[tuple[_Job, Unit]] = []
-            for job, unit in live:
-                kind = batch[0][1].request.targets if batch else unit.request.targets
-                taken = unit.request.targets == kind and room.take(len(unit.tokens)) is not None
-                (batch if taken else left).append((job, unit))
+            for job, unit in self._waiting:
+                if job.future.done():
+                    continue
+                if batch.take(unit):
+                    jobs.append(job)
+                else:
+                    left.append((job, unit))
             self._waiting = collections.deque(left)
-        return batch
+        return batch, jobs
 
-    def _collect(self, batch: Sequence[tuple[_Job, Unit]], launched: Launched) -> None:
+    def _collect(self, jobs: Sequence[_Job], launched: Launched) -> None:
         try:
             answers = launched.answers()
         except Exception as error:  # noqa: BLE001 - whatever it is, its clients must hear of it
-            _fail(batch, error)
+            self._programs.forget()
+            _fail(jobs, error)
             return
         finally:
             self._under_way.release()
-        used = sum(len(unit.tokens) for _, unit in batch)
-        shape = launched.shape
-        self._metrics.scored_tokens.inc(used)
-        self._metrics.padding_tokens.inc(shape.tokens - used)
-        self._metrics.batches.labels(launched.kind, f"{shape.rows}x{shape.length}").inc()
-        for (job, unit), answer in zip(batch, answers, strict=True):
+        metrics, units = self._metrics, launched.units
+        scored = sum(len(unit.tokens) for unit in units)
+        metrics.scored_tokens.inc(scored)
+        metrics.prefix_lookup_tokens.labels("scoring").inc(scored)
+        metrics.prefix_hit_tokens.labels("scoring").inc(scored - launched.read_tokens)
+        for step in launched.steps:
+            metrics.padding_tokens.inc(step.shape.tokens - sum(len(piece.positions) for piece in step.pieces))
+            metrics.batches.labels(launched.kind, str(step.shape)).inc()
+        for job, unit, answer in zip(jobs, units, answers, strict=True):
             job.resolve(unit.index, answer)
 
 
-def _fail(batch: Sequence[tuple[_Job, Unit]], error: Exception) -> None:
-    for job, _ in batch:
+def _fail(jobs: Sequence[_Job], error: Exception) -> None:
+    for job in jobs:
         job.fail(error)

@@ -27,11 +27,12 @@ from qwen3.hosts.processes import is_first, require_same
 from qwen3.sharding import MeshShape, check_rows, make_mesh
 from teacher.identity import TeacherIdentity
 from teacher.limits import Limits
+from teacher.serve.batches import Unit
 from teacher.serve.generation import GenerationQueue
 from teacher.serve.metrics import Metrics
-from teacher.serve.programs import Programs, Unit, shapes_of
+from teacher.serve.programs import Programs, names_of, shapes_of
 from teacher.serve.queues import Admission, ScoringQueue
-from teacher.wire import KINDS, TargetsRequest
+from teacher.wire import TargetsRequest
 
 _HEAD_ROWS = 4_096
 """Of the output matrix at once: no device ever holds all of a matrix that several have."""
@@ -58,6 +59,11 @@ class Served:
         self.kernels.check(config, jnp.dtype(self.dtype), mesh)
         check_vocabulary(ChatTokenizer.from_folder(self.model), config.vocab_size)
         check_rows("--generation-batch-size", self.limits.generation_batch_size, mesh)
+        if self.limits.prefix_cache_tokens and self.mesh.context > 1:
+            raise UserError(
+                f"--prefix-cache-tokens is {self.limits.prefix_cache_tokens}, but prefixes are kept for whole rows and "
+                f"--mesh.context {self.mesh.context} cuts them; set it to 0, or leave --mesh.context"
+            )
         for option, most in (
             ("--max-sequence-tokens", self.limits.max_sequence_tokens),
             ("--max-prompt-tokens + --max-new-tokens", self.limits.max_prompt_tokens + self.limits.max_new_tokens),
@@ -105,7 +111,7 @@ class Service:
         self.metrics = Metrics()
         self.admission = Admission(limits, self.metrics)
         self._model = model
-        count, done = len(KINDS) * len(shapes_of(limits, mesh)) + 1, 0
+        count, done = len(names_of(limits)) * len(shapes_of(limits, mesh)) + 1, 0
 
         def on_compiled() -> None:
             nonlocal done
@@ -118,7 +124,9 @@ class Service:
         shared = self._launcher if mesh.size > 1 else None
         self._programs = Programs(model, mesh, limits, on_compiled, shared)
         self.generation = GenerationQueue(model, tokenizer, limits, self.metrics, shared)
-        self.device_bytes = checked_memory(self._programs.temporary_bytes, self.generation.device_bytes(), mesh)
+        self.device_bytes = checked_memory(
+            self._programs.temporary_bytes, self.generation.device_bytes(), mesh, prefixes=self._programs.prefix_bytes
+        )
         self._head_rows = min(_HEAD_ROWS, self.vocab_size)
         self._some_head = jax.jit(
             functools.partial(_some_rows, rows=self._head_rows, dtype=model.compute_dtype),
@@ -202,27 +210,30 @@ def _some_rows(head: Float[Array, "V D"], first: Int[Array, ""], *, rows: int, d
 def _check_scores(programs: Programs, name: str) -> None:
     """Refuses a teacher whose weights give no numbers, before anybody learns from them."""
     probe = TargetsRequest(targets="top_k", sequences=[np.arange(2, dtype=np.int32)], starts=[0], entries=1)
-    (said,) = programs.launch("top_k", [Unit(probe, 0)]).answers()
+    batch = programs.batch()
+    batch.take(Unit(probe, 0))
+    (said,) = programs.launch(batch).answers()
     if not np.isfinite(said["logprobs"]).all():
         raise UserError(f"teacher {name}: its log-probabilities are no finite numbers; check its weights")
 
 
-def checked_memory(scoring: int | None, generating: int | None, mesh: Mesh) -> int | None:
-    """What two scored batches, one computed and one waiting, and all that is generated take on a device together.
+def checked_memory(scoring: int | None, generating: int | None, mesh: Mesh, *, prefixes: int) -> int | None:
+    """What two scored batches, one computed and one waiting, the prefixes that are kept for further ones, and all that
+    is generated take on a device together.
 
     Raises UserError where that does not fit beside the weights. Devices that do not say what they have, such as CPUs,
     are not asked.
     """
     if scoring is None or generating is None:
         return None
-    needed = 2 * scoring + generating
+    needed = 2 * scoring + prefixes + generating
     known = [stats for device in mesh.local_devices if "bytes_limit" in (stats := device.memory_stats() or {})]
     left = min((stats["bytes_limit"] - stats["bytes_in_use"] for stats in known), default=None)
     if left is not None and needed > left:
         raise UserError(
-            f"scoring takes up to {2 * scoring / 2**30:.1f} GiB on a device beside the weights and generating "
-            f"{generating / 2**30:.1f}, of {left / 2**30:.1f} that are left; lower --batch-tokens, "
-            "--max-sequence-tokens, --generation-batch-size, --max-prompt-tokens or --max-new-tokens, or take more "
-            "devices"
+            f"scoring takes up to {2 * scoring / 2**30:.1f} GiB on a device beside the weights, prefixes "
+            f"{prefixes / 2**30:.1f} and generating {generating / 2**30:.1f}, of {left / 2**30:.1f} that are left; "
+            "lower --batch-tokens, --max-sequence-tokens, --prefix-cache-tokens, --generation-batch-size, "
+            "--max-prompt-tokens or --max-new-tokens, or take more devices"
         )
     return needed
