@@ -614,7 +614,7 @@ def test_what_generates_is_part_of_the_memory_that_is_checked(service, monkeypat
 
     # The layers beside the stacks that they are copies of, and a program and pages for each group.
     engine = service.generation._engine
-    monkeypatch.setattr(engine, "_read", Program())
+    monkeypatch.setattr("qwen3.generation.engine._prefill", Program())
     monkeypatch.setattr(engine, "_decode", Program())
     held = service.generation.device_bytes() - sum(leaf.nbytes for leaf in jax.tree.leaves(service._model.stacks))
     a_group = engine.programs(service._model, [SamplingParams(max_new_tokens=1)]).decode_arguments[2]
