@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.text import Text
 
 from distill.experiment import Experiment
-from distill.hosts.processes import Cluster, is_first, where
 from distill.monitor.progress import Progress
 from distill.monitor.terminal import make_console
 from distill.monitor.time_left import duration
@@ -24,6 +23,7 @@ from distill.stages.stopping import Interrupted, StopRequest
 from distill.training.host_memory import keep_freed_memory
 from qwen3.commands import give_up_output, reported, spell_out
 from qwen3.errors import UserError
+from qwen3.hosts.processes import Cluster, add_cluster_options, is_first, where
 
 _DESCRIPTION = """\
 Run a distillation experiment, or go on with one that was stopped.
@@ -73,7 +73,7 @@ def _main(arguments: list[str]) -> int:
     cluster = Cluster.named(own.coordinator, own.processes, own.process)
     if cluster is None:
         return _run(experiment, own.runs, arguments)
-    return cluster.run(lambda: _reported(lambda: _run(experiment, own.runs, arguments)))
+    return cluster.run(lambda _lifelines: _reported(lambda: _run(experiment, own.runs, arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,11 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of(
         "python -m distill.run", _DESCRIPTION, _EPILOGUE, "an experiment file, or a folder of them to list"
     )
-    add = parser.add_argument
-    add("--runs", metavar="FOLDER", default="runs", help="folder that holds the run directories (default: runs)")
-    add("--coordinator", metavar="HOST:PORT", help="where process 0 listens, or auto: jax finds it")
-    add("--processes", metavar="N", type=int, help="how many processes run the experiment together")
-    add("--process", metavar="I", type=int, help="which of them this one is, 0 to N-1")
+    parser.add_argument(
+        "--runs", metavar="FOLDER", default="runs", help="folder that holds the run directories (default: runs)"
+    )
+    add_cluster_options(parser)
     return parser
 
 

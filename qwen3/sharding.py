@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -234,15 +233,35 @@ def place(tree: PyTree, sharding: NamedSharding) -> Any:
     return jax.tree.map(put, tree)
 
 
+def everywhere(tree: Tree) -> Tree:
+    """Every leaf such that this process has all of it: where parts lie on devices of others, on every device. The
+    devices need not have finished when this returns, and must do the same in every process."""
+
+    def spread(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        assert isinstance(leaf.sharding, NamedSharding)
+        return jax.jit(_itself, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+
+    return jax.tree.map(spread, tree)
+
+
 def fetch(tree: PyTree) -> Any:
     """Every leaf as a NumPy array, whole in every process; parts that lie on other hosts pass through the devices."""
+    return jax.device_get(everywhere(tree))
 
-    def get(leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            return multihost_utils.process_allgather(leaf, tiled=True)
-        return leaf
 
-    return jax.device_get(jax.tree.map(get, tree))
+def _itself(array: Array) -> Array:
+    return array
+
+
+def bytes_on_device(arrays: PyTree) -> int:
+    """What a device holds of arrays, which may be abstract."""
+    held = 0
+    for leaf in jax.tree.leaves(arrays):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        held += math.prod(shape) * leaf.dtype.itemsize
+    return held
 
 
 def row_shares(mesh: Mesh | None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from qwen3.errors import UserError
-from qwen3.field_types import Count, Positive, check_fields
+from qwen3.field_types import Count, Natural, Positive, check_fields
 
 TOKEN_VARIABLE: Final = "TEACHER_TOKEN"
 
@@ -39,6 +39,9 @@ class Limits:
     """Ids a position that can be asked for by name."""
     max_sampled_tokens: Count = 64
     """Tokens a position that can be sampled."""
+    prefix_cache_tokens: Natural = 16_384
+    """Tokens whose keys, values and hidden states are kept for further sequences that begin with them, for each share
+    of the rows (that is, for each device, or those along mesh.tensor together); 0 keeps none."""
     max_request_sequences: Count = 256
     """Sequences in one request."""
     max_request_tokens: Count = 16_384

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3.decoder.model import Qwen3
@@ -248,6 +248,15 @@ class ScoringProgram(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+def with_results_everywhere(program: ScoringProgram, mesh: Mesh) -> ScoringProgram:
+    """The same with results that every process has whole, as `qwen3.sharding.everywhere` would make them afterwards."""
+    place = NamedSharding(mesh, PartitionSpec())
+    if place.is_fully_addressable:
+        return program
+    static = [number for number, argument in enumerate(program.arguments) if isinstance(argument, int | Mesh)]
+    return ScoringProgram(jax.jit(program.function, static_argnums=static, out_shardings=place), program.arguments)
+
+
 def hidden_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, places: int | None = None) -> ScoringProgram:
     """What `Scorer.hidden` runs on rows of this shape, and so many places of each; `model` may be abstract."""
     at = () if places is None else (row_shapes(jax.ShapeDtypeStruct((rows, places), np.int32), mesh, TOKENS),)
@@ -274,9 +283,9 @@ def following_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int) -> Sc
 
 def top_k_and_following_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, k: int) -> ScoringProgram:
     """The k most likely tokens at every position and what is said about the token that follows: `TopK, Following` of
-    the model, tokens, positions, segments and the following tokens, -1 for none."""
-    shapes = _row_shapes(mesh, rows, length)
-    return ScoringProgram(_top_k_and_following, (model, *shapes, shapes[0], k, mesh))
+    the model, hidden states [rows, length, D] and the following tokens, -1 for none."""
+    following = row_shapes(jax.ShapeDtypeStruct((rows, length), np.int32), mesh, TOKENS)
+    return ScoringProgram(_top_k_and_following, (model, hidden_shape(model, mesh, rows, length), following, k, mesh))
 
 
 def at_ids_program(
@@ -288,11 +297,30 @@ def at_ids_program(
     return ScoringProgram(_at_ids, (model, *_row_shapes(mesh, rows, length), ids, top_k, mesh, *at))
 
 
+def at_ids_of_hidden_program(
+    model: Qwen3, mesh: Mesh, *, rows: int, length: int, entries: int, top_k: int = 0
+) -> ScoringProgram:
+    """`at_ids_program` of the model, hidden states [rows, length, D] and ids [rows, length, entries]."""
+    ids = row_shapes(jax.ShapeDtypeStruct((rows, length, entries), np.int32), mesh, TOKENS)
+    return ScoringProgram(_at_ids_of_hidden, (model, hidden_shape(model, mesh, rows, length), ids, top_k, mesh))
+
+
 def by_uniform_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int, sampled_tokens: int) -> ScoringProgram:
-    """Tokens sampled at every position, each decided by its own number in [0, 1): `Sampled` of the model, tokens,
-    positions, segments and the numbers [rows, length, sampled_tokens]."""
+    """Tokens sampled at every position, each decided by its own number in [0, 1): `Sampled` of the model, hidden states
+    [rows, length, D] and the numbers [rows, length, sampled_tokens]."""
     uniform = row_shapes(jax.ShapeDtypeStruct((rows, length, sampled_tokens), np.float32), mesh, TOKENS)
-    return ScoringProgram(_by_uniform, (model, *_row_shapes(mesh, rows, length), uniform, mesh))
+    return ScoringProgram(_by_uniform, (model, hidden_shape(model, mesh, rows, length), uniform, mesh))
+
+
+def hidden_alone_program(model: Qwen3, mesh: Mesh, *, rows: int, length: int) -> ScoringProgram:
+    """`Hidden` of the model and hidden states [rows, length, D], which are handed on as they are."""
+    return ScoringProgram(_hidden_alone, (model, hidden_shape(model, mesh, rows, length)))
+
+
+def hidden_shape(model: Qwen3, mesh: Mesh, rows: int, length: int) -> jax.ShapeDtypeStruct:
+    """Final hidden states of rows of this shape."""
+    shape = rows, length, model.config.hidden_size
+    return row_shapes(jax.ShapeDtypeStruct(shape, model.compute_dtype), mesh, TOKENS)
 
 
 def _row_shapes(mesh: Mesh, rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -320,17 +348,21 @@ def _hidden(
     return Hidden(hidden=hidden if places is None else at_places(hidden, places, mesh))
 
 
+@jax.jit
+def _hidden_alone(model: Qwen3, hidden: Array) -> Hidden:
+    del model
+    return Hidden(hidden=hidden)
+
+
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _top_k(model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, k: int, mesh: Mesh) -> TopK:
     hidden = to_pieces(model.hidden(tokens, positions, segment_ids, mesh), mesh)
     return to_rows(top_k_targets(hidden, _head(model, mesh), k, block_tokens=_block_tokens(mesh)), mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def _top_k_and_following(
-    model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, following: Array, k: int, mesh: Mesh
-) -> tuple[TopK, Following]:
-    hidden, following = to_pieces((model.hidden(tokens, positions, segment_ids, mesh), following), mesh)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _top_k_and_following(model: Qwen3, hidden: Array, following: Array, k: int, mesh: Mesh) -> tuple[TopK, Following]:
+    hidden, following = to_pieces((hidden, following), mesh)
     found = top_k_and_following(hidden, _head(model, mesh), k, following, block_tokens=_block_tokens(mesh))
     return to_rows(found, mesh)
 
@@ -347,7 +379,12 @@ def _at_ids(
     places: Array | None = None,
 ) -> AtIds:
     hidden = model.hidden(tokens, positions, segment_ids, mesh)
-    hidden, ids = to_pieces((hidden if places is None else at_places(hidden, places, mesh), ids), mesh)
+    return _at_ids_of_hidden(model, hidden if places is None else at_places(hidden, places, mesh), ids, top_k, mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _at_ids_of_hidden(model: Qwen3, hidden: Array, ids: Array, top_k: int, mesh: Mesh) -> AtIds:
+    hidden, ids = to_pieces((hidden, ids), mesh)
     found = at_ids_targets(hidden, _head(model, mesh), ids, top_k=top_k, block_tokens=_block_tokens(mesh))
     return to_rows(found, mesh)
 
@@ -375,9 +412,7 @@ def _sampled(
     return to_rows(targets, mesh)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _by_uniform(
-    model: Qwen3, tokens: Array, positions: Array, segment_ids: Array, uniform: Array, mesh: Mesh
-) -> Sampled:
-    hidden, uniform = to_pieces((model.hidden(tokens, positions, segment_ids, mesh), uniform), mesh)
+@functools.partial(jax.jit, static_argnums=3)
+def _by_uniform(model: Qwen3, hidden: Array, uniform: Array, mesh: Mesh) -> Sampled:
+    hidden, uniform = to_pieces((hidden, uniform), mesh)
     return to_rows(sampled_by_uniform(hidden, _head(model, mesh), uniform, block_tokens=_block_tokens(mesh)), mesh)

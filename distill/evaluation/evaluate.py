@@ -10,7 +10,6 @@ import numpy as np
 from distill.evaluation import parts
 from distill.evaluation.comparison import Comparison, Figures, perplexity
 from distill.evaluation.pass_at_k import mean_pass_at_k, pass_at_1_standard_error
-from distill.hosts.processes import require_same
 from distill.monitor.metrics import RolloutSample
 from distill.report.results import EvaluationRow, LengthHistogram, scalars_of, with_error
 from distill.stages.context import EngineSizes, RunContext
@@ -23,6 +22,7 @@ from qwen3.errors import UserError
 from qwen3.field_types import MOST_PROBLEMS, Count, Natural, check_fields, check_product
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
+from qwen3.hosts.processes import require_same
 from qwen3.rollout import MODES, NON_THINKING, THINKING, Mode, Rollout, with_prompt
 
 

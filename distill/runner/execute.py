@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill.experiment import Experiment
-from distill.hosts.processes import first_says, is_first
 from distill.monitor.environment import commit
 from distill.monitor.metrics import METRICS_FILE, MetricsWriter, NoMetrics
 from distill.monitor.progress import Progress
@@ -33,6 +32,7 @@ from qwen3.chat.chat import ChatTokenizer
 from qwen3.decoder.adapter import adapter_parameters
 from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.model import Qwen3
+from qwen3.hosts.processes import first_says, is_first
 
 
 def execute(

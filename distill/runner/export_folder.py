@@ -7,7 +7,6 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from distill.experiment import Experiment
-from distill.hosts.processes import first_says, is_first
 from distill.monitor.records import read_json, write_atomically
 from distill.runner.inputs import GENERATION_CONFIG, FileState, file_state, states_from_json
 from distill.runner.run_directory import EXPORT_RECORD
@@ -15,6 +14,7 @@ from distill.stages.context import RunContext
 from qwen3.chat.tokenizer import tokenizer_paths
 from qwen3.decoder.model import Qwen3
 from qwen3.folder import restore_folder
+from qwen3.hosts.processes import first_says, is_first
 from student.export import export
 
 _FOLDER = "export"

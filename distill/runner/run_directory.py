@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from distill.experiment import Experiment, differing_fields
-from distill.hosts.processes import first_says, is_first, require_same
 from distill.monitor.environment import environment
 from distill.monitor.metrics import read_metrics
 from distill.monitor.records import read_json, write_atomically
@@ -22,6 +21,7 @@ from distill.report.results import STUDENT_INITIAL, TEACHER, EvaluationRow, Stag
 from distill.runner.inputs import Inputs, check_unchanged, found_inputs, inputs_from_json
 from distill.stages.stopping import Interrupted
 from qwen3.errors import UserError
+from qwen3.hosts.processes import first_says, is_first, require_same
 from qwen3.rollout import Rollout, rollouts_from_json, rollouts_to_json
 
 _SHOWN_DIFFERENCES = 5

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 from jax.sharding import Mesh
 
-from distill.hosts.processes import first_says
 from distill.monitor.metrics import MetricsWriter
 from distill.monitor.progress import Progress
 from distill.monitor.records import read_json, write_atomically
@@ -27,6 +26,7 @@ from qwen3.decoder.model import Qwen3
 from qwen3.field_types import check_product
 from qwen3.generation.engine import Engine, OnProgress, Request
 from qwen3.generation.sampling import SamplingParams
+from qwen3.hosts.processes import first_says
 from qwen3.rollout import Rollout
 from teacher.scoring import Scorer
 from teacher.served import ServedEngine, ServedModel, ServedScorer

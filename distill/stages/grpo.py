@@ -17,7 +17,6 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from jax.sharding import Mesh
 
-from distill.hosts.processes import first_says
 from distill.rewards.advantages import Advantages, advantages, have_signal
 from distill.rewards.reward import Failed, Reward, RewardFailed, Rewards, Truncated, check_reward
 from distill.stages.ahead import Outcome, Written
@@ -40,6 +39,7 @@ from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from qwen3.field_types import Bounds, Count, Natural, NotNegative, Positive, Problems, Share, check_fields
 from qwen3.generation.sampling import SamplingParams
+from qwen3.hosts.processes import first_says
 from qwen3.rollout import THINKING, Mode, Rollout
 from teacher.scoring import Scorer
 

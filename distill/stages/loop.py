@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from distill.hosts.processes import require_same
 from distill.monitor.metrics import require_finite
 from distill.monitor.utilisation import memory_gib, model_flops_utilisation
 from distill.stages.context import RunContext
@@ -23,6 +22,7 @@ from distill.training.train_step import Batch, TeacherHeads, TrainStep
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
 from qwen3.field_types import Count, check_fields, check_product
+from qwen3.hosts.processes import require_same
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

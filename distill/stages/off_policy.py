@@ -9,7 +9,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from distill.hosts.processes import first_says, require_same
 from distill.stages.context import EngineSizes, Generator, RunContext, Stopwatch
 from distill.stages.loop import Spent, StepData, Training, train
 from distill.stages.packed import documents_flops
@@ -28,6 +27,7 @@ from qwen3.errors import UserError
 from qwen3.field_types import Count, Problems, check_fields
 from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams, non_thinking_params, thinking_params
+from qwen3.hosts.processes import first_says, require_same
 from qwen3.rollout import THINKING, Mode
 from teacher.identity import tokenizer_hashes
 from teacher.scored_rollout import ScoredRollout, after_prompt

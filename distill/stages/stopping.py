@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from distill.hosts.processes import any_process
 from qwen3.commands import ENDED_BY_CTRL_C
+from qwen3.hosts.processes import any_process
 
 
 class Interrupted(Exception):

@@ -10,6 +10,7 @@ from kernels_pallas.attention.dual_chunk import (
 )
 from kernels_pallas.attention.on_mesh import attention_on_mesh
 from kernels_pallas.attention.pairs import attended_pairs, backward_products
+from kernels_pallas.attention.prefix import attention_behind_prefix
 from kernels_pallas.attention.zigzag import from_zigzag, to_zigzag
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "DualChunkQueries",
     "attended_pairs",
     "attention",
+    "attention_behind_prefix",
     "attention_of",
     "attention_on_mesh",
     "attention_part",

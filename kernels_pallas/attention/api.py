@@ -67,9 +67,17 @@ def attention_part(
 
 def merge_parts(parts: Sequence[tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]]) -> Float[Array, "B T N H"]:
     """Attention over all keys from `attention_part` over disjoint spans, each with queries of its own choice."""
+    return merge_parts_with_log_sum_exp(parts)[0].astype(parts[0][0].dtype)
+
+
+def merge_parts_with_log_sum_exp(
+    parts: Sequence[tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """`merge_parts` in float32 and the log-sum-exp of all, to be merged with more."""
     outs, log_sum_exps = zip(*parts, strict=True)
-    shares = jax.nn.softmax(jnp.stack(log_sum_exps), axis=0).swapaxes(2, 3)[..., None]
-    return jnp.sum(shares * jnp.stack(outs).astype(jnp.float32), axis=0).astype(outs[0].dtype)
+    stacked = jnp.stack(log_sum_exps)
+    shares = jax.nn.softmax(stacked, axis=0).swapaxes(2, 3)[..., None]
+    return jnp.sum(shares * jnp.stack(outs).astype(jnp.float32), axis=0), jax.nn.logsumexp(stacked, axis=0)
 
 
 def _check(q: Array, k: Array, v: Array, segment_ids: Array, query_index: Array | None) -> None:

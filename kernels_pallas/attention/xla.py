@@ -58,7 +58,7 @@ def forward(
         scores = jnp.einsum("BNTH,BNSH->BNTS", queries, heads.keys[:, :, :seen], preferred_element_type=jnp.float32)
         seeing = _mask(view, start, size, seen)
         scores = jnp.where(seeing, scores * q.shape[3] ** -0.5, _MASKED)
-        top = jnp.max(scores, axis=-1, keepdims=True)
+        top = jnp.max(scores, axis=-1, keepdims=True, initial=_MASKED)
         exponentials = jnp.where(seeing, jnp.exp(scores - top), 0)
         total = jnp.maximum(jnp.sum(exponentials, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
         weighted = jnp.matmul(
@@ -125,7 +125,7 @@ def pairs(ends: Int[np.ndarray, "T"], keys: int, *, rows: int, heads: int, align
     if looped is None:
         return sum(size * seen for _, size, seen in _unrolled(len(ends), keys, aligned=aligned))
     padding = -len(ends) % looped
-    reaches = _reaches(keys + padding if aligned else keys)
+    reaches = _reaches(keys + padding if aligned else keys, aligned=aligned)
     needed = np.pad(ends, (0, padding)).reshape(-1, looped).max(axis=1)
     return looped * int(np.sum(np.asarray(reaches)[_which(needed, reaches)]))
 
@@ -137,10 +137,11 @@ def _unrolled(queries: int, keys: int, *, aligned: bool) -> Iterator[tuple[int, 
         yield start, end - start, end if aligned else keys
 
 
-def _reaches(keys: int) -> list[int]:
-    """How many keys a looped block may see: the first, or the first two, three or all quarters."""
+def _reaches(keys: int, *, aligned: bool) -> list[int]:
+    """How many keys a looped block may see: the first, or the first two, three or all quarters; none only where it does
+    not stand beside them."""
     share = -(-keys // (_REACHES * _SMALL_BLOCK)) * _SMALL_BLOCK
-    return [*range(share, keys, share), keys]
+    return [*range(share if aligned else 0, keys, share), keys]
 
 
 def _which(needed: Any, reaches: list[int]) -> Any:
@@ -211,7 +212,7 @@ def _by_blocks(
         joined = [jnp.concatenate(column, axis=2) for column in columns[: len(columns) - summed]]
         return *joined, *(sum(column[1:], column[0]) for column in columns[len(columns) - summed :])
 
-    reaches = _reaches(keys)
+    reaches = _reaches(keys, aligned=aligned)
     branches = [functools.partial(block, size=looped, seen=seen) for seen in reaches]
 
     def step(sums: Any, start: Array) -> tuple[Any, Any]:

@@ -16,8 +16,6 @@ where `qwen3.decoder.kernels.Kernels.paged_attention` reads pages in place.
 import contextlib
 import dataclasses
 import functools
-import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
@@ -25,7 +23,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from kernels_pallas.platforms import platform
@@ -38,10 +35,20 @@ from qwen3.generation.cache import Pages, layers_of, make_pages, page_shapes, pr
 from qwen3.generation.decoding import Decoder
 from qwen3.generation.live import Live, OnProgress, Whole
 from qwen3.generation.pages import PagePool
-from qwen3.generation.sampling import Plan, SamplingParams
-from qwen3.generation.slots import Asked, Prompts, Request, Slots, State, Written
+from qwen3.generation.sampling import Plan, RowParams, SamplingParams
+from qwen3.generation.slots import Asked, Fixed, Prompts, Request, Slots, State, Written
+from qwen3.hosts.launcher import Launcher, Work
 from qwen3.rollout import THINKING, Rollout
-from qwen3.sharding import BATCH, check_rows, fetch, place, placed_shapes, row_shapes, row_shares
+from qwen3.sharding import (
+    BATCH,
+    bytes_on_device,
+    check_rows,
+    everywhere,
+    place,
+    placed_shapes,
+    row_shapes,
+    row_shares,
+)
 
 __all__ = ["STOP_IDS", "Engine", "OnProgress", "Request"]
 
@@ -50,6 +57,21 @@ STOP_IDS = 8
 _PREFILL_TOKENS = 256
 _GROUP_ROWS = 4
 _NEVER = np.iinfo(np.int32).max
+_ROWS = jax.tree.structure(
+    (Fixed(*Fixed._fields[:-1], sampling=RowParams(*RowParams._fields)), State(*State._fields))  # type: ignore[arg-type]
+)
+"""Of `Slots.fixed` and `Slots.state` together."""
+
+
+@dataclasses.dataclass(eq=False)
+class _OnDevices:
+    """What a group generates with."""
+
+    model: Qwen3
+    layers: tuple[Layer, ...] = ()
+    """As the decoding loop takes them."""
+    pages: Any = None
+    """`Pages`, once they are made."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,7 +79,7 @@ class _Group:
     """Slots that are written together, in one dispatch after the other."""
 
     slots: Slots
-    pages: Pages
+    held: _OnDevices
     coming: list[Asked] = dataclasses.field(default_factory=list)
     """Have joined since its last dispatch began: as long as one is under way, `slots` are its thread's."""
 
@@ -100,8 +122,8 @@ class Engine:
         tokens_per_dispatch: Most tokens that each slot writes before the host looks again. It looks earlier where
             requests wait and an eighth of the slots have ended.
         record_entropies: Whether rollouts come with the entropy of each distribution that a token was drawn from.
-        turn: Held while a program begins; None for a lock of its own. Whoever begins programs on the same several
-            devices from another thread must hold the same one.
+        launcher: Begins the programs; None for one of its own. Whoever begins programs on the same several devices
+            from another thread, or behind a server in another process, must use the same one.
 
     Raises:
         UserError: A size below 1, a token outside the vocabulary, a stop-thinking text that does not stop thinking,
@@ -124,7 +146,7 @@ class Engine:
         pages: int | None = None,
         tokens_per_dispatch: int = 256,
         record_entropies: bool = False,
-        turn: contextlib.AbstractContextManager[Any] | None = None,
+        launcher: Launcher | None = None,
     ):
         sizes = {
             "batch_size": batch_size,
@@ -175,7 +197,7 @@ class Engine:
         self.pages = batch_size * self._table_pages if pages is None else pages
         self._check_pages(1)
         # Groups run the same programs: one compiles them, the others wait for it.
-        self._turn = threading.Lock() if turn is None else turn
+        self._launcher = Launcher() if launcher is None else launcher
         self._decode = _decoding(self._decoder)
 
     def generate(
@@ -242,7 +264,7 @@ class Engine:
         """
         mesh, shares = self._placement(model)
         numbers = self._numbers(seed, policy_step, step)
-        layers = self._own_layers(model)
+        layers = self._launcher.launch("layers", lambda _: self._own_layers(model))
         groups: list[_Group] = []
         joined = 0
         with ThreadPoolExecutor(self._most_groups) as threads:
@@ -256,8 +278,9 @@ class Engine:
                 most = min(1 if mesh is not None else self._most_groups, len(joining) + sum(g.requests for g in groups))
                 while len(groups) < most:
                     params = joining[0].request.params
-                    with self._turn:
-                        groups.append(self._group(params, stop_ids, shares, model.compute_dtype, mesh))
+                    pages = self._launcher.launch("pages", lambda _: self._pages(model))
+                    held = _OnDevices(model, layers, pages)
+                    groups.append(_Group(self._slots(params, stop_ids, shares, mesh), held))
                 _spread(joining, groups)
                 dispatch = live.next_dispatch()
                 for group in groups:
@@ -269,7 +292,7 @@ class Engine:
                     for index, rollout in group.slots.leave(live.wanted, policy_step):
                         live.ended(index, rollout)
                     if group.requests:
-                        future = threads.submit(self._write, model, layers, group, numbers, dispatch, mesh)
+                        future = threads.submit(self._write, group, numbers, dispatch)
                         writing[future] = group
                 if not writing:
                     return
@@ -280,11 +303,7 @@ class Engine:
                             live.ended(index, ended)
 
     def _own_layers(self, model: Qwen3) -> tuple[Layer, ...]:
-        """Layers as the decoding loop takes them."""
-        if not self.unroll:
-            return tuple(model.stacks)
-        with self._turn:
-            return _layers(model)
+        return _layers(model) if self.unroll else tuple(model.stacks)
 
     def _numbers(self, seed: int, policy_step: int, step: int | None) -> tuple[np.uint32, np.uint32]:
         step = policy_step if step is None else step
@@ -307,19 +326,19 @@ class Engine:
         if self.unroll and devices is not None:
             layers = placed_shapes(layers, devices)
         with contextlib.nullcontext() if devices is None else jax.set_mesh(devices):
-            group = self._group(request.params, stop_ids, shares, model.compute_dtype, mesh, page_shapes)
-        group.slots.add(Asked(0, request, (), _NEVER))
-        admitted = group.slots.admit()
+            slots, pages = self._slots(request.params, stop_ids, shares, mesh), self._pages(model, page_shapes)
+        slots.add(Asked(0, request, (), _NEVER))
+        admitted = slots.admit()
         assert admitted is not None
         prompts = row_shapes(admitted[0], mesh, PartitionSpec(None, *BATCH))
-        fixed, state = row_shapes((group.slots.fixed, group.slots.state), mesh)
+        fixed, state = row_shapes((slots.fixed, slots.state), mesh)
         number, count = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((), np.int32)
         return EnginePrograms(
             prefill=_prefill,
-            prefill_arguments=(model, group.pages, prompts, count),
+            prefill_arguments=(model, pages, prompts, count),
             prefill_options={"mesh": mesh},
             decode=self._decode,
-            decode_arguments=(model, layers, group.pages, fixed, state, count, count, number, number),
+            decode_arguments=(model, layers, pages, fixed, state, count, count, number, number),
             decode_options={"plan": Plan.of(sampling, self.config.vocab_size), "mesh": mesh},
         )
 
@@ -328,7 +347,7 @@ class Engine:
         out of their stacks, pages, and what the programs hold while they run. None where the compiler does not say."""
         programs = self.programs(model, [SamplingParams(max_new_tokens=1)])
         # With the layers as `follow` has them: what is compiled here is what it runs.
-        layers = self._own_layers(model)
+        layers = self._launcher.launch("layers", lambda _: self._own_layers(model))
         decode_arguments = (model, layers, *programs.decode_arguments[2:])
         run = [(programs.prefill, programs.prefill_arguments, programs.prefill_options)]
         run += [(programs.decode, decode_arguments, {**programs.decode_options, "plan": plan}) for plan in plans]
@@ -340,41 +359,67 @@ class Engine:
             taken.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
         mesh, _ = self._placement(model)
         groups = self._most_groups if mesh is None else 1
-        copied = _bytes_on_device(layers) if self.unroll else 0
-        return copied + groups * (_bytes_on_device(programs.decode_arguments[2]) + max(taken))
+        copied = bytes_on_device(layers) if self.unroll else 0
+        return copied + groups * (bytes_on_device(programs.decode_arguments[2]) + max(taken))
+
+    def works(self, model: Qwen3) -> dict[str, Work]:
+        """What the engine launches, by name, for a process that follows one that generates with these weights."""
+        held = _OnDevices(model)
+
+        def take_layers(arrays: Sequence[np.ndarray]) -> None:
+            held.layers = ()  # lest there are two copies
+            held.layers = self._own_layers(model)
+
+        def make(arrays: Sequence[np.ndarray]) -> None:
+            held.pages = None
+            held.pages = self._pages(model)
+
+        return {
+            "layers": take_layers,
+            "pages": make,
+            "prefill": functools.partial(self._launch_prefill, held),
+            "decode": functools.partial(self._launch_decode, held),
+        }
 
     def _write(
-        self,
-        model: Qwen3,
-        layers: tuple[Layer, ...],
-        group: _Group,
-        numbers: tuple[np.uint32, np.uint32],
-        dispatch: tuple[Plan, int],
-        mesh: Mesh | None,
+        self, group: _Group, numbers: tuple[np.uint32, np.uint32], dispatch: tuple[Plan, int]
     ) -> tuple[State, Written]:
         """Fill the free slots of a group and write in all of them until enough have ended."""
-        slots, (plan, tokens) = group.slots, dispatch
-        with self._turn:
-            if (admitted := slots.admit()) is not None:
-                prompts, chunks = admitted
-                placed = _place(prompts, PartitionSpec(None, *BATCH), mesh)
-                group.pages = _prefill(model, group.pages, placed, np.int32(chunks), mesh=mesh)
-            # Where none waits, nothing is gained by ending a dispatch before its last slot has ended.
-            leave = max(0, slots.writing - -(-slots.size // 8)) if slots.waiting else 0
-            fixed, state = _place((slots.fixed, slots.state), BATCH, mesh)
-            state, group.pages, written = self._decode(
-                model,
-                layers,
-                group.pages,
-                fixed,
-                state,
-                np.int32(leave),
-                np.int32(tokens),
-                *numbers,
-                plan=plan,
-                mesh=mesh,
-            )
-        return fetch((state, written))
+        slots, (plan, tokens), launch = group.slots, dispatch, self._launcher.launch
+        if (admitted := slots.admit()) is not None:
+            prompts, chunks = admitted
+            read = functools.partial(self._launch_prefill, group.held)
+            launch("prefill", read, jax.tree.leaves((prompts, np.int32(chunks))))
+        # Where none waits, nothing is gained by ending a dispatch before its last slot has ended.
+        leave = max(0, slots.writing - -(-slots.size // 8)) if slots.waiting else 0
+        arrays = jax.tree.leaves((slots.fixed, slots.state, np.int32(leave), np.int32(tokens), numbers))
+        write = functools.partial(self._launch_decode, group.held)
+        return self._launcher.results(launch("decode", write, arrays, plan=dataclasses.asdict(plan)))
+
+    def _launch_prefill(self, held: _OnDevices, arrays: Sequence[Any]) -> None:
+        *prompts, chunks = arrays
+        mesh = _mesh(held.model)
+        placed = _place(Prompts(*prompts), PartitionSpec(None, *BATCH), mesh)
+        held.pages = _prefill(held.model, held.pages, placed, chunks, mesh=mesh)
+
+    def _launch_decode(self, held: _OnDevices, arrays: Sequence[Any], plan: Mapping[str, Any]) -> tuple[State, Written]:
+        *rows, leave, tokens, seed, step = arrays
+        mesh = _mesh(held.model)
+        fixed, state = _place(jax.tree.unflatten(_ROWS, rows), BATCH, mesh)
+        state, held.pages, written = self._decode(
+            held.model,
+            held.layers,
+            held.pages,
+            fixed,
+            state,
+            leave,
+            tokens,
+            seed,
+            step,
+            plan=Plan(**plan),
+            mesh=mesh,
+        )
+        return everywhere((state, written))
 
     def _placement(self, model: Qwen3) -> tuple[Mesh | None, int]:
         """The mesh of several devices that holds the weights, if one does, and its shares of the rows."""
@@ -422,19 +467,12 @@ class Engine:
         budget = request.params.thinking_budget
         return _NEVER if budget is None or request.mode != THINKING else budget
 
-    def _group(
-        self,
-        params: SamplingParams,
-        stop_ids: int,
-        shares: int,
-        dtype: DTypeLike,
-        mesh: Mesh | None,
-        make: Callable[..., Pages] = make_pages,
-    ) -> _Group:
+    def _slots(self, params: SamplingParams, stop_ids: int, shares: int, mesh: Mesh | None) -> Slots:
+        """Those of a group."""
         count = self._most_groups if mesh is None else 1
         rows, pages = self.batch_size // count, self.pages // count
         prefill_rows = min(rows // shares, max(1, _PREFILL_TOKENS // self.max_prompt_tokens))
-        slots = Slots(
+        return Slots(
             params,
             batch_size=rows,
             pools=[PagePool(pages // shares, self.page_size) for _ in range(shares)],
@@ -446,8 +484,13 @@ class Engine:
             stop_width=-(-max(1, stop_ids) // STOP_IDS) * STOP_IDS,
             pad_id=self.pad_id,
         )
-        size = shares * (pages // shares + 1)
-        return _Group(slots, make(self.config, dtype, pages=size, page_size=self.page_size, mesh=mesh))
+
+    def _pages(self, model: Qwen3, make: Callable[..., Pages] = make_pages) -> Pages:
+        """Those of a group."""
+        mesh, shares = self._placement(model)
+        count = self._most_groups if mesh is None else 1
+        size = shares * (self.pages // count // shares + 1)
+        return make(self.config, model.compute_dtype, pages=size, page_size=self.page_size, mesh=mesh)
 
     @property
     def _most_groups(self) -> int:
@@ -484,15 +527,6 @@ def _spread(joining: Sequence[Asked], groups: Sequence[_Group]) -> None:
     for group, part in zip(idlest, np.array_split(np.arange(len(joining)), max(1, len(groups))), strict=False):
         for index in part:
             group.coming.append(joining[index])
-
-
-def _bytes_on_device(arrays: PyTree) -> int:
-    """What a device holds of arrays, which may be abstract."""
-    held = 0
-    for leaf in jax.tree.leaves(arrays):
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        held += math.prod(shape) * leaf.dtype.itemsize
-    return held
 
 
 def _mesh(model: Qwen3) -> Mesh | None:

@@ -3,13 +3,14 @@
 import argparse
 import dataclasses
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import uvicorn
@@ -21,6 +22,9 @@ from qwen3.checkpoint.quantisation import Quantisation
 from qwen3.commands import OneLineParser, reported, spell_out
 from qwen3.decoder.kernels import Kernels
 from qwen3.errors import UserError
+from qwen3.hosts.launcher import follow
+from qwen3.hosts.lifelines import FAREWELL, Lifelines
+from qwen3.hosts.processes import Cluster, add_cluster_options, give_up, is_first, leave, where
 from qwen3.sharding import MeshShape
 from teacher.limits import TOKEN_VARIABLE, Limits, token_of_environment
 from teacher.serve.app import LOOPBACK, Standing, make_app
@@ -28,12 +32,18 @@ from teacher.serve.service import Served, Service
 
 _MOST_CONNECTIONS = 1_024
 _DRAIN_SECONDS = 300
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_END = b"end"
+"""What a process says to the first where it got a signal."""
 _SMALLER = "lower --batch-tokens, --max-sequence-tokens or --generation-batch-size, or use more devices"
 _DESCRIPTION = f"""\
 Serve a teacher over HTTP: targets for students, and text.
 
   python -m teacher.serve --model checkpoints/Qwen3-32B
   {TOKEN_VARIABLE}=… python -m teacher.serve --model checkpoints/Qwen3-235B-A22B --host 0.0.0.0 --mesh.expert 8
+
+On several hosts, start the same command once on each: process 0 speaks HTTP, the others follow it. Under srun and on
+GKE's TPU slices the processes find one another; elsewhere say who they are (--coordinator, --processes, --process).
 
 POST /v1/chat/completions  POST /v1/completions    as OpenAI and vLLM have them, streams too
 POST /inference/v1/generate    vLLM's token endpoint, with prompt log-probabilities
@@ -47,8 +57,9 @@ GET  /v1/models  /health  /ready  /metrics
 _EPILOGUE = f"""\
 Beyond this machine (--host) a token is required: set the environment variable {TOKEN_VARIABLE}, the same for server
 and clients. /ready answers 200 once all programs are compiled. SIGTERM finishes what has been
-accepted, within {_DRAIN_SECONDS // 60} minutes, and ends.
-Exit status: 0 ended by a signal; 2 something for you to mend, said in one line.
+accepted, within {_DRAIN_SECONDS // 60} minutes, and ends; of several processes, whichever gets it, all end.
+Exit status: 0 ended by a signal; 2 something for you to mend, said in one line; 1 one of several processes has died,
+and the others have ended with it.
 """
 _OPTIONS: Mapping[str, str] = {
     "max_sequence_tokens": "longest sequence that is scored",
@@ -56,6 +67,7 @@ _OPTIONS: Mapping[str, str] = {
     "max_top_k": "most likely tokens a position that can be asked for",
     "max_ids": "ids a position that can be asked for by name",
     "max_sampled_tokens": "tokens a position that can be sampled",
+    "prefix_cache_tokens": "tokens kept for sequences that begin with them; 0: scoring computes every prompt anew",
     "max_request_sequences": "sequences in one request",
     "max_request_tokens": "tokens of all sequences in one request",
     "max_body_bytes": "bytes of one request",
@@ -72,7 +84,11 @@ _OPTIONS: Mapping[str, str] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     spell_out()
-    return reported(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)), smaller=_SMALLER)
+    return _reported(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _reported(work: Callable[[], int]) -> int:
+    return reported(work, where=where, smaller=_SMALLER)
 
 
 def _main(arguments: list[str]) -> int:
@@ -91,11 +107,25 @@ def _main(arguments: list[str]) -> int:
         kernels=Kernels(**_fields(own, "kernels.", Kernels)),
         limits=Limits(**_fields(own, "", Limits)),
     )
-    return serve(served, served.check(), host=own.host, port=own.port, token=token)
+
+    def work(lines: Lifelines | None) -> int:
+        mesh = served.check()
+        if lines is not None and not is_first():
+            follow_first(served, mesh, lines)
+        return serve(served, mesh, host=own.host, port=own.port, token=token, followers=lines)
+
+    cluster = Cluster.named(own.coordinator, own.processes, own.process)
+    if cluster is None:
+        return work(None)
+    remedy = "Start the same command on every host again"
+    return cluster.run(lambda lines: _reported(lambda: work(lines)), what="server", remedy=remedy)
 
 
-def serve(served: Served, mesh: Mesh, *, host: str, port: int, token: str | None) -> int:
-    """Load `served` while it already listens, serve it until a signal comes, and return the exit status."""
+def serve(
+    served: Served, mesh: Mesh, *, host: str, port: int, token: str | None, followers: Lifelines | None = None
+) -> int:
+    """Load `served` while it already listens, serve it until a signal comes, and return the exit status. With
+    `followers` the process ends then, and they with it."""
     standing, failures = Standing(), list[Exception]()
     with _listening(host, port) as listening:
         config = uvicorn.Config(
@@ -111,7 +141,7 @@ def serve(served: Served, mesh: Mesh, *, host: str, port: int, token: str | None
 
         def load() -> None:
             try:
-                standing.service = _loaded(served, mesh)
+                standing.service = _loaded(served, mesh, followers)
             except Exception as error:  # noqa: BLE001 - it is raised again where the process ends
                 failures.append(error)
                 server.should_exit = True
@@ -119,16 +149,52 @@ def serve(served: Served, mesh: Mesh, *, host: str, port: int, token: str | None
             kind = jax.devices()[0].device_kind
             print(f"serving {served.model} on http://{host}:{port}, {mesh.size} × {kind}", flush=True)
 
+        def end_with_followers(lines: Lifelines) -> None:
+            lines.received.get()
+            server.should_exit = True
+
         threading.Thread(target=load, name="load-teacher", daemon=True).start()
+        if followers is not None:
+            threading.Thread(target=end_with_followers, args=(followers,), name="hear-followers", daemon=True).start()
         # uvicorn hands on, once all is finished, the signal that has ended it.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             signal.signal(number, lambda *_: None)
         server.run([listening])
     if failures:
         raise failures[0]
     if standing.service is not None:
         standing.service.close()
+    if followers is not None:
+        # At once: what is still being loaded is of no use to anybody.
+        leave(followers, 0)
     return 0
+
+
+def follow_first(served: Served, mesh: Mesh, lines: Lifelines) -> NoReturn:
+    """Load `served` and do what the first process launches, until that one ends and this one with it. A signal is
+    handed on to the first."""
+    launched: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def work() -> int:
+        follow(launched, Service.load(served, mesh).works(), lines)
+
+    def follow_or_end() -> None:
+        try:
+            leave(lines, _reported(work))
+        except BaseException:  # noqa: BLE001
+            give_up(lines)
+
+    def hand_on(number: int, frame: Any) -> None:
+        for one in _SIGNALS:
+            signal.signal(one, signal.SIG_IGN)
+        lines.say(_END)
+
+    for number in _SIGNALS:
+        signal.signal(number, hand_on)
+    threading.Thread(target=follow_or_end, name="follow", daemon=True).start()
+    while (message := lines.received.get()) != FAREWELL:
+        launched.put(message)
+    leave(lines, 0)
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -144,7 +210,7 @@ def _listening(host: str, port: int) -> socket.socket:
         raise UserError(f"{host}:{port} cannot be listened on ({reason}); choose another --port or --host") from None
 
 
-def _loaded(served: Served, mesh: Mesh) -> Service:
+def _loaded(served: Served, mesh: Mesh, followers: Lifelines | None) -> Service:
     """The service, with bars on a terminal for what it takes to make it."""
     bars = Progress(
         TextColumn("{task.description}"),
@@ -161,7 +227,7 @@ def _loaded(served: Served, mesh: Mesh) -> Service:
         bars.update(tasks[what], completed=done, total=total)
 
     with bars:
-        return Service.load(served, mesh, on_step)
+        return Service.load(served, mesh, on_step, followers)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -179,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=8470, help="default: 8470")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of weights and computing")
     add("--quantisation", choices=typing.get_args(Quantisation), help="keep projections and experts in eight bits")
-    limits = parser.add_argument_group("what it takes; the first six say how large the compiled programs are")
+    limits = parser.add_argument_group("what it takes; the first six say how large programs and cache are")
     for field in dataclasses.fields(Limits):
         kind: Callable[[str], Any] = float if isinstance(field.default, float) else int
         limits.add_argument(
@@ -199,6 +265,7 @@ def parser() -> argparse.ArgumentParser:
         devices.add_argument(
             f"--kernels.{field.name.replace('_', '-')}", dest=f"kernels.{field.name}", default=field.default
         )
+    add_cluster_options(parser)
     return parser
 
 

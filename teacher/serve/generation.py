@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.decoder.model import Qwen3
@@ -14,6 +13,7 @@ from qwen3.errors import UserError
 from qwen3.generation.engine import Engine, Request
 from qwen3.generation.sampling import Plan, SamplingParams, non_thinking_params, thinking_params
 from qwen3.generation.slots import Written
+from qwen3.hosts.launcher import Launcher, Work
 from qwen3.rollout import NON_THINKING, Rollout
 from teacher.limits import Limits
 from teacher.serve.metrics import Metrics
@@ -64,9 +64,9 @@ class GenerationQueue:
         tokenizer: ChatTokenizer,
         limits: Limits,
         metrics: Metrics,
-        turn: contextlib.AbstractContextManager[Any] | None,
+        launcher: Launcher | None,
     ):
-        """`turn` is that of `qwen3.generation.engine.Engine`."""
+        """`launcher` is that of `qwen3.generation.engine.Engine`."""
         self._model, self._metrics = model, metrics
         self._vocab_size = model.config.vocab_size
         thinks = tokenizer.think_end_id is not None
@@ -79,7 +79,7 @@ class GenerationQueue:
             pad_id=tokenizer.pad_id,
             stop_thinking_ids=tokenizer.stop_thinking_ids if thinks else (),
             think_end_id=tokenizer.think_end_id,
-            turn=turn,
+            launcher=launcher,
         )
         # As Qwen3's authors recommend, which is cheap, and in every other way, with the likeliest tokens told.
         recommended = Plan.of([thinking_params(1), non_thinking_params(1)], self._vocab_size)
@@ -91,6 +91,10 @@ class GenerationQueue:
     def device_bytes(self) -> int | None:
         """What generating takes on a device beside the weights, at most; None where it is not known."""
         return self._engine.device_bytes(self._model, self._plans)
+
+    def works(self) -> dict[str, Work]:
+        """What is launched, by name, for a process that follows one that generates."""
+        return self._engine.works(self._model)
 
     def compile(self) -> None:
         """Compiles what generates, by generating a token in each way."""

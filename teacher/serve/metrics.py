@@ -17,6 +17,12 @@ class Metrics:
         self.requests = counter("requests", "Requests answered, by endpoint and status.", "endpoint", "status")
         self.scored_tokens = counter("scored_tokens", "Tokens of the sequences that were scored.")
         self.padding_tokens = counter("padding_tokens", "Places in scored batches that held no token.")
+        self.prefix_lookup_tokens = counter(
+            "prefix_lookup_tokens", "Tokens of sequences whose prefix was looked for, by what for.", "work"
+        )
+        self.prefix_hit_tokens = counter(
+            "prefix_hit_tokens", "Tokens among them that were known and not read again.", "work"
+        )
         self.batches = counter("batches", "Batches scored, by kind of target and shape.", "kind", "shape")
         self.generated_tokens = counter("generated_tokens", "Tokens generated.")
         self.queue_requests = Gauge(

@@ -1,63 +1,49 @@
 """The programs of a server that scores: a few fixed shapes of every kind of target, compiled before the first request.
 
 What runs under load are these executables and nothing else, so that nothing compiles then and the memory that
-scoring takes is known from the compiler before a request is accepted.
+scoring takes is known from the compiler before a request is accepted. One program takes rows through the layers,
+behind prefixes where they have some. Another makes targets of their hidden states, or of those that pages have kept.
 """
 
-import contextlib
+import collections
 import dataclasses
-import threading
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Float32, Int32
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float32
 
+from qwen3.decoder.kernels import PAGE_SIZE
 from qwen3.decoder.model import Qwen3
-from qwen3.sharding import batch_sharding, batch_shares, fetch, place
+from qwen3.generation.pages import PagePool
+from qwen3.generation.prefixes import Prefixes, Rows, Writes, prefix_page_shapes, read_rows, recall
+from qwen3.hosts.launcher import Launcher, Work
+from qwen3.sharding import BATCH, batch_sharding, batch_shares, bytes_on_device, place
 from teacher.limits import Limits
 from teacher.scoring import (
     ScoringProgram,
-    at_ids_program,
+    at_ids_of_hidden_program,
     by_uniform_program,
+    hidden_alone_program,
     hidden_program,
     top_k_and_following_program,
+    with_results_everywhere,
 )
+from teacher.serve.batches import Batch, Shape, Unit
+from teacher.serve.packing import Packed
 from teacher.wire import KINDS, Answer, Kind, Refused, TargetsRequest
 
+Name = Literal["read", "recall"] | Kind
+"""Of a program: rows through the layers; hidden states out of pages; targets of them."""
 _LEAST_LENGTH = 128
-_STEP = 4
-"""From one shape to the next the tokens grow by this, so that at most three quarters of a batch are padding where
-there is little to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Rows that go through the model together, and their length."""
-
-    rows: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """One sequence of a request: what a batch is made of."""
-
-    request: TargetsRequest
-    index: int
-
-    @property
-    def tokens(self) -> Int32[np.ndarray, "T"]:
-        return self.request.sequences[self.index]
-
-    @property
-    def start(self) -> int:
-        return self.request.starts[self.index]
+_STEP = 2
+"""From one shape to the next the tokens grow by this, so that at most half of a batch is padding where there is little
+to do."""
 
 
 def shapes_of(limits: Limits, mesh: Mesh) -> list[Shape]:
@@ -87,46 +73,61 @@ def filled_shape(shapes: Sequence[Shape], lengths: Sequence[int]) -> Shape:
     return max(filled, key=lambda shape: shape.tokens, default=holding[0])
 
 
-class Room:
-    """Sequences in the rows of a shape, each in the first row that has room for it."""
+def names_of(limits: Limits) -> list[Name]:
+    """The programs that a server has of every shape."""
+    return [*(("read", "recall") if _prefix_pages(limits) else ("read",)), *KINDS]
 
-    def __init__(self, shape: Shape):
-        self._shape = shape
-        self._used: list[int] = []
 
-    def take(self, tokens: int) -> tuple[int, slice] | None:
-        """Where a sequence of so many tokens goes; None where it no longer fits."""
-        row = next((row for row, used in enumerate(self._used) if used + tokens <= self._shape.length), None)
-        if row is None:
-            if tokens > self._shape.length or len(self._used) == self._shape.rows:
-                return None
-            row = len(self._used)
-            self._used.append(0)
-        start = self._used[row]
-        self._used[row] += tokens
-        return row, slice(start, start + tokens)
+def _prefix_pages(limits: Limits) -> int:
+    """Of each share of the rows."""
+    return limits.prefix_cache_tokens // PAGE_SIZE
 
-    def take_all(self, lengths: Sequence[int]) -> list[tuple[int, slice]] | None:
-        """Where each of these goes; None where not all of them fit."""
-        places = [self.take(length) for length in lengths]
-        found = [place for place in places if place is not None]
-        return found if len(found) == len(places) else None
+
+_GIVEN: Mapping[str, Any] = {
+    "read": jax.tree.structure(tuple(kind(*kind._fields) for kind in (Rows, Writes, Prefixes))),
+    "recall": jax.tree.structure(""),
+}
+_GIVEN_ALONE: Any = jax.tree.structure(tuple(Rows._fields))
+"""What `_Step.given` is made of by name, and of rows that have no prefixes."""
+
+
+class _Step(NamedTuple):
+    """Rows and what is asked about them, on the host."""
+
+    name: Name
+    shape: Shape
+    given: Any
+    """What the program of this name takes beside model and pages."""
+    asked: tuple[np.ndarray, ...]
 
 
 class Programs:
-    """Scores batches of sequences with one teacher on one mesh.
+    """Scores batches of sequences with one teacher on one mesh; one thread forms and begins them.
 
     Attributes:
         shapes: What batches are padded to, the smallest first.
         at_once: Batches that may be begun before their results are there. While devices compute one, the next waits
             in their own queue; a CPU would compute both at a time, each getting in the other's way.
-        temporary_bytes: The most that one program takes on a device beside the weights, results included; None where
-            the compiler does not say.
+        temporary_bytes: The most that one batch takes on a device beside weights and prefixes, results included; None
+            where the compiler does not say.
+        prefix_bytes: What the prefixes take on a device.
     """
 
-    def __init__(self, model: Qwen3, mesh: Mesh, limits: Limits, on_compiled: Callable[[], None] | None = None):
-        """Compiles everything; `on_compiled` is called after each of `len(KINDS) * len(shapes_of(limits, mesh))`."""
-        self._model, self._placement = model, batch_sharding(mesh)
+    def __init__(
+        self,
+        model: Qwen3,
+        mesh: Mesh,
+        limits: Limits,
+        on_compiled: Callable[[], None] | None = None,
+        launcher: Launcher | None = None,
+    ):
+        """Compiles everything; `on_compiled` is called after each of `names_of(limits)` for each of the shapes.
+
+        `launcher` is that of `qwen3.generation.engine.Engine`."""
+        self._launcher = Launcher() if launcher is None else launcher
+        self._model, self._mesh, self._shares = model, mesh, batch_shares(mesh)
+        # With prefixes rows are whole, and what there is of them is spread as they are.
+        self._placement = NamedSharding(mesh, BATCH) if _prefix_pages(limits) else batch_sharding(mesh)
         self.shapes = shapes_of(limits, mesh)
         self.at_once = 1 if mesh.devices.flat[0].platform == "cpu" else 2
         self._entries: dict[Kind, int] = {
@@ -135,21 +136,28 @@ class Programs:
             "sampled": limits.max_sampled_tokens,
             "hidden": 0,
         }
-        self._compiled: dict[tuple[Kind, Shape], Any] = {}
-        taken: list[int] = []
-        for kind in KINDS:
-            for shape in self.shapes:
-                program = _program(kind, model, mesh, shape, self._entries)
-                compiled = program.function.lower(*program.arguments).compile()
-                self._compiled[kind, shape] = compiled
-                if (memory := compiled.memory_analysis()) is not None:
-                    taken.append(memory.temp_size_in_bytes + memory.output_size_in_bytes)
-                if on_compiled is not None:
-                    on_compiled()
-        self.temporary_bytes = max(taken, default=None)
-        self.turn: contextlib.AbstractContextManager[Any] | None = threading.Lock() if mesh.size > 1 else None
-        """Whoever begins programs from another thread takes it meanwhile: of programs that several devices run
-        together, one order must hold on all of them, or they wait for each other for ever. None for one device."""
+        self._pages = _prefix_pages(limits)
+        self._page_shapes: Any = None
+        if self._pages:
+            pages = self._shares * (self._pages + 1)
+            self._page_shapes = prefix_page_shapes(
+                model.config, model.compute_dtype, pages=pages, page_size=PAGE_SIZE, mesh=mesh
+            )
+        self.prefix_bytes = bytes_on_device(self._page_shapes)
+        self._compiled: dict[tuple[Name, Shape], Any] = {}
+        for name, shape in itertools.product(names_of(limits), self.shapes):
+            program = self._program(name, shape)
+            if name in KINDS:
+                program = with_results_everywhere(program, mesh)
+            self._compiled[name, shape] = program.function.lower(*program.arguments).compile()
+            if on_compiled is not None:
+                on_compiled()
+        self.temporary_bytes = self._most_bytes()
+        self._pools: list[PagePool] = []
+        self._cached: Any = None
+        """`PrefixPages`, from the first batch on."""
+        self._lost = self._renew = True
+        self._turns = itertools.cycle(range(self._shares))
 
     def check(self, request: TargetsRequest) -> None:
         """Refuses what fits none of the shapes, or asks for more entries than they are compiled for."""
@@ -163,18 +171,127 @@ class Programs:
                 413,
             )
 
-    def launch(self, kind: Kind, units: Sequence[Unit]) -> "Launched":
-        """Begins to score sequences that a `Room` of the largest shape has taken; the devices need not have finished
-        when this returns."""
-        lengths = [len(unit.tokens) for unit in units]
-        tried = ((shape, Room(shape).take_all(lengths)) for shape in self.shapes)
-        shape, places = next((shape, places) for shape, places in tried if places is not None)
-        arrays = _Rows(kind, shape, self._entries[kind])
-        for number, (unit, where) in enumerate(zip(units, places, strict=True), start=1):
-            arrays.put(unit, where, number)
-        with self.turn or contextlib.nullcontext():
-            results = self._compiled[kind, shape](self._model, *place(arrays.all, self._placement))
-        return Launched(kind=kind, units=units, places=places, shape=shape, most=self._entries, results=results)
+    def batch(self, shape: Shape | None = None) -> Batch:
+        """An empty one of this shape, or the largest, to be launched before the next is asked for, or never."""
+        if self._lost:
+            self._pools = [PagePool(self._pages, PAGE_SIZE) for _ in range(self._shares)]
+            self._lost, self._renew = False, True
+        return Batch(shape or self.shapes[-1], self._pools, next(self._turns))
+
+    def forget(self) -> None:
+        """Take no prefix for known from the next batch on: a program has failed that may have had to write some."""
+        self._lost = True
+
+    def launch(self, batch: Batch) -> "Launched":
+        """Begins to score what a batch has taken; the devices need not have finished when this returns."""
+        kind = batch.units[0].kind
+        try:
+            packed = [
+                Packed.smallest(pieces, self.shapes, self._shares) for pieces in (batch.read, batch.recalled) if pieces
+            ]
+            steps = [self._step(kind, one, recalls=one.pieces is batch.recalled) for one in packed]
+            arrays = jax.tree.leaves([(step.given, step.asked) for step in steps])
+            named = [(step.name, step.shape.rows, step.shape.length) for step in steps]
+            results = self._launcher.launch("score", self._begin, arrays, kind=kind, steps=named, renew=self._renew)
+            self._renew = False
+        except Exception:
+            self.forget()
+            raise
+        finally:
+            batch.close()
+        return Launched(
+            kind=kind,
+            units=batch.units,
+            steps=packed,
+            most=self._entries,
+            results=functools.partial(self._launcher.results, results),
+        )
+
+    def works(self) -> dict[str, Work]:
+        """What is launched, by name, for a process that follows one that scores."""
+        return {"score": self._begin}
+
+    def _step(self, kind: Kind, packed: Packed, *, recalls: bool) -> "_Step":
+        asked = packed.asked(kind, self._entries[kind])
+        if recalls:
+            return _Step("recall", packed.shape, packed.recalled(), asked)
+        if not self._pages:
+            return _Step("read", packed.shape, tuple(packed.rows()), asked)
+        given = packed.rows(), packed.writes(), packed.prefixes(self._table_pages)
+        return _Step("read", packed.shape, given, asked)
+
+    def _begin(
+        self, arrays: Sequence[np.ndarray], kind: Kind, steps: Sequence[tuple[Name, int, int]], renew: bool
+    ) -> list[Any]:
+        """Begins the programs of these steps, of a name and a shape each, one after the other, with new pages if so it
+        is to be; `arrays` are the leaves of what is given and asked in each. Returns what is said about the rows of
+        each."""
+        if renew and self._pages:
+            self._cached = None  # lest there are two
+            self._cached = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), self._page_shapes
+            )
+        said, left, asks = [], iter(arrays), 0 if kind == "hidden" else 1
+        for name, *size in steps:
+            shape, structure = Shape(*size), _GIVEN[name] if self._pages else _GIVEN_ALONE
+            given = jax.tree.unflatten(structure, itertools.islice(left, structure.num_leaves))
+            program, given = self._compiled[name, shape], place(given, self._placement)
+            if name == "recall":
+                hidden = program(self._cached.hidden, given)
+            elif self._pages:
+                hidden, self._cached = program(self._model, self._cached, *given)
+            else:
+                hidden = program(self._model, *given).hidden
+            asked = place(tuple(itertools.islice(left, asks)), self._placement)
+            said.append(self._compiled[kind, shape](self._model, hidden, *asked))
+        return said
+
+    @property
+    def _table_pages(self) -> int:
+        return max(1, self.shapes[-1].length // PAGE_SIZE)
+
+    def _program(self, name: Name, shape: Shape) -> ScoringProgram:
+        model, mesh, rows, length = self._model, self._mesh, shape.rows, shape.length
+        if name == "top_k":
+            return top_k_and_following_program(model, mesh, rows=rows, length=length, k=self._entries[name])
+        if name == "at_ids":
+            entries, top_k = self._entries[name], self._entries["top_k"]
+            return at_ids_of_hidden_program(model, mesh, rows=rows, length=length, entries=entries, top_k=top_k)
+        if name == "sampled":
+            sampled = self._entries[name]
+            return by_uniform_program(model, mesh, rows=rows, length=length, sampled_tokens=sampled)
+        if name == "hidden":
+            return hidden_alone_program(model, mesh, rows=rows, length=length)
+        if not self._pages:
+            return hidden_program(model, mesh, rows=rows, length=length)
+
+        def shaped(*sizes: int) -> Any:
+            return jax.ShapeDtypeStruct(sizes, np.int32, sharding=self._placement)
+
+        if name == "recall":
+            function = jax.jit(functools.partial(recall, mesh=mesh), out_shardings=self._placement)
+            return ScoringProgram(function, (self._page_shapes.hidden, shaped(rows, length)))
+        writes = shaped(rows * (length // PAGE_SIZE))
+        prefixes = Prefixes(shaped(rows, self._table_pages), shaped(rows, length))
+        function = jax.jit(
+            functools.partial(read_rows, mesh=mesh),
+            donate_argnums=1,
+            out_shardings=(self._placement, jax.tree.map(lambda leaf: leaf.sharding, self._page_shapes)),
+        )
+        given = Rows(*(shaped(rows, length),) * 3), Writes(writes, writes), prefixes
+        return ScoringProgram(function, (model, self._page_shapes, *given))
+
+    def _most_bytes(self) -> int | None:
+        """Of a batch, of which one step reads and another one recalls."""
+        most = collections.Counter[Name]()
+        for (name, _), program in self._compiled.items():
+            memory = program.memory_analysis()
+            if memory is None:
+                return None
+            taken = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            most[name] = max(most[name], taken)
+        targets = max(most[kind] for kind in KINDS)
+        return most["read"] + most["recall"] + (2 if self._pages else 1) * targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,61 +300,33 @@ class Launched:
 
     kind: Kind
     units: Sequence[Unit]
-    places: Sequence[tuple[int, slice]]
-    shape: Shape
+    steps: Sequence[Packed]
+    """What goes through the layers, and what is recalled; either may be missing."""
     most: Mapping[Kind, int]
     """Entries a position for which the programs are compiled."""
-    results: Any
+    results: Callable[[], Sequence[Any]]
+    """Of each step, on the host, once the devices have finished."""
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens that go through the layers."""
+        return sum(len(piece.positions) for step in self.steps for piece in step.pieces if not piece.pages)
 
     def answers(self) -> list[Answer]:
-        """What is said about each sequence, on the host, once the devices have finished."""
-        results = fetch(self.results)
-        return [
-            _answer(self.kind, unit, self.most, results, (row, slice(span.start + unit.start, span.stop)))
-            for unit, (row, span) in zip(self.units, self.places, strict=True)
-        ]
+        """What is said about each unit, on the host, once the devices have finished."""
+        parts: dict[Unit, list[tuple[int, Answer]]] = {unit: [] for unit in self.units}
+        for step, results in zip(self.steps, self.results(), strict=True):
+            for piece, (row, where) in zip(step.pieces, step.places, strict=True):
+                first = max(piece.unit.start, piece.positions.start)
+                span = slice(where.start + first - piece.positions.start, where.stop)
+                parts[piece.unit].append((first, _answer(self.kind, piece.unit, self.most, results, (row, span))))
+        return [_joined([answer for _, answer in sorted(found, key=lambda one: one[0])]) for found in parts.values()]
 
 
-class _Rows:
-    """The arguments of a program beside the model, on the host."""
-
-    def __init__(self, kind: Kind, shape: Shape, entries: int):
-        self._kind = kind
-        size = shape.rows, shape.length
-        self.tokens, self.positions, self.segment_ids = (np.zeros(size, np.int32) for _ in range(3))
-        self.all: tuple[np.ndarray, ...] = (self.tokens, self.positions, self.segment_ids)
-        if kind != "hidden":
-            shaped = size if kind == "top_k" else (*size, entries)
-            self.all += (np.full(shaped, -1, np.float32 if kind == "sampled" else np.int32),)
-
-    def put(self, unit: Unit, where: tuple[int, slice], number: int) -> None:
-        """The tokens of a sequence, as segment `number`, and what is asked about them."""
-        tokens = unit.tokens
-        self.tokens[where], self.positions[where], self.segment_ids[where] = tokens, np.arange(len(tokens)), number
-        row, span = where
-        if self._kind == "top_k":
-            self.all[-1][row, span.start : span.stop - 1] = tokens[1:]
-        elif self._kind == "at_ids":
-            assert unit.request.ids is not None
-            ids = unit.request.ids[unit.index]
-            self.all[-1][row, span.start + unit.start : span.stop, : ids.shape[1]] = ids
-        elif self._kind == "sampled":
-            assert unit.request.seeds is not None
-            # Drawn from the first position on, whatever the start: a position's numbers are its own.
-            generator = np.random.Generator(np.random.Philox(unit.request.seeds[unit.index]))
-            uniform = generator.random((len(tokens), unit.request.entries), np.float32)
-            self.all[-1][row, span, : unit.request.entries] = uniform
-
-
-def _program(kind: Kind, model: Qwen3, mesh: Mesh, shape: Shape, most: Mapping[Kind, int]) -> ScoringProgram:
-    rows, length, entries = shape.rows, shape.length, most[kind]
-    if kind == "top_k":
-        return top_k_and_following_program(model, mesh, rows=rows, length=length, k=entries)
-    if kind == "at_ids":
-        return at_ids_program(model, mesh, rows=rows, length=length, entries=entries, top_k=most["top_k"])
-    if kind == "sampled":
-        return by_uniform_program(model, mesh, rows=rows, length=length, sampled_tokens=entries)
-    return hidden_program(model, mesh, rows=rows, length=length)
+def _joined(parts: Sequence[Answer]) -> Answer:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _answer(kind: Kind, unit: Unit, most: Mapping[Kind, int], results: Any, where: tuple[int, slice]) -> Answer:

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from teacher.limits import Limits
+from teacher.serve.batches import Batch, Unit
 from teacher.serve.metrics import Metrics
-from teacher.serve.programs import Launched, Programs, Room, Unit, filled_shape
+from teacher.serve.programs import Launched, Programs, filled_shape
 from teacher.wire import Answer, Refused, TargetsRequest
 
 
@@ -131,33 +132,37 @@ class ScoringQueue:
 
     def _launch(self) -> None:
         """Starts batches until nothing waits."""
-        while batch := self._next_batch():
-            units = [unit for _, unit in batch]
+        while (next_ := self._next_batch()) is not None:
+            batch, jobs = next_
             try:
-                launched = self._programs.launch(units[0].request.targets, units)
+                launched = self._programs.launch(batch)
             except Exception as error:  # noqa: BLE001 - whatever it is, its clients must hear of it
                 self._end()
-                _fail(batch, error)
+                _fail(jobs, error)
             else:
-                self._collector.submit(self._collect, batch, launched)
+                self._collector.submit(self._collect, jobs, launched)
 
-    def _next_batch(self) -> list[tuple[_Job, Unit]]:
-        """Those that came first, of one kind of target, as far as they fit; once the devices shall have them."""
+    def _next_batch(self) -> tuple[Batch, list[_Job]] | None:
+        """Those that came first, of one kind of target, as far as they fit, and the job of each, once the devices shall
+        have them. None where nothing waits."""
         with self._changed:
             self._changed.wait_for(self._may_begin)
             live = [one for one in self._waiting if not one[0].future.done()]
-            batch: list[tuple[_Job, Unit]] = []
+            if not live:
+                self._waiting.clear()
+                return None
+            alike = [len(unit.tokens) for _, unit in live if unit.kind == live[0][1].kind]
+            batch = self._programs.batch(filled_shape(self._programs.shapes, alike))
+            jobs: list[_Job] = []
             left: list[tuple[_Job, Unit]] = []
-            if live:
-                kind = live[0][1].request.targets
-                alike = [len(unit.tokens) for _, unit in live if unit.request.targets == kind]
-                room = Room(filled_shape(self._programs.shapes, alike))
-                for job, unit in live:
-                    taken = unit.request.targets == kind and room.take(len(unit.tokens)) is not None
-                    (batch if taken else left).append((job, unit))
-                self._under_way += 1
+            for job, unit in live:
+                if batch.take(unit):
+                    jobs.append(job)
+                else:
+                    left.append((job, unit))
             self._waiting = collections.deque(left)
-        return batch
+            self._under_way += 1
+        return batch, jobs
 
     def _may_begin(self) -> bool:
         waiting = sum(len(unit.tokens) for _, unit in self._waiting)
@@ -169,23 +174,27 @@ class ScoringQueue:
             self._under_way -= 1
             self._changed.notify_all()
 
-    def _collect(self, batch: Sequence[tuple[_Job, Unit]], launched: Launched) -> None:
+    def _collect(self, jobs: Sequence[_Job], launched: Launched) -> None:
         try:
             answers = launched.answers()
         except Exception as error:  # noqa: BLE001 - whatever it is, its clients must hear of it
-            _fail(batch, error)
+            self._programs.forget()
+            _fail(jobs, error)
             return
         finally:
             self._end()
-        used = sum(len(unit.tokens) for _, unit in batch)
-        shape = launched.shape
-        self._metrics.scored_tokens.inc(used)
-        self._metrics.padding_tokens.inc(shape.tokens - used)
-        self._metrics.batches.labels(launched.kind, f"{shape.rows}x{shape.length}").inc()
-        for (job, unit), answer in zip(batch, answers, strict=True):
+        metrics, units = self._metrics, launched.units
+        scored = sum(len(unit.tokens) for unit in units)
+        metrics.scored_tokens.inc(scored)
+        metrics.prefix_lookup_tokens.labels("scoring").inc(scored)
+        metrics.prefix_hit_tokens.labels("scoring").inc(scored - launched.read_tokens)
+        for step in launched.steps:
+            metrics.padding_tokens.inc(step.shape.tokens - sum(len(piece.positions) for piece in step.pieces))
+            metrics.batches.labels(launched.kind, str(step.shape)).inc()
+        for job, unit, answer in zip(jobs, units, answers, strict=True):
             job.resolve(unit.index, answer)
 
 
-def _fail(batch: Sequence[tuple[_Job, Unit]], error: Exception) -> None:
-    for job, _ in batch:
+def _fail(jobs: Sequence[_Job], error: Exception) -> None:
+    for job in jobs:
         job.fail(error)

@@ -10,6 +10,7 @@ import pytest
 from kernels_pallas.attention import (
     DualChunkQueries,
     attention,
+    attention_behind_prefix,
     attention_part,
     dual_chunk_attention,
     dual_chunk_positions,
@@ -130,3 +131,39 @@ def test_wrong_arguments_are_named(row):
         dual_chunk_positions(positions, chunk_size=12, local_size=12)
     with pytest.raises(ValueError, match="a bound of span is"):
         attention_part(q, k, v, segments, (segments, segments[:, 1:]))
+
+
+def in_pages(x):
+    """The first of 24 tokens [1, 24, K, H] in page 3, the others in 1 and 2; page 0 holds nothing of them."""
+    pages = jnp.asarray(x).reshape(3, 8, *x.shape[2:]).swapaxes(1, 2)
+    return jnp.stack([jnp.full_like(pages[0], 1e4), pages[1], pages[2], pages[0]])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_behind_a_prefix_documents_are_attended_to_as_whole_ones(row, implementation, monkeypatch):
+    """One row's documents go on from 21 and from 13 tokens of the same one, and a third stands beside them whole."""
+    monkeypatch.setattr("kernels_pallas.attention.prefix._BLOCK_TOKENS", 16)
+    q, k, v, segments, positions = row
+    at = dual_chunk_positions(positions, chunk_size=CHUNK, local_size=LOCAL)
+    rotated = queries(q, at), rotate(k, at.keys)
+    plain = q, k
+    begin, end = DOCUMENTS[0], sum(DOCUMENTS[:2])
+    picked = np.r_[begin + 21 : end, begin + 13 : begin + 30, end : end + DOCUMENTS[2], [0] * 4]
+    behind = np.repeat([21, 13, 0, 0], [19, 17, DOCUMENTS[2], 4])[None]
+    own = np.repeat([1, 2, 3, 0], [19, 17, DOCUMENTS[2], 4])[None]
+    for (queried, keys), whole in ((rotated, dual_chunk_attention), (plain, attention)):
+        wanted = whole(queried, keys, v, segments, implementation="reference")[:, picked[:-4]]
+        out = attention_behind_prefix(
+            jax.tree.map(lambda x: x[:, picked], queried),
+            jnp.asarray(keys)[:, picked],
+            v[:, picked],
+            jnp.asarray(own),
+            *(in_pages(x[:, begin : begin + 24]) for x in (keys, v)),
+            jnp.asarray([[3, 1, 2]]),
+            jnp.asarray(behind),
+            positions[:, picked],
+            implementation=implementation,
+        )
+        # float32 sums in another order, merged.
+        np.testing.assert_allclose(out[:, :-4], wanted, atol=1e-5)
+        np.testing.assert_array_equal(out[:, -4:], 0)

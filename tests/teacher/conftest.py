@@ -19,7 +19,7 @@ def reciting_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def reciting(reciting_folder: str) -> Service:
     # Tools make a prompt long, and so does the text that ends thinking.
-    sizes = {"max_prompt_tokens": 480, "max_new_tokens": 80, "max_request_tokens": 2048}
+    sizes = {"max_prompt_tokens": 480, "max_new_tokens": 80, "max_request_tokens": 2048, "prefix_cache_tokens": 0}
     return load(reciting_folder, dataclasses.replace(LIMITS, **sizes))
 
 

@@ -34,8 +34,9 @@ def make_reciting_folder(folder: Path) -> str:
     whole.add_tokens([AddedToken(text, normalized=False) for text in (THINKING, SAID, CALL)])
     whole.save(str(texts / "tokenizer.json"))
     tokenizer = ChatTokenizer.from_folder(texts)
-    sizes = {"vocab_size": tokenizer.vocab_size, "hidden_size": _WIDTH, "initializer_range": 0.02}
-    config = ModelConfig.from_hf(ARCHITECTURE | sizes | {"tie_word_embeddings": False})
+    sizes = {"vocab_size": tokenizer.vocab_size, "hidden_size": _WIDTH, "max_position_embeddings": 1024}
+    weights = {"initializer_range": 0.02, "tie_word_embeddings": False}
+    config = ModelConfig.from_hf(ARCHITECTURE | sizes | weights)
     hf.save(path, jax.jit(lambda: Qwen3(config, jax.random.key(0)))())
     tokenizer.save(path)
     embed = np.random.default_rng(0).normal(size=(config.vocab_size, _WIDTH)).astype(np.float32)

@@ -33,6 +33,7 @@ LIMITS = Limits(
     max_top_k=8,
     max_ids=6,
     max_sampled_tokens=5,
+    prefix_cache_tokens=512,
     max_request_sequences=8,
     max_request_tokens=512,
     max_body_bytes=40_000,

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen3.generation.pages import PagePool
+from teacher.serve.batches import Batch, Room, Shape, Unit
 from teacher.serve.metrics import Metrics
-from teacher.serve.programs import Room, Shape, Unit, filled_shape
+from teacher.serve.programs import filled_shape
 from teacher.serve.queues import ScoringQueue
 from teacher.wire import Answer, Kind, TargetsRequest
 
@@ -37,16 +39,17 @@ SECONDS = 10.0
 )
 def test_a_batch_has_more_tokens_than_padding_where_something_smaller_would_do(lengths, expected):
     assert filled_shape(SHAPES, lengths) == expected
-    assert Room(expected).take(lengths[0]) is not None
+    assert Room(expected, 1).take(0, lengths[0]) is not None
 
 
 @dataclasses.dataclass
-class Batch:
+class Begun:
     """What has been begun; it is computed until `end` is called."""
 
     kind: Kind
     units: Sequence[Unit]
-    shape: Shape
+    read_tokens = 0
+    steps = ()
     _ended: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def end(self) -> None:
@@ -63,17 +66,20 @@ class Devices:
     shapes, at_once = SHAPES, 2
 
     def __init__(self) -> None:
-        self.begun: queue.Queue[Batch] = queue.Queue()
+        self.begun: queue.Queue[Begun] = queue.Queue()
 
     def check(self, request: TargetsRequest) -> None:
         pass
 
-    def launch(self, kind: Kind, units: Sequence[Unit]) -> Batch:
-        batch = Batch(kind, units, SHAPES[-1])
-        self.begun.put(batch)
-        return batch
+    def batch(self, shape: Shape) -> Batch:
+        return Batch(shape, [PagePool(0, 128)], 0)
 
-    def next(self) -> Batch:
+    def launch(self, batch: Batch) -> Begun:
+        begun = Begun(batch.units[0].kind, batch.units)
+        self.begun.put(begun)
+        return begun
+
+    def next(self) -> Begun:
         return self.begun.get(timeout=SECONDS)
 
 
@@ -94,7 +100,7 @@ def request(kind: Kind, first: int, length: int = 64) -> TargetsRequest:
     return TargetsRequest(targets=kind, sequences=[np.arange(first, first + length, dtype=np.int32)], starts=[1])
 
 
-def firsts(batch: Batch) -> list[int]:
+def firsts(batch: Begun) -> list[int]:
     return [int(unit.tokens[0]) for unit in batch.units]
 
 

@@ -394,10 +394,10 @@ def test_a_full_queue_says_when_to_come_again_and_a_deadline_is_kept(client, ser
     begun, go_on = threading.Event(), threading.Event()
     launch = service.scoring._programs.launch
 
-    def held(kind, units):
+    def held(batch):
         begun.set()
         go_on.wait(30)
-        return launch(kind, units)
+        return launch(batch)
 
     monkeypatch.setattr(service.scoring._programs, "launch", held)
     body = wire.encode_request(TargetsRequest(targets="hidden", sequences=sequences, starts=STARTS))
@@ -424,11 +424,11 @@ def test_a_client_that_goes_leaves_the_queue(client, service, sequences, monkeyp
     launch = service.scoring._programs.launch
     launched: list[int] = []
 
-    def held(kind, units):
+    def held(batch):
         begun.set()
         go_on.wait(30)
-        launched.append(len(units))
-        return launch(kind, units)
+        launched.append(len(batch.units))
+        return launch(batch)
 
     monkeypatch.setattr(service.scoring._programs, "launch", held)
     body = wire.encode_request(TargetsRequest(targets="hidden", sequences=sequences[:1], starts=STARTS[:1]))
@@ -446,7 +446,7 @@ def test_a_client_that_goes_leaves_the_queue(client, service, sequences, monkeyp
 
 
 def test_a_failure_is_told_to_those_whom_it_concerns(client, service, sequences, monkeypatch):
-    def failing(kind, units):
+    def failing(batch):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(service.scoring._programs, "launch", failing)
@@ -597,9 +597,9 @@ def test_what_generates_is_part_of_the_memory_that_is_checked(service, monkeypat
     class Devices:
         local_devices = (Device(),)
 
-    assert checked_memory(2**30, 2 * 2**30, Devices()) == 4 * 2**30
-    with pytest.raises(UserError, match=r"scoring takes up to 2\.0 GiB .* and generating 2\.5, of 4\.0 that are left"):
-        checked_memory(2**30, 5 * 2**29, Devices())
+    assert checked_memory(2**30, 2**30, Devices(), prefixes=2**30) == 4 * 2**30
+    with pytest.raises(UserError, match=r"up to 2\.0 GiB .* prefixes 1\.0 and generating 1\.5, of 4\.0 that are left"):
+        checked_memory(2**30, 3 * 2**29, Devices(), prefixes=2**30)
     pages = 8 * 120 * 2 * 16 * 4  # slots, tokens of each, keys and values, their size
     assert service.device_bytes > pages
 
@@ -614,7 +614,7 @@ def test_what_generates_is_part_of_the_memory_that_is_checked(service, monkeypat
 
     # The layers beside the stacks that they are copies of, and a program and pages for each group.
     engine = service.generation._engine
-    monkeypatch.setattr(engine, "_read", Program())
+    monkeypatch.setattr("qwen3.generation.engine._prefill", Program())
     monkeypatch.setattr(engine, "_decode", Program())
     held = service.generation.device_bytes() - sum(leaf.nbytes for leaf in jax.tree.leaves(service._model.stacks))
     a_group = engine.programs(service._model, [SamplingParams(max_new_tokens=1)]).decode_arguments[2]

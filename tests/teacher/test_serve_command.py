@@ -32,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         ),
         (("--model", "FOLDER", "--max-top-k", "many"), "argument --max-top-k: invalid int value: 'many'"),
         (("--model", "FOLDER", "--mesh.expert", "3"), "mesh"),
+        (("--model", "FOLDER", "--processes", "2", "--process", "0"), "need --coordinator HOST:PORT"),
         (("--model", "FOLDER", "--kernels.attention", "fast"), "kernels.attention is 'fast'"),
         (("--model", "FOLDER", "--modle", "x"), "unrecognized arguments: --modle x"),
     ],

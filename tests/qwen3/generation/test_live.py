@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from qwen3.generation.engine import Engine
 from qwen3.generation.sampling import Plan
 from qwen3.generation.slots import Request, Written
 from qwen3.rollout import Rollout
@@ -94,29 +95,18 @@ def test_who_leaves_ends_where_it_is_and_others_go_on_as_they_would(models):
             np.testing.assert_array_equal(rollout.tokens, wanted[index].tokens)
 
 
-class HeldUp:
-    """A turn for which the first dispatch waits until `go_on` is set."""
-
-    def __init__(self):
-        self.go_on, self._others = threading.Event(), threading.Event()
-        self._own, self._lock = threading.current_thread(), threading.Lock()
-
-    def __enter__(self):
-        with self._lock:
-            is_first = threading.current_thread() is not self._own and not self._others.is_set()
-            if is_first:
-                self._others.set()
-        assert not is_first or self.go_on.wait(60)
-
-    def __exit__(self, *_):
-        pass
-
-
 def test_who_joins_a_group_under_way_waits_for_its_next_dispatch(models, monkeypatch):
     """Two groups of four slots: one has not yet begun its dispatch when the other's ends, and two more join."""
     monkeypatch.setattr("qwen3.generation.engine.usable_cores", lambda: 2)
-    turn, requests = HeldUp(), mixed_requests()[:4]
-    engine = make_engine(batch_size=8, turn=turn)
+    go_on, is_first = threading.Event(), threading.Lock()
+    write = Engine._write
+
+    def held_up(*arguments):
+        assert not is_first.acquire(blocking=False) or go_on.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(Engine, "_write", held_up)
+    engine, requests = make_engine(batch_size=8), mixed_requests()[:4]
 
     class Two(Following):
         def joining(self):
@@ -125,7 +115,7 @@ def test_who_joins_a_group_under_way_waits_for_its_next_dispatch(models, monkeyp
 
         def next_dispatch(self):
             if not self._coming:
-                turn.go_on.set()
+                go_on.set()
             # What is said for those who join is not what the dispatch under way was begun with.
             return PLAN, 2 if self._coming else 3
 

@@ -1,27 +1,30 @@
-"""Several JAX processes that run one experiment together, one on each host.
+"""Several JAX processes that work together, one on each host.
 
-Every process runs the same program, makes the same global batches and has the same results; the first alone writes
-to the run directory, which lies on a file system that all of them share. What only one of them can know, such as
-which files there are or that SIGTERM came, they tell one another here, at the same place of the program.
+In a run every process runs the same program, makes the same global batches and has the same results; the first alone
+writes to the run directory, which lies on a file system that all of them share. What only one of them can know, such
+as which files there are or that SIGTERM came, they tell one another here, at the same place of the program. Behind a
+server the others follow the first: `qwen3.hosts.launcher`.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from distill.hosts.lifelines import Lifelines
 from qwen3.errors import UserError
+from qwen3.hosts.lifelines import Lifelines
 
 _SECONDS_TO_JOIN = 300
 # A host that is gone without closing its connections (power, network) is given up after this long.
@@ -57,11 +60,17 @@ class Cluster:
             raise UserError(f"--process is {process}; of {processes} processes it must lie in 0..{processes - 1}")
         return cls(coordinator=coordinator, processes=processes, process=process) if processes > 1 else None
 
-    def run(self, work: Callable[[], int]) -> int:
+    def run(
+        self,
+        work: Callable[[Lifelines], int],
+        *,
+        what: str = "run",
+        remedy: str = "The same command on every host goes on from the last checkpoint",
+    ) -> int:
         """Join the others, do `work`, and return its exit status once all of them have returned 0.
 
-        Where `work` fails here or another process ends early, this process ends at once, with a line that says why:
-        leaving in order would wait for the others, who wait for this one.
+        Where `work` fails here or another process ends early, this process ends at once, with a line that says why and
+        what to do: leaving in order would wait for the others, who wait for this one. `what` is what ends with it.
         """
         # Its handler of SIGTERM would take the place of ours, which lets a run save before it stops.
         jax.config.update("jax_enable_preemption_service", False)
@@ -75,32 +84,44 @@ class Cluster:
             )
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"the processes of this run did not come together: {' '.join(str(error).split())}; start the same "
+                f"the processes of this {what} did not come together: {' '.join(str(error).split())}; start the same "
                 "command on every host, or name them with --coordinator HOST:PORT --processes N --process I"
             ) from None
+
+        def on_death(lifelines: Lifelines, which: int) -> None:
+            print(
+                f"error{where()}: process {which} has ended, and the {what} with it; what that process wrote last says "
+                f"why. {remedy}",
+                file=sys.stderr,
+            )
+            _end(lifelines, 1)
+
         lifelines = Lifelines(jax.process_index(), jax.process_count())
-        port = first_says(lifelines.listen)
+        port, secret = first_says(lifelines.listen)
         try:
             # jax says nowhere else which host it has found to be that of the first process.
             address = distributed.global_state.coordinator_address
             assert address is not None
-            lifelines.tie(address.rpartition(":")[0], port, _another_ended)
-            status = work()
+            lifelines.tie(address.rpartition(":")[0], port, secret, on_death)
+            status = work(lifelines)
             if not status:
                 any_process(False)  # still watched: from here on the others may go
         except BaseException:  # noqa: BLE001
-            # Where another process has died, this error only follows from it and the lifelines say so.
-            time.sleep(_SECONDS_FOR_OTHERS)
-            traceback.print_exc()
-            status = 1
+            give_up(lifelines)
         if status:
-            # Others that found the same error may say so themselves before this process is missed.
-            time.sleep(_SECONDS_FOR_OTHERS)
-            _leave(lifelines, status)
+            leave(lifelines, status)
         lifelines.unwatch()
         jax.distributed.shutdown()
         lifelines.hang_up()
         return status
+
+
+def add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    """Those of `Cluster.named`: coordinator, processes, process."""
+    add = parser.add_argument_group("several hosts").add_argument
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 listens, or auto: jax finds it")
+    add("--processes", metavar="N", type=int, help="how many processes work together")
+    add("--process", metavar="I", type=int, help="which of them this one is, 0 to N-1")
 
 
 def _started_by_launcher(environment: Mapping[str, str]) -> bool:
@@ -110,20 +131,29 @@ def _started_by_launcher(environment: Mapping[str, str]) -> bool:
     return "," in hosts or any(int(count) > 1 for count in counts)
 
 
-def _another_ended(lifelines: Lifelines, which: int) -> None:
-    print(
-        f"error{where()}: process {which} has ended, and the run with it; what that process wrote last says why. "
-        "The same command on every host goes on from the last checkpoint",
-        file=sys.stderr,
-    )
-    _leave(lifelines, 1)
+def leave(lifelines: Lifelines, status: int) -> NoReturn:
+    """End this process, whatever its threads do; with status 0 in order, so that nobody misses it."""
+    if status:
+        # Others that found the same error may say so themselves before this process is missed.
+        lifelines.unwatch()
+        time.sleep(_SECONDS_FOR_OTHERS)
+    _end(lifelines, status)
 
 
-def _leave(lifelines: Lifelines, status: int) -> None:
+def give_up(lifelines: Lifelines) -> NoReturn:
+    """End this process, and all others with it, for the exception that is being handled."""
+    time.sleep(_SECONDS_FOR_OTHERS)
+    if lifelines.is_ending:
+        # Another process has died, and this error only follows from it: the thread that watches says so.
+        threading.Event().wait()
+    traceback.print_exc()
+    leave(lifelines, 1)
+
+
+def _end(lifelines: Lifelines, status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    lifelines.unwatch()
-    lifelines.hang_up()
+    lifelines.hang_up(in_order=not status)
     # With the first process ends jax's coordination service, upon which jax aborts the others with a stack trace.
     time.sleep(_SECONDS_FOR_OTHERS if is_first() else 0)
     os._exit(status)

@@ -3,9 +3,7 @@
 import json
 import re
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,13 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from distill.hosts.lifelines import Lifelines
-from distill.hosts.processes import Cluster
-from qwen3.errors import UserError
 from teacher.store import TargetStore
 from tests.distill import miniature
 from tests.distill.faults import OF_THE_MACHINE
 from tests.distill.taught import losses
+from tests.qwen3.hosts.two_processes import free_address, run_two
 
 # The mesh puts halves of every matrix into different processes, and experts on different devices of one. One layer is
 # enough for that: nearly all of the time is compiling, three times over.
@@ -59,12 +55,6 @@ def experiment_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "my_experiment.py"
     file.write_text(EXPERIMENT.format(teacher=miniature.make_teacher(folder, miniature.MOE | {"num_hidden_layers": 1})))
     return file
-
-
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def launch_two(file: Path, runs: Path, **signalled: Any) -> list[tuple[int, str, str]]:
@@ -156,11 +146,12 @@ def test_two_processes_killed_and_started_again_match_one_process(experiment_fil
 
 TAUGHT = """
 import json, sys
-from distill.hosts import processes
+from qwen3.hosts import processes
 from tests.distill.taught import losses
+from tests.qwen3.hosts.two_processes import free_address, run_two
 
 
-def work():
+def work(lifelines):
     print(json.dumps(losses(sys.argv[3])), file=sys.stderr)
     return 0
 
@@ -170,10 +161,10 @@ sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
 
 
 @pytest.mark.parametrize("share", ["rows", pytest.param("pieces of rows", marks=pytest.mark.long)])
-def test_a_teacher_with_devices_of_both_processes_teaches_as_in_one_process(share: str, tmp_path: Path) -> None:
+def test_a_teacher_with_devices_of_both_processes_teaches_as_in_one_process(share: str) -> None:
     expected = losses(share)
     assert expected[0] != pytest.approx(expected[1], rel=1e-3)
-    for status, errors in run_two(TAUGHT, tmp_path, share, devices=4):
+    for status, errors in run_two(TAUGHT, share, devices=4):
         assert status == 0, errors
         said = next(json.loads(line) for line in errors.splitlines() if line.startswith("[{"))
         for ours, theirs in zip(said, expected, strict=True):
@@ -185,7 +176,7 @@ MOVING = """
 import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from distill.hosts import processes
+from qwen3.hosts import processes
 from qwen3.errors import UserError
 from qwen3.sharding import MeshShape, batch_sharding, place
 from teacher.placement import own_mesh
@@ -199,7 +190,7 @@ def require_moved(x, onto):
         np.testing.assert_array_equal(shard.data, EXPECTED[shard.index])
 
 
-def work():
+def work(lifelines):
     for teacher, student in (
         ({"data": 3, "expert": 2}, {"fsdp": 2}),  # other cuts, but each process has its rows
         ({"data": 4}, {"data": 1, "tensor": 4}),  # each process wants rows of the other
@@ -224,14 +215,14 @@ sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
 """
 
 
-def test_processes_move_arrays_between_meshes_that_they_share(tmp_path: Path) -> None:
-    for status, errors in run_two(MOVING, tmp_path, devices=4):
+def test_processes_move_arrays_between_meshes_that_they_share() -> None:
+    for status, errors in run_two(MOVING, devices=4):
         assert status == 0, errors
 
 
 PRIMITIVES = """
 import os, signal, sys
-from distill.hosts import processes
+from qwen3.hosts import processes
 from distill.stages.stopping import StopRequest
 from qwen3.errors import UserError
 from tests.distill.rewards.test_reward import PROBLEM, from_rewards, rollout
@@ -245,7 +236,7 @@ def refused(work):
         return str(error)
 
 
-def work():
+def work(lifelines):
     me = "first" if processes.is_first() else "second"
     assert processes.first_says(lambda: {"who": me, "long": "x" * 5000}) == {"who": "first", "long": "x" * 5000}
 
@@ -276,116 +267,6 @@ sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
 """
 
 
-DYING = """
-import os, signal, sys
-from distill.hosts import processes
-
-
-def work():
-    processes.any_process(False)
-    if sys.argv[2] == sys.argv[3]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    processes.any_process(False)
-    return 0
-
-
-sys.exit(processes.Cluster.named(sys.argv[1], 2, int(sys.argv[2])).run(work))
-"""
-
-
-def run_two(program: str, folder: Path, *arguments: str, devices: int = 1) -> list[tuple[int, str]]:
-    """Status and errors of two processes of `program`, given an address, their number and `arguments`."""
-    _, environment = miniature.launch_command(folder, folder, devices=devices)
-    address = free_address()
-    launched = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, address, str(process), *arguments],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in launched]
-    return [(process.returncode, error) for process, error in zip(launched, errors, strict=True)]
-
-
-def test_processes_agree(tmp_path: Path) -> None:
-    for status, errors in run_two(PRIMITIVES, tmp_path):
+def test_processes_agree() -> None:
+    for status, errors in run_two(PRIMITIVES):
         assert status == 0, errors
-
-
-@pytest.mark.parametrize("dying", [0, 1])
-def test_whichever_dies_the_other_says_so_and_ends(tmp_path: Path, dying: int) -> None:
-    ended = run_two(DYING, tmp_path, str(dying))
-    assert ended[dying][0] == -signal.SIGKILL
-    status, errors = ended[1 - dying]
-    assert status == 1, errors
-    said = f"error (process {1 - dying} of 2): process {dying} has ended, and the run with it"
-    aborted = "JAX distributed service detected fatal errors" in errors
-    # With the first process goes jax's coordination service, and jax may be the first to notice.
-    assert [line for line in errors.splitlines() if line.startswith(said)] or (dying == 0 and aborted), errors
-    assert dying == 0 or not aborted
-
-
-@pytest.mark.parametrize(
-    ("environment", "several"),
-    [
-        ({}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # in sbatch, outside srun
-        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "slice-0-0.distill,slice-0-1.distill"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, True),
-    ],
-)
-def test_launchers_are_recognised(environment: dict[str, str], several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_STEP_NUM_TASKS", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert Cluster.named(None, None, None) == (Cluster() if several else None)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((None, 2, 0), "need --coordinator"),
-        (("host:8000", None, 0), "needs --processes N and --process I"),
-        (("host", 2, 0), "must be HOST:PORT"),
-        (("host:8000", 2, 2), "must lie in 0..1"),
-    ],
-)
-def test_cluster_options_that_do_not_make_sense(options: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Cluster.named(*options)
-
-
-def test_options_of_a_single_process_join_nothing() -> None:
-    assert Cluster.named("host:8000", 1, 0) is None
-
-
-def test_lifelines_tell_of_a_death_but_not_of_a_farewell() -> None:
-    lines = [Lifelines(process, 3) for process in range(3)]
-    port = lines[0].listen()
-    deaths: list[tuple[int, int]] = []
-    told = threading.Event()
-
-    def on_death(watcher: Lifelines, which: int) -> None:
-        deaths.append((lines.index(watcher), which))
-        told.set()
-
-    threads = [threading.Thread(target=line.tie, args=("127.0.0.1", port, on_death)) for line in lines]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=10)
-    lines[2].unwatch()
-    lines[1].hang_up()
-    assert told.wait(timeout=10)
-    lines[0].hang_up()
-    time.sleep(0.2)
-    # Process 2 has said that it is done with watching, and hears nothing of process 0.
-    assert (0, 1) in deaths
-    assert 2 not in [watcher for watcher, _ in deaths]
