@@ -58,7 +58,8 @@ def forward(
         scores = jnp.einsum("BNTH,BNSH->BNTS", queries, heads.keys[:, :, :seen], preferred_element_type=jnp.float32)
         seeing = _mask(view, start, size, seen)
         scores = jnp.where(seeing, scores * q.shape[3] ** -0.5, _MASKED)
-        top = jnp.max(scores, axis=-1, keepdims=True, initial=_MASKED)
+        # Of no keys there is no maximum; an initial one for all would take another copy of the scores.
+        top = jnp.max(scores, axis=-1, keepdims=True) if seen else jnp.full((*scores.shape[:3], 1), _MASKED)
         exponentials = jnp.where(seeing, jnp.exp(scores - top), 0)
         total = jnp.maximum(jnp.sum(exponentials, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
         weighted = jnp.matmul(

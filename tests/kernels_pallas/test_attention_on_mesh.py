@@ -65,7 +65,7 @@ def tpu_kernels_as_xla():
 
 CASES = [
     # implementation, devices, length, head devices, chunked
-    pytest.param("xla", 2, 70, 2, False, marks=pytest.mark.long),
+    ("xla", 2, 70, 2, False),
     ("xla", 4, 260, 1, True),
     pytest.param("tpu", 2, 512, 2, False, marks=pytest.mark.long),
     ("tpu", 4, 516, 1, False),

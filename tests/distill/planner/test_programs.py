@@ -31,6 +31,7 @@ from qwen3.decoder.config import ModelConfig
 from qwen3.decoder.kernels import Kernels
 from qwen3.decoder.model import Qwen3
 from qwen3.errors import UserError
+from qwen3.generation import engine as generation
 from qwen3.generation.decoding import most_segments
 from qwen3.generation.engine import Engine
 from qwen3.generation.sampling import SamplingParams
@@ -119,7 +120,6 @@ def test_a_run_calls_what_was_planned(teacher: str, tmp_path: Path, monkeypatch:
 
     def engine(self: Any, *arguments: Any, **options: Any) -> None:
         make_engine(self, *arguments, **options)
-        self._read = recorded(self._read, lambda out, arguments: arguments[1])
         self._decode = recorded(self._decode, written)
 
     def step(self: Any, **options: Any) -> None:
@@ -127,6 +127,8 @@ def test_a_run_calls_what_was_planned(teacher: str, tmp_path: Path, monkeypatch:
         self._accumulate, self._apply = recorded(self._accumulate), recorded(self._apply)
 
     with monkeypatch.context() as recording:
+        prefill = recorded(generation._prefill, lambda out, arguments: arguments[1])
+        recording.setattr(generation, "_prefill", prefill)
         recording.setattr(Engine, "__init__", engine)
         recording.setattr(TrainStep, "__init__", step)
         execute(experiment, tmp_path / "run", Progress(Console(quiet=True)), StopRequest())

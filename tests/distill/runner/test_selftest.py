@@ -1,6 +1,7 @@
 """The self-test lets agreeing models through and stops the others, naming what to do."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -94,6 +95,13 @@ def test_vocabularies_must_be_one(teacher: Path) -> None:
 
 
 def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = selftest._measured.__wrapped__
+
+    def replace(patch: pytest.MonkeyPatch, name: str, other: object) -> None:
+        """What is compiled knows nothing of it: a program of its own measures with it."""
+        patch.setattr(selftest, name, other)
+        patch.setattr(selftest, "_measured", jax.jit(functools.partial(measured), static_argnames=("mesh", "rewards")))
+
     mesh = make_mesh(MeshShape(data=4, fsdp=2))
     model, tokenizer = hf.load(teacher, mesh=mesh), ChatTokenizer.from_folder(teacher)
     model = jax.tree.map(lambda leaf: leaf * 20, model)  # far from the uniform distribution of fresh weights
@@ -103,8 +111,7 @@ def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pyte
         return tokens
 
     with monkeypatch.context() as patch:
-        patch.setattr(selftest, "following_tokens", own_tokens)
-        jax.clear_caches()  # what has been compiled knows nothing of it
+        replace(patch, "following_tokens", own_tokens)
         with pytest.raises(UserError, match="policy gradient's log-probabilities are off"):
             selftest.check_numerics(model, tokenizer, "thinking", mesh, rewards=True)
 
@@ -112,11 +119,9 @@ def test_numerics_hold_and_their_check_can_fail(teacher: Path, monkeypatch: pyte
         return one_hot(jax.numpy.roll(tokens, 1, axis=1))
 
     one_hot = selftest.one_hot
-    monkeypatch.setattr(selftest, "one_hot", shifted)
-    jax.clear_caches()
+    replace(monkeypatch, "one_hot", shifted)
     with pytest.raises(UserError, match="not at the predicting position"):
         selftest.check_numerics(model, tokenizer, "thinking", mesh)
-    jax.clear_caches()
 
 
 def overflowing(folder: Path, target: Path, tensor: str) -> Path:
