@@ -194,7 +194,7 @@ class Experiment:
             for name, stage in self.stages.items():
                 field = f"stages.{name}"
                 if isinstance(stage, OffPolicy):
-                    if stage.targets_of is None and stage.sampled_tokens is not None and "sampled" not in kinds:
+                    if stage.writes and stage.sampled_tokens is not None and "sampled" not in kinds:
                         yield (
                             f"{field}.sampled_tokens is {stage.sampled_tokens}, but {by} samples no targets; leave it, "
                             "which keeps top_k"

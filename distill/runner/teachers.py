@@ -108,12 +108,15 @@ class Teachers:
         """Refuses, naming the field, a store of another teacher or tokenizer, or of other targets, than the stage that
         reads it says. Raises UserError."""
         stages = self._experiment.stages.items()
-        reading = {n: one for n, one in stages if isinstance(one, OffPolicy) and one.store and n not in finished}
+        given = {name: one for name, one in stages if isinstance(one, OffPolicy) and one.store is not None}
+        reading = {name: one for name, one in given.items() if name not in finished}
         if reading:
-            tokenizer, _ = tokenizer_hashes(self._tokenizer.folder)
+            tokenizer, template = tokenizer_hashes(self._tokenizer.folder)
+            vocab_size = self._experiment.student.model_config().vocab_size
+            here = {"tokenizer": tokenizer, "template": template, "vocab_size": vocab_size}
             teachers = {name: self._fingerprint(one) for name, one in self._experiment.all_teachers.items()}
             for name, stage in reading.items():
-                stage.check_store(f"stages.{name}", tokenizer, teachers)
+                stage.check_store(f"stages.{name}", here, teachers)
 
     def _fingerprint(self, teacher: Teacher) -> str:
         """As stores keep it, without loading the weights."""

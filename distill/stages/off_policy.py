@@ -133,12 +133,12 @@ class OffPolicy:
         data = _StoredTargets(self, context.stage_seed(name), model, store, context.named_teachers)
         return train(name, model, self.training, self.loss, data, context, steps=steps, before=spent)
 
-    def check_store(self, field: str, tokenizer: str, teachers: Mapping[str, str]) -> None:
+    def check_store(self, field: str, here: Mapping[str, Any], teachers: Mapping[str, str]) -> None:
         """Refuses, before anything is spent, a `store` that is not what this stage says, or of others than these.
 
         Args:
             field: How the experiment calls the stage.
-            tokenizer: Hash of the experiment's tokenizer.
+            here: The experiment's "tokenizer" and "template", hashes, and the student's "vocab_size".
             teachers: What its teachers are known as, by name; none where it has no teacher.
 
         Raises UserError.
@@ -146,11 +146,13 @@ class OffPolicy:
         assert self.store is not None
         store = TargetStore.open(self.store)
         known = store.identity
-        if known.get("tokenizer") != tokenizer:
-            raise UserError(
-                f"{field}.store {self.store} was written with another tokenizer than the experiment's "
-                f"({known.get('tokenizer', 'not said')}, here {tokenizer}); read a store of this one"
-            )
+        for name, own in here.items():
+            # Stores of earlier versions say less.
+            if known.get(name, own if name != "tokenizer" else "not said") != own:
+                raise UserError(
+                    f"{field}.store {self.store} was written with another {name} than the experiment's "
+                    f"({known.get(name, 'not said')}, here {own}); read a store of this one"
+                )
         one = teachers.get("", dict(teachers))
         if teachers and known.get("teacher") != one:
             raise UserError(
@@ -160,7 +162,10 @@ class OffPolicy:
         kept = self.sampled_tokens or self.top_k
         if known.get("sampled_tokens") != self.sampled_tokens or store.entries != kept:
             kind = "top_k" if known.get("sampled_tokens") is None else "sampled_tokens"
-            raise UserError(f"{field}.store {self.store} keeps {kind} {store.entries}; set {field}.{kind} to that")
+            other = f", and {field}.sampled_tokens to None" if kind == "top_k" and self.sampled_tokens else ""
+            raise UserError(
+                f"{field}.store {self.store} keeps {kind} {store.entries}; set {field}.{kind} to that{other}"
+            )
         self.check_lengths(store)
 
     def check_lengths(self, store: TargetStore) -> None:
@@ -221,10 +226,12 @@ def _write_store(stage: OffPolicy, name: str, context: RunContext, spent: Spent)
     ]
     prompts = hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest()
     fingerprints = {one: teacher.fingerprint for one, teacher in teachers.items()}
+    tokenizer, template = tokenizer_hashes(context.tokenizer.folder)
     identity = {
         "teacher": fingerprints.get("", fingerprints), "top_k": stage.top_k, "sampled_tokens": stage.sampled_tokens,
         "seed": seed, "prompts": prompts, "sampling": sampling, "batch_size": stage.batch_size,
-        "tokenizer": tokenizer_hashes(context.tokenizer.folder)[0],
+        "tokenizer": tokenizer, "template": template,
+        "vocab_size": next(iter(teachers.values())).model.config.vocab_size,
     }  # fmt: skip
     require_same(f"the prompts of stage {name}", prompts.encode)
 

@@ -312,7 +312,8 @@ def _own_command(size: Size, model: Path) -> list[str]:
     command = [sys.executable, "-m", "teacher.serve", "--model", str(model), "--dtype", "float32"]
     limits = {"sequence-tokens": length, "prompt-tokens": length, "new-tokens": 1}
     command += [part for name, most in limits.items() for part in (f"--max-{name}", str(most))]
-    return [*command, "--batch-tokens", str(size.batch_size * length)]
+    # The same sequences are asked for again and again: what is kept of them would not be scored.
+    return [*command, "--batch-tokens", str(size.batch_size * length), "--prefix-cache-tokens", "0"]
 
 
 def _peer_command(python: Path, model: Path) -> list[str]:

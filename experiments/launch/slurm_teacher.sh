@@ -13,7 +13,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@300
+#SBATCH --signal=B:TERM@300
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
@@ -42,9 +42,21 @@ for place in $(seq $#); do
     --teacher.urls "http://${nodes[0]}:8470" &
   students+=($!)
 done
+# The signal comes to this script alone: students whose server ended with them could not finish their step.
+signalled=
+trap 'signalled=1; kill -TERM "${students[@]}" 2>/dev/null || true' TERM
 status=0
 for student in "${students[@]}"; do
-  wait "$student" || status=$?
+  until wait "$student"; do
+    code=$?
+    # Interrupted by the signal, and not yet told how the student ended.
+    if [[ $signalled ]]; then
+      signalled=
+      continue
+    fi
+    status=$code
+    break
+  done
 done
 # Where the server has ended before them, its own status is the reason.
 if kill "$server" 2>/dev/null; then

@@ -235,7 +235,7 @@ class TargetStore:
         return f"TargetStore({os.fspath(self.directory)!r}, records={len(self)})"
 
 
-_SAME_TO_MERGE: Final = ("teacher", "tokenizer", "top_k", "sampled_tokens")
+_SAME_TO_MERGE: Final = ("teacher", "tokenizer", "template", "vocab_size", "top_k", "sampled_tokens")
 
 
 def merged(stores: Sequence[TargetStore], directory: str | os.PathLike[str]) -> TargetStore:

@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import yaml
@@ -61,25 +62,46 @@ def served_teacher(run: list[str]) -> Teacher:
     return Teacher(path=given["path"], placement="service", urls=(given["urls"],)) if given else Teacher(path="")
 
 
-def test_slurm_teacher_serves_a_student_on_every_other_node_and_ends_with_them(tmp_path: Path) -> None:
-    script = LAUNCH / "slurm_teacher.sh"
-    # The server stays until it is told to go; the second student fails.
+def slurm(folder: Path, students: str) -> dict[str, str]:
+    """The environment of a job of three nodes, whose commands say in `folder` what they are called with. The server
+    stays until it is told to go; `students` are branches of a case."""
     commands = {
         "scontrol": "printf 'n1\\nn2\\nn3\\n'",
         "srun": 'echo "$JAX_LOCAL_DEVICE_IDS" "${#TEACHER_TOKEN}" "$@" >> "$CALLS"\n'
         'echo "$TEACHER_TOKEN" >> "$TOKENS"\n'
         'case "$*" in *teacher.serve*) trap "echo drained >> $CALLS; exit 0" TERM; while :; do sleep 0.1; done;;\n'
-        "*two.py*) sleep 0.5; exit 3;; esac",
+        f"{students} esac",
     }
     for name, text in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    calls, tokens = tmp_path / "calls", tmp_path / "tokens"
-    environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n[1-3]",
-        "TEACHER_OPTIONS": "--mesh.tensor 2", "CALLS": str(calls), "TOKENS": str(tokens),
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return {
+        "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n[1-3]",
+        "TEACHER_OPTIONS": "--mesh.tensor 2", "CALLS": str(folder / "calls"), "TOKENS": str(folder / "tokens"),
     }  # fmt: skip
-    command = ["bash", str(script), "the/teacher", "one.py"]
+
+
+def test_slurm_tells_students_to_stop_while_their_teacher_still_answers(tmp_path: Path) -> None:
+    environment = slurm(
+        tmp_path, '*.py*) trap "sleep 0.3; echo saved >> $CALLS; exit 0" TERM; while :; do sleep 0.1; done;;'
+    )
+    calls = tmp_path / "calls"
+    command = ["bash", str(LAUNCH / "slurm_teacher.sh"), "the/teacher", "one.py", "two.py"]
+    with subprocess.Popen(command, env=environment) as job:
+        deadline = time.monotonic() + 30
+        while not calls.exists() or len(calls.read_text().splitlines()) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.3)  # they have set their traps
+        job.terminate()
+        assert job.wait(30) == 0
+    assert calls.read_text().splitlines()[3:] == ["saved", "saved", "drained"]
+
+
+def test_slurm_teacher_serves_a_student_on_every_other_node_and_ends_with_them(tmp_path: Path) -> None:
+    environment = slurm(tmp_path, "*two.py*) sleep 0.5; exit 3;;")
+    calls, tokens = tmp_path / "calls", tmp_path / "tokens"
+    command = ["bash", str(LAUNCH / "slurm_teacher.sh"), "the/teacher", "one.py"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         2, "error: 1 experiments for 3 nodes, of which one is the teacher's; give one for each other node\n"

@@ -42,8 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def identity(folder: str) -> dict[str, Any]:
-    tokenizer, _ = tokenizer_hashes(folder)
-    return {"teacher": "one", "tokenizer": tokenizer, "top_k": TOP_K, "sampled_tokens": None}
+    tokenizer, template = tokenizer_hashes(folder)
+    own = {"tokenizer": tokenizer, "template": template, "vocab_size": ChatTokenizer.from_folder(folder).vocab_size}
+    return {"teacher": "one", **own, "top_k": TOP_K, "sampled_tokens": None}
 
 
 @pytest.fixture
@@ -117,26 +118,31 @@ def test_merged_stores_teach_without_a_teacher_and_are_those_that_the_run_began_
 def test_what_is_no_store_of_this_kind_is_refused_before_anything_is_spent(
     folder: str, identity: dict[str, Any], tmp_path: Path
 ) -> None:
-    def refused(match: str, *, teachers: Mapping[str, str] = {"": "one"}, tokenizer: str = "", **changed: Any) -> None:
+    def refused(
+        match: str, *, teachers: Mapping[str, str] = {"": "one"}, other: Mapping[str, Any] = {}, **changed: Any
+    ) -> None:
         stage = learning_from(store, folder, **changed).stages["given"]
         assert isinstance(stage, OffPolicy)
         with pytest.raises(UserError, match=match) as raised:
-            stage.check_store("stages.given", tokenizer or identity["tokenizer"], teachers)
+            stage.check_store("stages.given", {**here, **other}, teachers)
         assert "\n" not in str(raised.value)
 
+    here = {name: identity[name] for name in ("tokenizer", "template", "vocab_size")}
     store = tmp_path / "nowhere"
     refused("is not a target store")
     store = write(tmp_path / "store", identity, 300, 0).directory
-    refused("was written with another tokenizer than the experiment's", tokenizer="another")
+    refused("was written with another tokenizer than the experiment's", other={"tokenizer": "another"})
+    refused("was written with another template than the experiment's", other={"template": "another"})
+    refused(r"was written with another vocab_size than the experiment's \(\d+, here 7\)", other={"vocab_size": 7})
     refused("was written by teacher one, but the experiment's is two; name that", teachers={"": "two"})
     refused(
         "was written by teacher one, but the experiment's is {'math': 'one', 'ch", teachers={"math": "one", "chat": "2"}
     )
     refused(r"keeps top_k 4; set stages\.given\.top_k to that", top_k=5)
-    refused(r"keeps top_k 4; set stages\.given\.top_k to that", sampled_tokens=4)
+    refused(r"keeps top_k 4; .*\.top_k to that, and stages\.given\.sampled_tokens to None", sampled_tokens=4)
     short = dataclasses.replace(learning_from(store, folder).stages["given"].training, row_length=16)
     with pytest.raises(UserError, match=r"the longest response .* training\.row_length is 16; raise it"):
-        OffPolicy(store=str(store), top_k=TOP_K, training=short).check_store("x", identity["tokenizer"], {})
+        OffPolicy(store=str(store), top_k=TOP_K, training=short).check_store("x", here, {})
     stage = OffPolicy(store=str(store), top_k=TOP_K, training=short)
     with pytest.raises(UserError, match=r"targets_of is 'a' and store .*, but a stage reads one of them; leave the"):
         dataclasses.replace(stage, targets_of="a")
