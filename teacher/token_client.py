@@ -84,12 +84,16 @@ class TokenClient:
             self.longest_tokens = min(self.longest_tokens, about.longest_tokens)
         assert expected is not None
         self.identity = expected
-        self._servers.on_connection = lambda one: check_same(self.identity, self._identity(self._about(one)), one.url)
-        self._servers.read_seconds = _LONGEST_ANSWER_SECONDS
+        self._servers.on_connection = lambda one: check_same(
+            self.identity, self._identity(self._about(one, once=True)), one.url
+        )
         self._servers.start(_AT_ONCE)
         self._probe_ids = tokenizer.encode(_PROBE_TEXT, add_special_tokens=True)
         for one in self._servers.each:
             self._check_tokenizer(one)
+        # From here on what is asked for takes time.
+        self._servers.read_seconds = _LONGEST_ANSWER_SECONDS
+        for one in self._servers.each:
             self._check_logprobs(one)
 
     @property
@@ -150,7 +154,7 @@ class TokenClient:
         return found
 
     def close(self) -> None:
-        """Ends what waits for a server, and waits for what one is answering."""
+        """Ends what is asked, answered or not."""
         self._servers.close()
 
     def _answer(self, request: TargetsRequest, index: int) -> Answer:
@@ -263,12 +267,12 @@ class TokenClient:
 
         return self._servers.read(made, "POST", self._dialect.path, json.dumps(body).encode(), _JSON, only)
 
-    def _about(self, server: Server) -> About:
-        """What a server says of itself."""
+    def _about(self, server: Server, *, once: bool = False) -> About:
+        """What a server says of itself; with `once` NoAnswer is raised where it is away."""
 
         def get(path: str, *others: str) -> Mapping[str, Any]:
             try:
-                response = self._servers.answered("GET", path, only=server, checked=False)
+                response = self._servers.answered("GET", path, only=server, once=once)
             except ServerRefusal as refusal:
                 if refusal.status == 404 and others:
                     return get(*others)
