@@ -29,6 +29,11 @@ _PART_TOKENS = 8_192
 _PARTS_AT_ONCE = 4
 """Requests under way, of each server, at least."""
 _PROGRAM = "teacher.serve"
+_REFUSALS = {
+    408: "has given up ({reason}); start it with a larger --deadline-seconds, or ask for less",
+    409: "serves another teacher than the one that was asked before ({reason}); serve that one again, or begin a new "
+    "run",
+}
 
 
 class TeacherClient:
@@ -52,6 +57,7 @@ class TeacherClient:
         Raises UserError where a server is not there, serves another teacher, or is no such server.
         """
         self._servers = Servers(urls, outage_seconds=outage_seconds)
+        self._servers.refusals = _REFUSALS
         models = {}
         for server in self._servers.each:
             raw = json_of(self._servers.answered("GET", "/v1/models", only=server), _PROGRAM)
@@ -128,7 +134,7 @@ class TeacherClient:
         return found
 
     def close(self) -> None:
-        """Ends what waits for a server, and waits for what one is answering."""
+        """Ends what is asked, answered or not."""
         self._servers.close()
 
     def _scored(self, request: TargetsRequest) -> list[Answer]:

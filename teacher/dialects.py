@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,8 +24,10 @@ from teacher.wire import KINDS, Kind
 Program = Literal["teacher.serve", "vllm", "sglang"]
 _LEAST_LOGPROB: Final = -9999.0
 """What vLLM writes for the logarithm of 0, of which there is none in JSON."""
-_RESERVED_TOKENS: Final = 6
-"""Of its context, which SGLang keeps for itself."""
+_RESERVED_TOKENS: Final = 7
+"""Of its context, which SGLang keeps for itself: 1 and 5 more of what it calls the longest input, and 1 by which a
+prompt must be shorter than that."""
+_Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _NO_NUMBERS: Final = "NaN happened"
 """What SGLang says has ended a sequence whose logits are no numbers."""
 Read = TypeVar("Read")
@@ -47,7 +49,7 @@ class Said(NamedTuple):
     """What a server says about a sequence of T tokens, at the R = T - 1 - start positions that a token follows."""
 
     following: Float32[np.ndarray, "R"]
-    """Log-probabilities of the tokens that follow."""
+    """Log-probabilities of the tokens that follow; -inf where the probability is 0."""
     top_ids: Int32[np.ndarray, "R k"]
     """The likeliest tokens, the likeliest first."""
     top_logprobs: Float32[np.ndarray, "R k"]
@@ -98,11 +100,13 @@ class Dialect(Protocol):
     """Targets that it can give."""
     missing: str
     """What helps where `path` is not served."""
-    length_option: str
     entries_option: str | None
     """Bounds what is named at a position; None where nothing does."""
     raw: str
     """What helps where it gives other log-probabilities than the teacher's own."""
+
+    def longer(self, tokens: int) -> str:
+        """What a server is started with that scores sequences of so many tokens."""
 
     def about(self, get: Callable[..., Mapping[str, Any]]) -> About:
         """Who is served; `get` asks for the first of some paths that is there."""
@@ -141,14 +145,15 @@ class _VllmContent(msgspec.Struct):
 
 
 class _VllmChoice(msgspec.Struct):
-    token_ids: list[int] | None = None
+    token_ids: list[_Id] | None = None
     logprobs: _VllmContent | None = None
     finish_reason: str | None = None
+    weight_versions: Any = None
 
 
 class _VllmAnswer(msgspec.Struct):
-    choices: list[_VllmChoice]
-    prompt_logprobs: list[dict[int, _VllmLogprob] | None] | None = None
+    choices: Annotated[list[_VllmChoice], msgspec.Meta(min_length=1, max_length=1)]
+    prompt_logprobs: list[dict[_Id, _VllmLogprob] | None] | None = None
     prompt_token_id_logprobs: str | None = None
 
 
@@ -160,9 +165,11 @@ class Vllm:
     path = "/inference/v1/generate"
     kinds: frozenset[Kind] = frozenset(("top_k", "at_ids"))
     missing = "it takes vLLM 0.32 or newer, started with vllm serve"
-    length_option = "--max-model-len"
     entries_option: str | None = "--max-logprobs"
     raw = "start it with --logprobs-mode raw_logprobs"
+
+    def longer(self, tokens: int) -> str:
+        return f"--max-model-len {tokens + 1}"
 
     def about(self, get: Callable[..., Mapping[str, Any]]) -> About:
         card = get("/v1/models")["data"][0]
@@ -195,12 +202,14 @@ class Vllm:
         following = asked.tokens[asked.start + 1 :]
         if not all(token in row for token, row in zip(following, rows, strict=True)):
             raise UserError("its prompt_logprobs are of other tokens than were sent")
+        (choice,) = answer.choices
         own = _logprobs([row[token].logprob for token, row in zip(following, rows, strict=True)])
         # The token that stands there comes first, and is one more where it is none of the likeliest.
         ranked = [
             sorted(((token, one.logprob) for token, one in row.items()), key=_likeliest)[: asked.top_k] for row in rows
         ]
-        return Said(own, *_top(ranked, asked.top_k), self._at_ids(answer, asked))
+        top_ids, top_logprobs = _top(ranked, asked.top_k)
+        return Said(own, top_ids, top_logprobs, self._at_ids(answer, asked), _version(choice))
 
     def _at_ids(self, answer: _VllmAnswer, asked: Asked) -> Float32[np.ndarray, "R J"] | None:
         if asked.ids is None:
@@ -211,14 +220,17 @@ class Vllm:
                 "--kv-sharing-fast-prefill"
             )
         try:
-            found = np.load(io.BytesIO(base64.b64decode(answer.prompt_token_id_logprobs)), allow_pickle=False)
+            content = io.BytesIO(base64.b64decode(answer.prompt_token_id_logprobs))
+            found = np.lib.format.read_array(content, allow_pickle=False)
         except (ValueError, EOFError):
             raise UserError("its prompt_token_id_logprobs are no .npy file in base64") from None
+        if found.dtype.kind != "f":
+            raise UserError(f"its prompt_token_id_logprobs are {found.dtype} where floating-point numbers were asked")
         if found.shape != asked.ids.shape:
             raise UserError(
                 f"its prompt_token_id_logprobs are {list(found.shape)} where {list(asked.ids.shape)} were asked"
             )
-        return np.where(asked.ids < 0, -np.inf, found).astype(np.float32)
+        return np.where((asked.ids < 0) | (found <= _LEAST_LOGPROB), -np.inf, found).astype(np.float32)
 
     def generating(
         self,
@@ -250,7 +262,7 @@ class Vllm:
         content = (choice.logprobs and choice.logprobs.content) or []
         if len(content) != len(tokens):
             raise UserError(f"it gives log-probabilities of {len(content)} of {len(tokens)} generated tokens")
-        return Written(tokens, _logprobs([one.logprob for one in content]).tolist())
+        return Written(tokens, _logprobs([one.logprob for one in content]).tolist(), _version(choice))
 
     def _answer(self, body: bytes) -> _VllmAnswer:
         answer = _decoded(body, _VllmAnswer)
@@ -259,7 +271,14 @@ class Vllm:
         return answer
 
 
-_SglangEntry = tuple[float | None, int, str | None]
+def _version(choice: _VllmChoice) -> str:
+    """Of the weights that a choice comes from; one, if it tells of more than one in one string."""
+    told = choice.weight_versions
+    versions = dict.fromkeys(str(one) for one in (told if isinstance(told, list) else [told]) if one is not None)
+    return ", ".join(versions)
+
+
+_SglangEntry = tuple[float | None, _Id, str | None]
 
 
 class _SglangMeta(msgspec.Struct):
@@ -271,7 +290,7 @@ class _SglangMeta(msgspec.Struct):
 
 class _SglangAnswer(msgspec.Struct):
     meta_info: _SglangMeta
-    output_ids: list[int] | None = None
+    output_ids: list[_Id] | None = None
 
 
 class Sglang:
@@ -282,9 +301,13 @@ class Sglang:
     path = "/generate"
     kinds: frozenset[Kind] = frozenset(("top_k",))
     missing = "it takes SGLang 0.5, started with python -m sglang.launch_server"
-    length_option = "--context-length"
     entries_option: str | None = None
     raw = "take another version of it"
+
+    def longer(self, tokens: int) -> str:
+        return (
+            f"--context-length {tokens + _RESERVED_TOKENS}, and with memory for as many tokens (--mem-fraction-static)"
+        )
 
     def about(self, get: Callable[..., Mapping[str, Any]]) -> About:
         card = get("/v1/models")["data"][0]
@@ -297,7 +320,8 @@ class Sglang:
             root=str(model["model_path"]),
             weights_version=str(model.get("weight_version") or ""),
             max_model_len=longest,
-            longest_tokens=int(server.get("max_req_input_len") or longest - _RESERVED_TOKENS),
+            # What its memory holds may bound it, too.
+            longest_tokens=int(server.get("max_req_input_len") or longest - _RESERVED_TOKENS + 1) - 1,
         )
 
     def scoring(self, model: str, asked: Asked) -> dict[str, Any]:
@@ -373,7 +397,7 @@ def kinds_of(server: Program) -> frozenset[Kind]:
 def _decoded(body: bytes, kind: type[Read]) -> Read:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"it answers with something else than was documented: {error}") from None
 
 

@@ -1,11 +1,15 @@
 """HTTP servers that answer alike: asked in turn, tried again, waited for while they are away."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import random
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import httpx2
@@ -13,13 +17,33 @@ import httpx2
 from qwen3.errors import UserError
 from teacher.limits import TOKEN_VARIABLE, token_of_environment
 
-_CONNECT_SECONDS, _SEND_SECONDS, _FIRST_ANSWER_SECONDS = 5.0, 60.0, 60.0
+_CONNECT_SECONDS, _SEND_SECONDS = 5.0, 60.0
+_SHORT_ANSWER_SECONDS = 30.0
+"""After which a server that is asked who it is, or for little more, is not there."""
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.05, 5.0
 _FAILURES = 3
 """Answers of status 500 to one request after which it is the server's fault and not a moment's."""
+_ABORTS = 8
+"""Times in a row that a server lets go of one request, being there all the while, after which it is no moment's."""
 _PASSING = (429, 500, 502, 503, 504)
 """Statuses after which a request is tried again."""
-_CONNECTED = "connection.connect_tcp.complete"
+_CONNECTED, _ENCRYPTED = "connection.connect_tcp.complete", "connection.start_tls.complete"
+_NOTICED_WHEN_GONE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in (
+            ("TCP_KEEPIDLE", 30),  # seconds
+            ("TCP_KEEPINTVL", 10),  # seconds
+            ("TCP_KEEPCNT", 3),
+            ("TCP_USER_TIMEOUT", 60_000),  # milliseconds
+        )
+        if hasattr(socket, name)
+    ),
+]
+"""Options of a connection by which a machine that has vanished is noticed within a minute, however long an answer may
+take."""
+_ENDED = "the teacher's servers were still being asked when the run ended"
 Part = TypeVar("Part")
 Found = TypeVar("Found")
 
@@ -50,6 +74,8 @@ class Server:
     """On the monotonic clock, when the last connection to it was opened."""
     known_at: float = 0.0
     """On the monotonic clock, when it was last asked who it is."""
+    asking: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    """Held while it is asked that."""
 
 
 class Servers:
@@ -60,8 +86,10 @@ class Servers:
         each: The servers.
         headers: Go with every request.
         read_seconds: How long one may be silent.
+        refusals: What a status means to this program's servers, of which `{reason}` is a part: what follows a URL.
         on_connection: Called with a server before an answer is taken, where a connection has been opened since it was
-            last called: the server may have become another. What it raises ends the request.
+            last called: the server may have become another. What it raises ends the request, but for NoAnswer, by which
+            the server is away and its answer counts for nothing.
     """
 
     def __init__(self, urls: Sequence[str], *, outage_seconds: float):
@@ -71,11 +99,13 @@ class Servers:
         """
         self.each = [Server(url.rstrip("/")) for url in urls]
         self.headers: dict[str, str] = {}
-        self.read_seconds = _FIRST_ANSWER_SECONDS
+        self.read_seconds = _SHORT_ANSWER_SECONDS
+        self.refusals: Mapping[int, str] = {}
         self.on_connection: Callable[[Server], None] | None = None
         self._outage_seconds = outage_seconds
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
         token = token_of_environment()
         self._http = httpx2.Client(
@@ -93,8 +123,12 @@ class Servers:
         return self._threads.map(ask, parts)
 
     def close(self) -> None:
-        """Ends what waits for a server, and waits for what one is answering."""
-        self._closed.set()
+        """Ends what is asked, answered or not: whoever waits for it gets a UserError."""
+        with self._lock:
+            self._closed.set()
+            opened = list(self._sockets)
+        for one in opened:
+            _shut(one)
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         self._http.close()
@@ -107,15 +141,15 @@ class Servers:
         kind: str | None = None,
         only: Server | None = None,
         *,
-        checked: bool = True,
+        once: bool = False,
     ) -> httpx2.Response:
         """The answer of whichever server gives one first, or of `only` this; all that may pass is tried again.
 
-        The outage begins when no server is reached, and ends with any answer; one that is too busy is there. Without
-        `checked` nobody is called about new connections.
+        The outage begins when no server is reached, and ends with any answer; one that is too busy is there. With
+        `once` nothing is tried again, and nobody is called about new connections: what may pass raises NoAnswer.
         Raises ServerRefusal where a server refuses, UserError where none answers.
         """
-        return self.read(lambda response: response, method, path, content, kind, only, checked=checked)
+        return self.read(lambda response: response, method, path, content, kind, only, once=once)
 
     def read(
         self,
@@ -126,20 +160,17 @@ class Servers:
         kind: str | None = None,
         only: Server | None = None,
         *,
-        checked: bool = True,
+        once: bool = False,
     ) -> Found:
-        """What `made` makes of the answer, as `answered`. Where it raises NoAnswer, the server is taken to be away."""
+        """What `made` makes of the answer, as `answered`. Where it raises NoAnswer, the request is tried again; a
+        server that does not get beyond that ends it."""
         headers = self.headers | ({} if kind is None else {"content-type": kind})
-        timeout = httpx2.Timeout(self.read_seconds, connect=_CONNECT_SECONDS, write=_SEND_SECONDS, pool=None)
+        seconds = _SHORT_ANSWER_SECONDS if once else self.read_seconds
+        timeout = httpx2.Timeout(seconds, connect=_CONNECT_SECONDS, write=_SEND_SECONDS, pool=None)
         outage_ends: float | None = None
-        failures = 0
-        while True:
+        failures, aborts, away = 0, 0, list[str]()
+        while not self._closed.is_set():
             server = self._chosen(only)
-
-            def traced(event: str, _: Any, server: Server = server) -> None:
-                if event == _CONNECTED:
-                    server.opened_at = time.monotonic()
-
             try:
                 response = self._http.request(
                     method,
@@ -147,20 +178,28 @@ class Servers:
                     content=content,
                     headers=headers,
                     timeout=timeout,
-                    extensions={"trace": traced},
+                    extensions={"trace": functools.partial(self._traced, server)},
                 )
+                if response.status_code in _PASSING:
+                    if once:
+                        raise NoAnswer(_reason(response))
+                elif not once:
+                    self._find_out(server)
             except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
                 raise UserError(f"{server.url!r} is no server's address ({error}); write http://HOST:PORT") from None
-            except httpx2.TransportError as error:
-                away, reason = True, f"{type(error).__name__} {error}".strip()
+            except (httpx2.RequestError, NoAnswer) as error:
+                reached = False
+                reason = str(error) if isinstance(error, NoAnswer) else f"{type(error).__name__} {error}".strip()
+                if once:
+                    raise NoAnswer(reason) from None
             else:
-                if checked and response.status_code not in _PASSING:
-                    self._find_out(server)
+                reached = response.status_code not in (502, 503, 504)
                 if response.status_code < 400:
                     try:
                         found = made(response)
                     except NoAnswer as error:
-                        away, reason = True, str(error)
+                        reason = str(error)
+                        aborts += 1
                     else:
                         server.rest_seconds = 0.0
                         return found
@@ -168,28 +207,62 @@ class Servers:
                     reason = _reason(response)
                     failures += response.status_code == 500
                     if response.status_code not in _PASSING or failures == _FAILURES:
-                        raise ServerRefusal(_refusal(server, response, reason), response.status_code)
-                    away = response.status_code in (502, 503, 504)
+                        raise ServerRefusal(self._refusal(server, response, reason), response.status_code)
             finally:
                 with self._lock:
                     server.under_way -= 1
-            if not away:
+            if reached:
                 outage_ends = None
-            elif outage_ends is None:
-                outage_ends = time.monotonic() + self._outage_seconds
-            elif time.monotonic() > outage_ends:
-                raise UserError(
-                    f"no teacher has answered at {', '.join(one.url for one in self.each)} for "
-                    f"{self._outage_seconds:g} seconds ({reason}); start it again: a run goes on from what it has saved"
-                )
+                away.clear()
+                if aborts == _ABORTS:
+                    raise UserError(
+                        f"{server.url} can be reached, but {reason} {aborts} times in a row; see what it logs, or ask "
+                        "for less"
+                    )
+            else:
+                aborts = 0
+                away.append(server.url)
+                if outage_ends is None:
+                    outage_ends = time.monotonic() + self._outage_seconds
+                elif time.monotonic() > outage_ends:
+                    raise UserError(
+                        f"no teacher has answered at {', '.join(dict.fromkeys(away))} for {self._outage_seconds:g} "
+                        f"seconds ({reason}); start it again: a run goes on from what it has saved"
+                    )
             self._rest(server)
+        raise UserError(_ENDED)
+
+    def _traced(self, server: Server, event: str, told: Mapping[str, Any]) -> None:
+        """Hears how a request comes by its connection."""
+        if event not in (_CONNECTED, _ENCRYPTED):
+            return
+        server.opened_at = time.monotonic()
+        connection = told["return_value"].get_extra_info("socket")
+        if event == _CONNECTED:
+            for option in _NOTICED_WHEN_GONE:
+                connection.setsockopt(*option)
+        with self._lock:
+            self._sockets.add(connection)
+            closed = self._closed.is_set()
+        if closed:
+            _shut(connection)
 
     def _find_out(self, server: Server) -> None:
         """Lets `on_connection` see who answers, unless it has since the last connection was opened."""
-        if self.on_connection is not None and server.known_at < server.opened_at:
-            began = time.monotonic()
-            self.on_connection(server)
-            server.known_at = began
+        if self.on_connection is None:
+            return
+        with server.asking:
+            if server.known_at < server.opened_at:
+                began = time.monotonic()
+                self.on_connection(server)
+                server.known_at = began
+
+    def _refusal(self, server: Server, response: httpx2.Response, reason: str) -> str:
+        if (known := self.refusals.get(response.status_code)) is not None:
+            return f"{server.url} {known.format(reason=reason)}"
+        if response.status_code == 401:
+            return f"{server.url} asks for a token ({reason}); set the environment variable {TOKEN_VARIABLE} to its own"
+        return f"{server.url} has refused with status {response.status_code}: {reason}"
 
     def _rest(self, server: Server) -> None:
         """Waits before a request is tried again, longer each time that the server has not answered."""
@@ -197,7 +270,7 @@ class Servers:
         server.rests_until = time.monotonic() + server.rest_seconds
         # Clients that were cut off together do not come back together.
         if self._closed.wait(server.rest_seconds * random.uniform(0.5, 1.0)):
-            raise UserError("the teacher's servers were still being asked when the run ended")
+            raise UserError(_ENDED)
 
     def _chosen(self, only: Server | None) -> Server:
         """The server with the least to do, of those that have answered lately; else the one that is next to be tried.
@@ -220,17 +293,10 @@ def json_of(response: httpx2.Response, program: str) -> Any:
         raise UserError(f"{response.url} answers with something else than JSON; it is no {program}") from None
 
 
-def _refusal(server: Server, response: httpx2.Response, reason: str) -> str:
-    if response.status_code == 409:
-        return (
-            f"{server.url} serves another teacher than the one that was asked before ({reason}); serve that one "
-            "again, or begin a new run"
-        )
-    if response.status_code == 408:
-        return f"{server.url} has given up ({reason}); start it with a larger --deadline-seconds, or ask for less"
-    if response.status_code == 401:
-        return f"{server.url} asks for a token ({reason}); set the environment variable {TOKEN_VARIABLE} to its own"
-    return f"{server.url} has refused with status {response.status_code}: {reason}"
+def _shut(connection: socket.socket) -> None:
+    """Ends a connection for whoever reads from it or writes to it, which closing it does not."""
+    with contextlib.suppress(OSError):  # it is at its end
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _reason(response: httpx2.Response) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from qwen3.chat.chat import ChatTokenizer
+from qwen3.chat.tokenizer import TURN_END, TURN_START
+from qwen3.chat.turns import THINK_END, THINK_START
 from qwen3.errors import UserError
 from qwen3.generation.engine import OnProgress, Request
 from qwen3.generation.sampling import SamplingParams
@@ -33,7 +35,13 @@ _LEAST_TAIL = 2.0**-24
 _MOST_MASS = 1.001
 """Of tokens that are named; float32 sums of a vocabulary leave less above 1."""
 _PROBE_TEXT = "What is 17 + 25?\n\ndef f(x): return x ** 2  # 漢字, naïve"
-_PROBE_TOKENS, _PROBE_TEMPERATURE, _PROBE_NATS = 8, 2.0, 0.3
+_PROBE_TOKENS, _PROBE_TEMPERATURE, _PROBE_TOP_K = 32, 2.0, 2
+_LEAST_NATS = 0.1
+"""Between log-probabilities at two temperatures; less is no more than two programs' rounding."""
+_AT_IDS_NATS = 0.05
+"""Between two ways of one server to say the same."""
+_NO_TOKENIZE = (400, 404, 405, 501)
+"""What servers say that have no /tokenize, or none for this teacher."""
 _JSON = "application/json"
 Answered = TypeVar("Answered", Said, Written)
 
@@ -43,6 +51,7 @@ class TokenClient:
 
     Attributes:
         identity: What the servers say of the teacher.
+        vocab_size: Of the teacher; answers name no other tokens.
         longest_tokens: Tokens of the longest sequence that all of them score.
         notes: What could not be made sure of, a line each.
     """
@@ -53,6 +62,7 @@ class TokenClient:
         urls: Sequence[str],
         tokenizer: ChatTokenizer,
         *,
+        vocab_size: int,
         outage_seconds: float = 600.0,
         expected: StatedIdentity | None = None,
     ):
@@ -63,6 +73,7 @@ class TokenClient:
             server: The program that serves there.
             urls: http://HOST:PORT of each.
             tokenizer: The teacher's; its folder's hashes are part of who the teacher is.
+            vocab_size: Rows of the teacher's head.
             outage_seconds: How long a request is tried again while no server answers.
             expected: Who the teacher must be; None for whoever is served.
 
@@ -71,6 +82,7 @@ class TokenClient:
         log-probabilities than those at temperature 1.
         """
         self._dialect = DIALECTS[server]
+        self.vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._hashes = tokenizer_hashes(tokenizer.folder)
         self._servers = Servers(urls, outage_seconds=outage_seconds)
@@ -84,12 +96,17 @@ class TokenClient:
             self.longest_tokens = min(self.longest_tokens, about.longest_tokens)
         assert expected is not None
         self.identity = expected
-        self._servers.on_connection = lambda one: check_same(self.identity, self._identity(self._about(one)), one.url)
-        self._servers.read_seconds = _LONGEST_ANSWER_SECONDS
+        self._weights_version = expected.weights_version
+        self._servers.on_connection = lambda one: check_same(
+            self.identity, self._identity(self._about(one, once=True)), one.url
+        )
         self._servers.start(_AT_ONCE)
         self._probe_ids = tokenizer.encode(_PROBE_TEXT, add_special_tokens=True)
         for one in self._servers.each:
             self._check_tokenizer(one)
+        # From here on what is asked for takes time.
+        self._servers.read_seconds = _LONGEST_ANSWER_SECONDS
+        for one in self._servers.each:
             self._check_logprobs(one)
 
     @property
@@ -104,25 +121,45 @@ class TokenClient:
         fields: dict[str, str] = {}
         for field, needed, limit in asked:
             if limit == "max_sequence_tokens" and needed > self.longest_tokens:
-                reserved = int(self.identity.max_model_len) - self.longest_tokens
                 raise UserError(
                     f"{field} needs {needed} tokens, but {dialect.program}'s server scores {self.longest_tokens}; "
-                    f"start it with {dialect.length_option} {needed + reserved}, or lower the field"
+                    f"start it with {dialect.longer(needed)}, or lower the field"
                 )
             if needed > most.get(limit, needed):
                 most[limit], fields[limit] = needed, field
         if not fields or dialect.entries_option is None:
             return
-        rows = len(self._probe_ids) - 1
-        ids = np.tile(np.arange(most["max_ids"], dtype=np.int32), (rows, 1)) if most["max_ids"] else None
         for one in self._servers.each:
             try:
-                self._said(Asked(self._probe_ids, 0, most["max_top_k"], ids), one)
+                self._try_entries(most["max_top_k"], most["max_ids"], one)
             except ServerRefusal as refusal:
+                if refusal.status != 400 or not self._takes_fewer(most["max_top_k"], most["max_ids"], one):
+                    raise
                 raise UserError(
                     f"{' and '.join(fields.values())} need {max(most.values())} tokens a position: {refusal}; start it "
                     f"with {dialect.entries_option} {max(most.values())}, or lower the field"
                 ) from None
+
+    def _try_entries(self, top_k: int, count: int, server: Server) -> None:
+        """Asks for so many likeliest tokens, and for so many ids by name at each position, of which the first is the
+        token that follows: the server must say the same of it in both ways."""
+        tokens, start = self._probe_ids, 1
+        following = np.asarray(tokens[start + 1 :], np.int32)
+        ids = (following[:, None] + np.arange(count, dtype=np.int32)) % self.vocab_size if count else None
+        said = self._said(Asked(tokens, start, top_k, ids), server)
+        if said.at_ids is not None and not np.allclose(said.at_ids[:, 0], said.following, rtol=0, atol=_AT_IDS_NATS):
+            raise UserError(
+                f"{server.url} gives other log-probabilities of tokens that are asked for by name than of the same "
+                f"tokens in a prompt; take another version of {self._dialect.program}"
+            )
+
+    def _takes_fewer(self, top_k: int, count: int, server: Server) -> bool:
+        """Whether the server takes all else of what it has refused."""
+        try:
+            self._try_entries(min(1, top_k), min(1, count), server)
+        except ServerRefusal:
+            return False
+        return True
 
     def targets(self, request: TargetsRequest) -> list[Answer]:
         """What the teacher says about each sequence, as `teacher.wire` lists it, but for the token that follows. The
@@ -150,7 +187,7 @@ class TokenClient:
         return found
 
     def close(self) -> None:
-        """Ends what waits for a server, and waits for what one is answering."""
+        """Ends what is asked, answered or not."""
         self._servers.close()
 
     def _answer(self, request: TargetsRequest, index: int) -> Answer:
@@ -182,7 +219,7 @@ class TokenClient:
         """Logarithm of what is left of 1, in float64. Log-probabilities in float32 leave a rounding, on either side of
         0, of which a floor makes a mass that is too small to matter and a divergence that stays finite."""
         mass = np.exp(logprobs.astype(np.float64)).sum(axis=-1)
-        if (mass > _MOST_MASS).any():
+        if not (mass <= _MOST_MASS).all():
             raise UserError(
                 f"the probabilities that {self._dialect.program}'s server gives at a position add up to "
                 f"{mass.max():.4g}: they are no log-probabilities; {self._dialect.raw}"
@@ -215,6 +252,11 @@ class TokenClient:
             logprobs[predicting] = self._said(Asked(tokens.tolist(), len(prompt) - 1)).following
         else:
             logprobs[predicting] = written.logprobs
+        if not np.isfinite(logprobs[loss_mask]).all():
+            raise UserError(
+                f"{self._dialect.program}'s server gives no log-probability of a token that it has sampled; check the "
+                "teacher's weights"
+            )
         return Rollout(
             tokens=tokens,
             prompt_length=len(prompt),
@@ -241,7 +283,7 @@ class TokenClient:
         if not 1 <= len(written.tokens) <= most:
             raise UserError(
                 f"{self._dialect.program}'s server has generated {len(written.tokens)} tokens behind {len(prompt)} "
-                f"where up to {most} were asked for; give it room ({self._dialect.length_option})"
+                f"where up to {most} were asked for; start it with {self._dialect.longer(len(prompt) + most)}"
             )
         return written
 
@@ -253,22 +295,33 @@ class TokenClient:
                 found = read(response.content)
             except UserError as error:
                 raise UserError(f"{response.url}: {error}") from None
-            known = self.identity.weights_version
-            if known and found.weights_version not in ("", known):
-                raise UserError(
-                    f"{response.url} answers with the weights {found.weights_version}, and the teacher was {known}; "
-                    "serve those again, or begin a new run"
-                )
+            self._check_answer(found, str(response.url))
             return found
 
         return self._servers.read(made, "POST", self._dialect.path, json.dumps(body).encode(), _JSON, only)
 
-    def _about(self, server: Server) -> About:
-        """What a server says of itself."""
+    def _check_answer(self, found: Said | Written, url: str) -> None:
+        """Refuses what is not the teacher's: other weights than the first that a server has named, or tokens beyond the
+        vocabulary."""
+        known = self._weights_version = self._weights_version or found.weights_version
+        if found.weights_version not in ("", known):
+            raise UserError(
+                f"{url} answers with the weights {found.weights_version}, and the teacher was {known}; serve those "
+                "again, or begin a new run"
+            )
+        ids = found.top_ids if isinstance(found, Said) else np.asarray(found.tokens, np.int32)
+        if (ids >= self.vocab_size).any():
+            raise UserError(
+                f"{url} names token {ids.max()}, but the teacher's config.json has vocab_size {self.vocab_size}; name "
+                "a folder with the served teacher's config.json and tokenizer"
+            )
+
+    def _about(self, server: Server, *, once: bool = False) -> About:
+        """What a server says of itself; with `once` NoAnswer is raised where it is away."""
 
         def get(path: str, *others: str) -> Mapping[str, Any]:
             try:
-                response = self._servers.answered("GET", path, only=server, checked=False)
+                response = self._servers.answered("GET", path, only=server, once=once)
             except ServerRefusal as refusal:
                 if refusal.status == 404 and others:
                     return get(*others)
@@ -277,7 +330,7 @@ class TokenClient:
 
         try:
             return self._dialect.about(get)
-        except (ServerRefusal, KeyError, IndexError, TypeError) as error:
+        except (ServerRefusal, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, ServerRefusal) and error.status != 404:
                 raise
             raise UserError(
@@ -300,43 +353,63 @@ class TokenClient:
 
     def _check_tokenizer(self, server: Server) -> None:
         """Refuses a server that has other ids for a text."""
-        body = json.dumps({"model": self.identity.model, "prompt": _PROBE_TEXT}).encode()
+        text = _PROBE_TEXT + "".join(_markers(self._tokenizer))
+        body = json.dumps({"model": self.identity.model, "prompt": text}).encode()
         try:
             response = self._servers.answered("POST", "/tokenize", body, _JSON, server)
         except ServerRefusal as refusal:
-            if refusal.status != 404:
+            if refusal.status not in _NO_TOKENIZE:
                 raise
             self.notes.append(
                 f"{server.url} has no /tokenize: its tokenizer is taken for that of {self._tokenizer.folder}"
             )
             return
         found = json_of(response, self._dialect.program)
-        if not isinstance(found, dict) or found.get("tokens") != self._probe_ids:
+        ids = self._tokenizer.encode(text, add_special_tokens=True)
+        if not isinstance(found, dict) or found.get("tokens") != ids:
             raise UserError(
                 f"{server.url} has other tokens for a text than the tokenizer in {self._tokenizer.folder}; name a "
                 "folder with the served teacher's tokenizer"
             )
 
     def _check_logprobs(self, server: Server) -> None:
-        """Refuses a server whose log-probabilities of what it generates are those of what it samples from."""
+        """Refuses a server whose log-probabilities of what it generates are those of what it samples from.
+
+        It samples from the few likeliest tokens at another temperature than 1, of which both kinds are known from what
+        it says of the same tokens in a prompt."""
         dialect, probe = self._dialect, self._probe_ids
-        params = SamplingParams(max_new_tokens=_PROBE_TOKENS, temperature=_PROBE_TEMPERATURE)
+        params = SamplingParams(max_new_tokens=_PROBE_TOKENS, temperature=_PROBE_TEMPERATURE, top_k=_PROBE_TOP_K)
         try:
             written = self._written(probe, params, _PROBE_TOKENS, (), 0, server)
         except ServerRefusal as refusal:
             if refusal.status == 404:
                 raise UserError(f"{server.url} has no {dialect.path}: {dialect.missing}") from None
             raise
-        said = self._said(Asked([*probe, *written.tokens], len(probe) - 1, 1), server)
+        said = self._said(Asked([*probe, *written.tokens], len(probe) - 1, _PROBE_TOP_K), server)
         self._log_tail(said.top_logprobs)
         if written.logprobs is None:
             return
+        sampled = said.following / _PROBE_TEMPERATURE
+        sampled -= np.log(np.exp(said.top_logprobs / _PROBE_TEMPERATURE).sum(axis=-1))
+        between = float(np.mean(np.abs(sampled - said.following)))
         apart = float(np.mean(np.abs(np.asarray(written.logprobs) - said.following)))
-        if not apart < _PROBE_NATS:
+        if between < _LEAST_NATS and apart < _LEAST_NATS:
+            self.notes.append(
+                f"{server.url} is too sure of what it generates to tell whether its log-probabilities are those at "
+                f"temperature 1; {dialect.raw}"
+            )
+        elif not apart < between / 2:
             raise UserError(
                 f"{server.url} gives other log-probabilities of what it generates than of the same tokens in a prompt "
                 f"(by {apart:.2g} nats at temperature {_PROBE_TEMPERATURE:g}); {dialect.raw}"
             )
+
+
+def _markers(tokenizer: ChatTokenizer) -> Iterable[str]:
+    """Of thinking, turns and ends, those that a tokenizer has."""
+    known = set(tokenizer.tokens_by_id().values())
+    ends = [tokenizer.decode([one]) for one in tokenizer.eos_ids]
+    return [one for one in dict.fromkeys((THINK_START, THINK_END, TURN_START, TURN_END, *ends)) if one in known]
 
 
 class _Growing:

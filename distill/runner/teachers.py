@@ -81,9 +81,9 @@ class Teachers:
                 f"one; run one process, or set {field}.placement to own_mesh"
             )
         file = run.path / identity_file(name)
-        client = self._client(teacher, file if file.exists() and run.holds_work else None)
+        config = ModelConfig.from_folder(teacher.path)
+        client = self._client(teacher, config, file if file.exists() and run.holds_work else None)
         with contextlib.closing(client):
-            config = ModelConfig.from_folder(teacher.path)
             if isinstance(client, TokenClient):
                 for note in client.notes:
                     self._progress.print(f"teacher    {note}")
@@ -94,7 +94,7 @@ class Teachers:
             model = ServedModel(client=client, config=config)
             yield TeacherModel(model=model, mesh=self._mesh, fingerprint=client.identity.weights)
 
-    def _client(self, teacher: Teacher, file: Path | None) -> TeacherClient | TokenClient:
+    def _client(self, teacher: Teacher, config: ModelConfig, file: Path | None) -> TeacherClient | TokenClient:
         """Asks its servers, which must have whom `file`, if there is one, names."""
         remedy = "delete it if the servers have the teacher with which the run began"
         urls, seconds = teacher.urls, teacher.outage_seconds
@@ -102,7 +102,14 @@ class Teachers:
             known = None if file is None else read_json(file, TeacherIdentity.from_json, remedy)
             return TeacherClient(urls, outage_seconds=seconds, expected=known)
         stated = None if file is None else read_json(file, StatedIdentity.from_json, remedy)
-        return TokenClient(teacher.server, urls, self._tokenizer, outage_seconds=seconds, expected=stated)
+        return TokenClient(
+            teacher.server,
+            urls,
+            self._tokenizer,
+            vocab_size=config.vocab_size,
+            outage_seconds=seconds,
+            expected=stated,
+        )
 
     def check_stores(self, finished: Collection[str]) -> None:
         """Refuses, naming the field, a store of another teacher or tokenizer, or of other targets, than the stage that

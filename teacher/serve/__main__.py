@@ -67,7 +67,7 @@ _OPTIONS: Mapping[str, str] = {
     "max_top_k": "most likely tokens a position that can be asked for",
     "max_ids": "ids a position that can be asked for by name",
     "max_sampled_tokens": "tokens a position that can be sampled",
-    "prefix_cache_tokens": "tokens kept for sequences that begin with them; 0: scoring computes every prompt anew",
+    "prefix_cache_tokens": "tokens kept for sequences that begin with them; 0 scores all anew, as --mesh.context does",
     "max_request_sequences": "sequences in one request",
     "max_request_tokens": "tokens of all sequences in one request",
     "max_body_bytes": "bytes of one request",
@@ -99,11 +99,14 @@ def _main(arguments: list[str]) -> int:
             f"--host is {own.host}, which others can reach; set the environment variable {TOKEN_VARIABLE} to a secret, "
             "here and for the clients, or leave --host"
         )
+    mesh_shape = MeshShape(**_fields(own, "mesh.", MeshShape))
+    if own.prefix_cache_tokens is None:
+        own.prefix_cache_tokens = 0 if mesh_shape.context > 1 else Limits.prefix_cache_tokens
     served = Served(
         model=own.model,
         dtype=own.dtype,
         quantisation=own.quantisation,
-        mesh=MeshShape(**_fields(own, "mesh.", MeshShape)),
+        mesh=mesh_shape,
         kernels=Kernels(**_fields(own, "kernels.", Kernels)),
         limits=Limits(**_fields(own, "", Limits)),
     )
@@ -253,7 +256,7 @@ def parser() -> argparse.ArgumentParser:
             dest=field.name,
             type=kind,
             metavar="N",
-            default=field.default,
+            default=None if field.name == "prefix_cache_tokens" else field.default,
             help=f"{_OPTIONS[field.name]} (default: {field.default:,})",
         )
     devices = parser.add_argument_group("devices")

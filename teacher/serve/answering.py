@@ -155,11 +155,17 @@ class Answering:
 
     async def pieces(self, *, followed: bool = True) -> AsyncIterator[Piece]:
         """Pieces of choices as they come. With `followed` they are short."""
+        async for come in self.batches(followed=followed):
+            for piece in come:
+                yield piece
+
+    async def batches(self, *, followed: bool = True) -> AsyncIterator[Sequence[Piece]]:
+        """The same, together with what has come by the same time: of one choice there may be several."""
         service, loop = self._call.service, asyncio.get_running_loop()
         sampled = await asyncio.gather(*(self.scored(choice.wanted.one_token()) for choice in self.choices))
         for choice, answer in zip(self.choices, sampled, strict=True):
             if answer is not None:
-                yield choice.add_one(answer)
+                yield [choice.add_one(answer)]
         requests = [request for one in self._wanted for request in one.requests()]
         if not requests:
             return
@@ -187,8 +193,7 @@ class Answering:
                 while not parts.empty():
                     come.append(parts.get_nowait())
                 known = [(growing[one[0]], one[1]) for one in come if one is not None]
-                for piece in await asyncio.to_thread(_added, known):
-                    yield piece
+                yield await asyncio.to_thread(_added, known)
                 if len(known) < len(come):
                     # Its end comes after all that it tells: what is open by then has failed.
                     future.result()

@@ -133,8 +133,9 @@ async def generate(call: Call) -> Response:
         for choice in answering.choices:
             if choice.ended:
                 yield event(choice)
-        async for piece in answering.pieces():
-            yield await asyncio.to_thread(event, answering.choices[piece.choice])
+        async for pieces in answering.batches():
+            for place in dict.fromkeys(piece.choice for piece in pieces):
+                yield await asyncio.to_thread(event, answering.choices[place])
 
     if asked.stream:
         return openai.stream(events())

@@ -53,9 +53,13 @@ def as_vllm(app: ASGIApp, service: Service, *, name: str = "Teacher", version: s
 def as_sglang(app: ASGIApp, service: Service, *, name: str = "Teacher", version: str = "0.5.23") -> ASGIApp:
     """SGLang 0.5.23: `python -m sglang.launch_server --model-path org/Teacher`, with deterministic inference."""
     path, weights = f"org/{name}", "default"
-    card = {"id": path, "object": "model", "owned_by": "sglang", "root": path, "max_model_len": MOST_TOKENS + 5}
+    most_input = MOST_TOKENS + 1  # its max_req_input_len, below which it wants them
+    card = {"id": path, "object": "model", "owned_by": "sglang", "root": path, "max_model_len": most_input + 6}
 
     def asked(body: dict[str, Any]) -> None:
+        # As in its managers/utils.py, validate_input_length.
+        if len(body["input_ids"]) >= most_input:
+            raise HTTPException(400, "Input length exceeds the maximum allowed length.")
         sampling = body["sampling_params"]
         # As in its schedule_batch.py.
         assert not (sampling.get("ignore_eos") and sampling.get("stop_token_ids"))
@@ -69,7 +73,7 @@ def as_sglang(app: ASGIApp, service: Service, *, name: str = "Teacher", version:
         {
             "/v1/models": {"object": "list", "data": [card]},
             "/model_info": {"model_path": path, "tokenizer_path": path, "weight_version": weights},
-            "/server_info": {"version": version, "max_req_input_len": MOST_TOKENS},
+            "/server_info": {"version": version, "max_req_input_len": most_input},
         },
         service,
         _through(app, "/generate", asked, answered),

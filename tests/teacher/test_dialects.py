@@ -24,6 +24,7 @@ from starlette.routing import Route
 
 from qwen3.chat.chat import ChatTokenizer
 from qwen3.errors import UserError
+from qwen3.generation.engine import Request as Wanted
 from qwen3.generation.sampling import SamplingParams
 from teacher.client import TeacherClient
 from teacher.dialects import DIALECTS, Asked
@@ -40,6 +41,12 @@ TOKENS = [11, 12, 13, 14]
 def npy(array: np.ndarray) -> str:
     file = io.BytesIO()
     np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def npz(array: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.savez(file, array)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -93,6 +100,8 @@ def test_vllms_matrix_at_ids_is_read_beside_the_likeliest():
         (of_vllm(), r"no prompt_token_id_logprobs; it takes vLLM 0\.33 with VLLM_USE_V2_MODEL_RUNNER=1"),
         (of_vllm(prompt_token_id_logprobs=npy(scores[:1])), r"are \[1, 2\] where \[2, 2\] were asked"),
         (of_vllm(prompt_token_id_logprobs="AAAA"), r"no \.npy file"),
+        (of_vllm(prompt_token_id_logprobs=npz(scores)), r"no \.npy file"),
+        (of_vllm(prompt_token_id_logprobs=npy(scores.astype(str))), r"are <U\d+ where floating-point numbers"),
         (of_vllm(prompt_token_id_logprobs=base64.b64encode(b"\x93NUMPY\x01\x00").decode()), r"no \.npy file"),
     ]:
         with pytest.raises(UserError, match=match):
@@ -112,6 +121,10 @@ def test_vllms_matrix_at_ids_is_read_beside_the_likeliest():
         ),
         (b"<html>", r"something else than was documented"),
         (b'{"choices": 3}', r"something else than was documented"),
+        (of_vllm(choices=[]), r"something else than was documented: Expected `array` of length >= 1"),
+        (of_vllm(choices=[{"index": 0}, {"index": 1}]), r"something else than was documented"),
+        (of_vllm(prompt_logprobs=[None, *[{str(2**31): entry(-0.1, 1)}] * 3]), r"something else than was documented"),
+        (b'{"choices": "\xff"}', r"something else than was documented"),
     ],
 )
 def test_what_vllm_must_not_say_is_refused(body, match):
@@ -127,6 +140,7 @@ def test_what_vllm_has_generated_is_read_without_its_texts():
     choice = {"index": 0, "logprobs": {"content": content}, "finish_reason": "stop", "token_ids": [4, 2]}
     written = VLLM.written(of_vllm(choices=[choice], prompt_logprobs=None))
     assert (written.tokens, written.logprobs) == ([4, 2], [-0.5, -1.5])
+    assert VLLM.written(of_vllm(choices=[choice | {"weight_versions": [3, 3]}])).weights_version == "3"
     with pytest.raises(UserError, match="log-probabilities of 0 of 2 generated tokens"):
         VLLM.written(of_vllm(choices=[choice | {"logprobs": None}]))
     with pytest.raises(NoAnswer):
@@ -206,6 +220,7 @@ class Bigrams:
     tokenizer: ChatTokenizer
     logprobs_mode: str = "raw_logprobs"
     max_logprobs: int = 20
+    max_model_len: int | str = 4096
     aborts: int = 0
     """Answers that it lets go of before it gives any."""
     loads: int = 0
@@ -215,6 +230,17 @@ class Bigrams:
     """Paths that are not there."""
     token: str = ""
     prepends: tuple[int, ...] = ()
+    weights: int | None = None
+    """What it calls its weights in an answer."""
+    tokenize_status: int = 200
+    splits_markers: bool = False
+    """Takes `<think>` for text."""
+    shifts: int = 0
+    """Rows by which the matrix at ids is off; it has none where this is -1."""
+    poisons: float = 0.0
+    """Added to all log-probabilities of what it generates, and of what is asked for by name."""
+    beyond: int = 0
+    """Added to the likeliest id."""
 
     def __post_init__(self) -> None:
         size = self.tokenizer.vocab_size
@@ -224,6 +250,7 @@ class Bigrams:
         logits = self.logits[tokens] / temperature
         if self.logprobs_mode == "raw_logits":
             return logits
+        logits = logits - logits.max(-1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
     def app(self) -> Starlette:
@@ -247,15 +274,16 @@ class Bigrams:
         async def card(request: Request) -> Response:
             if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
                 return JSONResponse({"error": "Unauthorized"}, 401)  # as vLLM's --api-key has it
-            card = {"id": self.name, "owned_by": "vllm", "root": "org/Teacher", "max_model_len": 4096}
+            card = {"id": self.name, "owned_by": "vllm", "root": "org/Teacher", "max_model_len": self.max_model_len}
             return JSONResponse({"object": "list", "data": [card]})
 
         async def version(request: Request) -> Response:
             return JSONResponse({"version": "0.33.0"})
 
         async def tokenize(request: Request) -> Response:
-            tokens = self.tokenizer.encode((await request.json())["prompt"])
-            return JSONResponse({"tokens": [*self.prepends, *tokens]})
+            text = (await request.json())["prompt"]
+            tokens = self.tokenizer.encode(text.replace("<think>", "< think>") if self.splits_markers else text)
+            return JSONResponse({"tokens": [*self.prepends, *tokens]}, self.tokenize_status)
 
         paths = {
             "/v1/models": card, "/version": version, "/tokenize": tokenize, "/inference/v1/generate": generate,
@@ -272,18 +300,34 @@ class Bigrams:
         rows: list[Any] = [None]
         for one, row in zip(tokens[1:], self.logprobs(tokens[:-1]), strict=True):
             best = np.argsort(-row, kind="stable")[: sampling.get("prompt_logprobs", 0)].tolist()
-            rows.append({str(token): entry(float(row[token]), 0) for token in [one, *best]})
+            named = {str(token): entry(float(row[token]), 0) for token in [one, *best]}
+            if self.beyond and best:
+                named[str(best[0] + self.beyond)] = entry(0.0, 1)
+            rows.append(named)
         temperature = sampling["temperature"] if self.logprobs_mode == "processed_logprobs" else 1
         rng, written = np.random.default_rng(sampling.get("seed")), []
+        top_k = sampling.get("top_k") or self.tokenizer.vocab_size
         for _ in range(sampling["max_tokens"]):
             logits = self.logits[[*tokens, *written][-1]] / sampling["temperature"]
-            written.append(int(np.argmax(logits + rng.gumbel(size=logits.shape))))
-        said = self.logprobs([*tokens, *written][len(tokens) - 1 : -1], temperature)
+            kept = np.where(logits >= np.sort(logits)[-top_k], logits, -np.inf)
+            written.append(int(np.argmax(kept + rng.gumbel(size=logits.shape))))
+        said = self.logprobs([*tokens, *written][len(tokens) - 1 : -1], temperature) + self.poisons
+        if self.logprobs_mode == "processed_logprobs":
+            # Of what top_k has left.
+            said -= np.log(np.sort(np.exp(said), axis=-1)[:, -top_k:].sum(-1, keepdims=True))
         content = [
             {"token": f"token_id:{one}", "logprob": float(row[one])} for one, row in zip(written, said, strict=True)
         ]
-        choice = {"index": 0, "finish_reason": "length", "token_ids": written, "logprobs": {"content": content}}
-        return {"choices": [choice], "prompt_logprobs": rows if "prompt_logprobs" in sampling else None}
+        choice = {
+            "index": 0, "finish_reason": "length", "token_ids": written, "logprobs": {"content": content},
+            "weight_versions": self.weights and [self.weights],
+        }  # fmt: skip
+        answer = {"choices": [choice], "prompt_logprobs": rows if "prompt_logprobs" in sampling else None}
+        if "prompt_logprob_token_ids" in sampling and self.shifts >= 0:
+            scores = self.logprobs(tokens[sampling["prompt_logprob_start"] : -1])
+            named = np.take_along_axis(scores, np.asarray(sampling["prompt_logprob_token_ids"]), axis=-1)
+            answer["prompt_token_id_logprobs"] = npy(np.roll(named, self.shifts, axis=0).astype(np.float32))
+        return answer
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +338,8 @@ def tokenizer(reciting_folder: str) -> ChatTokenizer:
 @contextlib.contextmanager
 def client_of(server: Bigrams) -> Iterator[TokenClient]:
     with serving_app(server.app()) as url:
-        client = TokenClient("vllm", [url], server.tokenizer, outage_seconds=5)
+        size = server.tokenizer.vocab_size
+        client = TokenClient("vllm", [url], server.tokenizer, vocab_size=size, outage_seconds=5)
         with contextlib.closing(client):
             yield client
 
@@ -323,12 +368,15 @@ def test_a_tail_that_is_rounding_is_no_infinity(tokenizer):
         (answer,) = client.targets(request)
     np.testing.assert_allclose(answer["log_tail"][0], np.log(2.0**-24), rtol=1e-6)
     assert np.isfinite(answer["log_tail"]).all()
+    for poison in (np.nan, np.inf):
+        with pytest.raises(UserError, match="they are no log-probabilities"):
+            client._log_tail(np.float32([[-1, -2], [poison, -2]]))
 
 
 def test_another_teacher_is_seen_though_its_connection_is_not_new_when_it_answers(tokenizer):
     request = TargetsRequest(targets="top_k", sequences=[np.int32([1, 2, 3])], starts=[0], entries=2)
     with serving_app(Bigrams(tokenizer).app()) as url:
-        client = TokenClient("vllm", [url], tokenizer, outage_seconds=20)
+        client = TokenClient("vllm", [url], tokenizer, vocab_size=tokenizer.vocab_size, outage_seconds=20)
         port = int(url.rpartition(":")[2])
     other = Bigrams(tokenizer, name="Other", loads=2)
     with (
@@ -348,6 +396,9 @@ def test_another_teacher_is_seen_though_its_connection_is_not_new_when_it_answer
         ({"lacks": ("/inference/v1/generate",)}, r"has no /inference/v1/generate: it takes vLLM 0\.32 or newer"),
         ({"lacks": ("/version",)}, r"does not say of itself what vLLM does; say in teacher\.server which program"),
         ({"prepends": (0,)}, r"has other tokens for a text than the tokenizer in .*reciting"),
+        ({"splits_markers": True}, r"has other tokens for a text than the tokenizer in .*reciting"),
+        ({"beyond": 10**6}, r"names token 100\d{4}, but the teacher's config\.json has vocab_size \d+; name a folder"),
+        ({"max_model_len": "long"}, r"does not say of itself what vLLM does; say in teacher\.server which program"),
         ({"token": "geheim"}, r"asks for a token .*; set the environment variable TEACHER_TOKEN"),
     ],
     ids=str,
@@ -366,8 +417,43 @@ def test_what_cannot_be_made_sure_of_is_noted(tokenizer, monkeypatch):
         assert f"has no /tokenize: its tokenizer is taken for that of {tokenizer.folder}" in note
 
 
+@pytest.mark.parametrize("status", [400, 501])
+def test_a_server_that_does_not_tokenise_is_noted(tokenizer, status):
+    with client_of(Bigrams(tokenizer, tokenize_status=status)) as client:
+        (note,) = client.notes
+        assert "has no /tokenize" in note
+
+
+def test_a_teacher_that_is_sure_of_everything_is_noted(tokenizer):
+    server = Bigrams(tokenizer)
+    server.logits *= 100
+    with client_of(server) as client:
+        (note,) = client.notes
+    assert "too sure of what it generates to tell" in note
+
+
+def test_other_weights_than_the_first_are_refused(tokenizer):
+    server = Bigrams(tokenizer, weights=1)
+    request = TargetsRequest(targets="top_k", sequences=[np.int32([1, 2, 3])], starts=[0], entries=2)
+    with client_of(server) as client:
+        client.targets(request)
+        server.weights = 2
+        with pytest.raises(UserError, match=r"answers with the weights 2, and the teacher was 1; serve those again"):
+            client.targets(request)
+
+
+def test_a_sampled_token_without_a_log_probability_is_refused(tokenizer):
+    server, params = Bigrams(tokenizer), SamplingParams(max_new_tokens=3, stop_ids=())
+    request = Wanted(prompt_ids=[1, 2], prompt_id="a", sample_index=0, mode="non_thinking", params=params)
+    with client_of(server) as client:
+        assert np.isfinite(client.rollouts([request], seed=0)[0].sampler_logprobs).all()
+        server.poisons = -1e5  # as vLLM writes what is no number
+        with pytest.raises(UserError, match=r"gives no log-probability of a token that it has sampled"):
+            client.rollouts([request], seed=0)
+
+
 def test_limits_are_tried_before_anything_is_spent(tokenizer):
-    with client_of(Bigrams(tokenizer)) as client:
+    with client_of(Bigrams(tokenizer, shifts=-1)) as client:
         client.check(
             [("stages.off_policy.top_k", 20, "max_top_k"), ("prompt and response", 4_095, "max_sequence_tokens")]
         )
@@ -390,6 +476,25 @@ def test_limits_are_tried_before_anything_is_spent(tokenizer):
             _ = client.head
 
 
+def test_what_is_named_is_held_against_the_prompt_and_refusals_are_blamed_on_what_they_are_about(tokenizer):
+    asked = [("stages.on_policy.targets.k", 16, "max_top_k"), ("stages.on_policy.targets.k", 17, "max_ids")]
+    with client_of(Bigrams(tokenizer)) as client:
+        client.check(asked)
+    with (
+        client_of(Bigrams(tokenizer, shifts=1)) as client,
+        pytest.raises(
+            UserError, match=r"other log-probabilities of tokens that are asked for by name than of the same"
+        ),
+    ):
+        client.check(asked)
+    server = Bigrams(tokenizer)
+    with client_of(server) as client:
+        server.max_logprobs = 0
+        with pytest.raises(UserError, match="has refused with status 400") as raised:
+            client.check(asked)
+        assert "--max-logprobs" not in str(raised.value)
+
+
 def test_each_client_says_whose_server_it_has_met(tokenizer, reciting):
     with (
         serving_app(Bigrams(tokenizer).app()) as url,
@@ -399,4 +504,4 @@ def test_each_client_says_whose_server_it_has_met(tokenizer, reciting):
     with serving_app(make_app(Standing(reciting))) as url:
         for program in DIALECTS:
             with pytest.raises(UserError, match=r"does not say of itself what .* does; say in teacher\.server which"):
-                TokenClient(program, [url], tokenizer)
+                TokenClient(program, [url], tokenizer, vocab_size=tokenizer.vocab_size)

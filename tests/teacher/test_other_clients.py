@@ -7,7 +7,7 @@ SkyRL 0.4: skyrl/tinker/extra/external_inference.py. slime, miles: examples/on_p
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx2
@@ -19,7 +19,9 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.generation.modes import GenerationMode
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 
+from qwen3.generation.engine import Request
 from qwen3.generation.sampling import SamplingParams
+from qwen3.generation.slots import Written
 from teacher.serve import openapi
 from teacher.serve.app import Standing, make_app
 from teacher.serve.text import Spelling
@@ -212,6 +214,29 @@ def test_each_event_of_a_stream_holds_the_whole_answer_so_far(client):
     # What goes wrong before it begins is no stream.
     refused = client.post("/generate", json=body | {"stream": True, "top_logprobs_num": 99})
     assert (refused.status_code, refused.json()["error"]["param"]) == (413, "top_logprobs_num")
+
+
+def test_parts_that_have_come_together_are_one_event(client, reciting, monkeypatch):
+    submit = reciting.generation.submit
+
+    def submit_holding_back(requests: Sequence[Request], *, on_written: Callable[..., bool], **rest: Any) -> Any:
+        held = []
+
+        def hold(index: int, part: Written) -> bool:
+            held.append((index, part))
+            if sum(len(one.tokens) for _, one in held) == 30:
+                for one in held:
+                    on_written(*one)
+            return True
+
+        return submit(requests, on_written=hold, **rest)
+
+    monkeypatch.setattr(reciting.generation, "submit", submit_holding_back)
+    sampling = {"max_new_tokens": 30, "sampling_seed": 4, "ignore_eos": True}
+    events = streamed(client, {"input_ids": SEQUENCE, "sampling_params": sampling})
+    lengths = [len(event["output_ids"]) for event in events]
+    assert lengths == sorted(set(lengths))
+    assert [event["meta_info"]["finish_reason"] is None for event in events] == [True] * (len(events) - 1) + [False]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from teacher.client import TeacherClient
+from teacher.serve import __main__ as command
 from teacher.serve.__main__ import main
 from teacher.wire import TargetsRequest
 from tests.teacher.serving import LIMITS, ServerProcess, make_folder
@@ -43,6 +44,17 @@ def test_what_cannot_be_served_is_said_in_one_line(options, said, folder, monkey
     error = capsys.readouterr().err
     assert said in error, error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("options", "tokens"), [((), 16_384), (("--mesh.data", "4", "--mesh.context", "2"), 0)])
+def test_prefixes_are_kept_unless_a_mesh_cuts_rows(options, tokens, folder, monkeypatch):
+    served = []
+    monkeypatch.setattr(command, "serve", lambda one, *_, **__: served.append(one) or 0)
+    sizes = ("--max-sequence-tokens", "128", "--max-prompt-tokens", "64", "--max-new-tokens", "16")
+    assert main(["--model", folder, *sizes, *options]) == 0
+    assert [one.limits.prefix_cache_tokens for one in served] == [tokens]
+    if not tokens:
+        assert main(["--model", folder, *sizes, *options, "--prefix-cache-tokens", "16384"]) == 2
 
 
 def test_an_address_that_is_taken_is_said_in_one_line(folder, capsys):

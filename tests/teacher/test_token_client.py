@@ -37,7 +37,7 @@ def clients(reciting: Service) -> Iterator[dict[Program, TokenClient]]:
         found = {}
         for program, dress in DRESSES.items():
             url = opened.enter_context(serving_app(dress(make_app(Standing(reciting)), reciting)))
-            client = TokenClient(program, [url], reciting.tokenizer, outage_seconds=5)
+            client = TokenClient(program, [url], reciting.tokenizer, vocab_size=reciting.vocab_size, outage_seconds=5)
             found[program] = opened.enter_context(contextlib.closing(client))
         yield found
 
@@ -205,6 +205,10 @@ def test_what_the_servers_say_of_themselves_is_who_they_are(clients, reciting):
     assert clients["sglang"].identity.weights == "org/Teacher (org/Teacher default) of sglang 0.5.23"
     assert clients["vllm"].longest_tokens == MOST_TOKENS - 1
     assert clients["sglang"].longest_tokens == MOST_TOKENS
+    longest = TargetsRequest(targets="top_k", sequences=[np.zeros(MOST_TOKENS, np.int32)], starts=[0], entries=1)
+    assert clients["sglang"].targets(longest)[0]["ids"].shape == (MOST_TOKENS, 1)
+    with pytest.raises(UserError, match=r"scores 128; .* --context-length 136, and with memory .*--mem-fraction-stat"):
+        clients["sglang"].check([("prompt and response", MOST_TOKENS + 1, "max_sequence_tokens")])
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -212,7 +216,7 @@ def test_another_teacher_behind_the_same_address_is_refused_at_its_first_answer(
     app, dress = make_app(Standing(reciting)), DRESSES[program]
     request = TargetsRequest(targets="top_k", sequences=[np.arange(9, dtype=np.int32)], starts=[2], entries=3)
     with serving_app(dress(app, reciting)) as url:
-        client = TokenClient(program, [url], reciting.tokenizer)
+        client = TokenClient(program, [url], reciting.tokenizer, vocab_size=reciting.vocab_size)
         (first,) = client.targets(request)
     port = int(url.rpartition(":")[2])
     with contextlib.closing(client):
@@ -227,7 +231,7 @@ def test_another_teacher_behind_the_same_address_is_refused_at_its_first_answer(
             client.targets(request)
     with serving_app(dress(app, reciting)) as one, serving_app(dress(app, reciting, version="0.1")) as other:
         with pytest.raises(UserError, match=r"differs in version; serve the same one there"):
-            TokenClient(program, [one, other], reciting.tokenizer)
+            TokenClient(program, [one, other], reciting.tokenizer, vocab_size=reciting.vocab_size)
         expected = dataclasses.replace(client.identity, weights_version="others")
         with pytest.raises(UserError, match=r"differs in weights_version"):
-            TokenClient(program, [one], reciting.tokenizer, expected=expected)
+            TokenClient(program, [one], reciting.tokenizer, vocab_size=reciting.vocab_size, expected=expected)
