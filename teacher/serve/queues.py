@@ -20,6 +20,9 @@ from teacher.serve.metrics import Metrics
 from teacher.serve.programs import Launched, Programs, filled_shape
 from teacher.wire import Answer, Refused, TargetsRequest
 
+_MOST_LEFT = 64
+"""Sequences that find no room in a batch before those behind them are no longer tried: others wait meanwhile."""
+
 
 class Admission:
     """How much is waiting, being worked on or on its way back, over all connections; what would be too much is
@@ -132,7 +135,18 @@ class ScoringQueue:
 
     def _launch(self) -> None:
         """Starts batches until nothing waits."""
-        while (next_ := self._next_batch()) is not None:
+        while True:
+            try:
+                next_ = self._next_batch()
+            except Exception as error:  # noqa: BLE001 - as below
+                self._programs.forget()
+                with self._changed:
+                    jobs = [job for job, _ in self._waiting]
+                    self._waiting.clear()
+                _fail(jobs, error)
+                return
+            if next_ is None:
+                return
             batch, jobs = next_
             try:
                 launched = self._programs.launch(batch)
@@ -155,7 +169,10 @@ class ScoringQueue:
             batch = self._programs.batch(filled_shape(self._programs.shapes, alike))
             jobs: list[_Job] = []
             left: list[tuple[_Job, Unit]] = []
-            for job, unit in live:
+            for place, (job, unit) in enumerate(live):
+                if len(left) == _MOST_LEFT:
+                    left += live[place:]
+                    break
                 if batch.take(unit):
                     jobs.append(job)
                 else:
@@ -165,7 +182,8 @@ class ScoringQueue:
         return batch, jobs
 
     def _may_begin(self) -> bool:
-        waiting = sum(len(unit.tokens) for _, unit in self._waiting)
+        live = [unit for job, unit in self._waiting if not job.future.done()]
+        waiting = sum(len(unit.tokens) for unit in live if unit.kind == live[0].kind)
         is_full = waiting >= self._programs.shapes[-1].tokens
         return self._under_way < (self._programs.at_once if is_full else 1)
 

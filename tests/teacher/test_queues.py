@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qwen3.generation.pages import PagePool
+from teacher.serve import queues
 from teacher.serve.batches import Batch, Room, Shape, Unit
 from teacher.serve.metrics import Metrics
 from teacher.serve.programs import filled_shape
@@ -79,6 +80,9 @@ class Devices:
         self.begun.put(begun)
         return begun
 
+    def forget(self) -> None:
+        pass
+
     def next(self) -> Begun:
         return self.begun.get(timeout=SECONDS)
 
@@ -145,3 +149,45 @@ def test_what_another_kind_is_asked_waits_for_its_turn_and_what_is_given_up_take
     assert (third.kind, firsts(third)) == ("hidden", [3])
     third.end()
     assert all(future.result(SECONDS) for future in (first, other, same))
+
+
+def test_those_of_another_kind_do_not_fill_a_batch(devices, scoring):
+    futures = [scoring.submit(request("hidden", 0))]
+    alone = devices.next()
+    futures += [scoring.submit(request(kind, index)) for index, kind in enumerate(["hidden", "top_k"] * 4, start=1)]
+    assert devices.begun.empty()
+    batches = [alone]
+    for _ in range(4):
+        batches[-1].end()
+        batches.append(devices.next())
+    batches[-1].end()
+    assert list(map(firsts, batches)) == [[0], [1, 3], [2, 4], [5, 7], [6, 8]]
+    assert all(future.result(SECONDS) for future in futures)
+
+
+def test_whoever_finds_no_room_is_tried_again_but_not_all_that_wait_behind(devices, scoring, monkeypatch):
+    monkeypatch.setattr(queues, "_MOST_LEFT", 2)
+    futures = [scoring.submit(request("hidden", 0))]
+    alone = devices.next()
+    kinds = ["hidden", "top_k", "top_k", "hidden"]
+    futures += [scoring.submit(request(kind, index)) for index, kind in enumerate(kinds, start=1)]
+    batches = [alone]
+    for _ in range(3):
+        batches[-1].end()
+        batches.append(devices.next())
+    batches[-1].end()
+    assert list(map(firsts, batches)) == [[0], [1], [2, 3], [4]]
+    assert all(future.result(SECONDS) for future in futures)
+
+
+def test_an_error_in_forming_a_batch_is_told_to_all_that_wait(devices, scoring, monkeypatch):
+    def fail(shape: Shape) -> Batch:
+        raise MemoryError("no more")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(devices, "batch", fail)
+        with pytest.raises(MemoryError, match="no more"):
+            scoring.submit(request("hidden", 0)).result(SECONDS)
+    future = scoring.submit(request("hidden", 1))
+    devices.next().end()
+    assert future.result(SECONDS)
