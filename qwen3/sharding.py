@@ -1,6 +1,7 @@
 """Which mesh axes hold which logical axis of a weight: one table for teacher and student, dense and MoE."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -241,7 +242,7 @@ def everywhere(tree: Tree) -> Tree:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return leaf
         assert isinstance(leaf.sharding, NamedSharding)
-        return jax.jit(_itself, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+        return laid_out(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
 
     return jax.tree.map(spread, tree)
 
@@ -251,8 +252,10 @@ def fetch(tree: PyTree) -> Any:
     return jax.device_get(everywhere(tree))
 
 
-def _itself(array: Array) -> Array:
-    return array
+@functools.cache
+def laid_out(sharding: NamedSharding) -> Callable[[Array], Array]:
+    """The program that lays an array out anew over the devices that it is on."""
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def bytes_on_device(arrays: PyTree) -> int:

@@ -9,7 +9,7 @@ and one that waits for rows which are still to come would hold up those behind i
 
 import collections
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from qwen3.sharding import TOKENS, batch_shares
+from qwen3.sharding import TOKENS, batch_shares, laid_out
 
 
 def moved(tree: PyTree, onto: NamedSharding) -> Any:
@@ -60,7 +60,7 @@ def _by_rows(x: jax.Array, onto: NamedSharding) -> jax.Array:
     by_rows, whole = NamedSharding(mesh, PartitionSpec(TOKENS[0])), NamedSharding(mesh, PartitionSpec())
     splits = x.shape[0] % batch_shares(mesh) == 0 and _each_process_has_its_rows(by_rows, onto, x.shape)
     wanted = by_rows if splits else whole
-    return x if x.sharding.is_equivalent_to(wanted, x.ndim) else _laid_out(wanted)(x)
+    return x if x.sharding.is_equivalent_to(wanted, x.ndim) else laid_out(wanted)(x)
 
 
 @functools.cache
@@ -74,11 +74,6 @@ def _each_process_has_its_rows(source: NamedSharding, onto: NamedSharding, shape
 
     held, needed = rows_by_process(source), rows_by_process(onto)
     return all(needed[process] <= held[process] for process in needed)
-
-
-@functools.cache
-def _laid_out(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def _cut(x: jax.Array, axis: int, start: int, size: int) -> jax.Array:

@@ -138,7 +138,7 @@ class ScoringQueue:
         while True:
             try:
                 next_ = self._next_batch()
-            except Exception as error:  # noqa: BLE001 - as below
+            except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
                 self._programs.forget()
                 with self._changed:
                     jobs = [job for job, _ in self._waiting]
